@@ -1,0 +1,8 @@
+"""DiNa-LRM in JAX: a diffusion-native latent reward model (arXiv 2602.11146)."""
+
+from dinalrm_jax import noise, preference
+from dinalrm_jax.data.batch import PreferenceBatch, PromptEmbeds
+from dinalrm_jax.reward_model import RewardModel, normalize
+
+__all__ = ["PreferenceBatch", "PromptEmbeds", "RewardModel", "noise", "normalize", "preference"]
+__version__ = "0.1.0"

@@ -1,0 +1,350 @@
+"""Frozen, typed configurations, and the one function that builds them from plain mappings.
+
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`, a native checkpoint holds
+JSON; both pass through `from_mapping`, which checks every key and type and names the nearest
+valid key where one is unknown.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used as it stands."""
+
+
+# ---------------------------------------------------------------------------------------- model
+
+
+@dataclasses.dataclass(frozen=True)
+class SD3Config:
+    """Geometry of a diffusers `SD3Transformer2DModel`, field for field its `config.json`.
+
+    The defaults are `stabilityai/stable-diffusion-3.5-medium`.
+    """
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int = 16
+    num_layers: int = 24
+    num_attention_heads: int = 24
+    attention_head_dim: int = 64
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1536
+    pooled_projection_dim: int = 2048
+    pos_embed_max_size: int = 384
+    dual_attention_layers: tuple[int, ...] = tuple(range(13))
+    qk_norm: Literal["rms_norm"] | None = "rms_norm"
+
+    def __post_init__(self):
+        if self.caption_projection_dim != self.inner_dim:
+            raise ConfigError(
+                f"caption_projection_dim is {self.caption_projection_dim}, but the blocks take text tokens of width "
+                f"num_attention_heads x attention_head_dim = {self.inner_dim}; set both to the same width"
+            )
+        if self.inner_dim % 4:
+            raise ConfigError(f"the sin-cos position table needs a width divisible by 4, got {self.inner_dim}")
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of both token streams."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters with PEFT's semantics: the update is `alpha / rank * B @ A`."""
+
+    rank: int = 64
+    alpha: float = 128.0
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ConfigError(f"a LoRA rank is at least 1, got {self.rank}; for a frozen backbone set lora to None")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """The gated Q-Former head; `width` None means the backbone's."""
+
+    width: int | None = None
+    num_queries: int = 4
+    num_attn_heads: int = 8
+    use_proj_in: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """A truncated SD3 backbone, its taps, adapters and head. The defaults are the published model.
+
+    A tap `i` is the stream after block `i`; 0 is the embedded input.
+    """
+
+    transformer: SD3Config = SD3Config()
+    num_blocks: int = 12
+    visual_taps: tuple[int, ...] = (4, 8, 12)
+    text_taps: tuple[int, ...] = (4, 8, 12)
+    lora: LoRAConfig | None = LoRAConfig()
+    head: HeadConfig = HeadConfig()
+    logistic: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.num_blocks <= self.transformer.num_layers:
+            raise ConfigError(f"num_blocks must be in 1..{self.transformer.num_layers}, got {self.num_blocks}")
+        if not self.visual_taps:
+            raise ConfigError("visual_taps is empty: the head needs at least one image tap")
+        for name in ("visual_taps", "text_taps"):
+            taps = getattr(self, name)
+            if list(taps) != sorted(set(taps)) or any(not 0 <= tap <= self.num_blocks for tap in taps):
+                raise ConfigError(f"{name} must be increasing numbers in 0..{self.num_blocks}, got {taps}")
+        if self.transformer.num_layers in self.text_taps:
+            raise ConfigError(
+                f"text_taps names layer {self.transformer.num_layers}, the transformer's last, which drops the text "
+                f"stream; tap at most {self.transformer.num_layers - 1}"
+            )
+        if self.head_width % self.head.num_attn_heads:
+            raise ConfigError(f"head width {self.head_width} is not divisible by {self.head.num_attn_heads} heads")
+
+    @property
+    def head_width(self) -> int:
+        return self.head.width or self.transformer.inner_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How the same numbers are computed. None of these changes what a checkpoint means.
+
+    dtype: compute dtype; frozen weights are stored in it, trainable ones in float32.
+    attention: `jax.nn.dot_product_attention`'s implementation.
+    layers: "loop" unrolls the blocks (fastest on CPU); "scan" stacks each run of equal blocks
+        between taps and scans over it (compiles several times quicker, for GPU and TPU).
+    remat: what a block keeps for its backward pass: everything ("none"), matrix products
+        ("dots") or only its inputs ("block").
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["xla", "cudnn"] = "xla"
+    layers: Literal["loop", "scan"] = "loop"
+    remat: Literal["none", "dots", "block"] = "none"
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmaConfig:
+    """The training distribution of the noise level; `noise.DISTRIBUTIONS` names the parameters."""
+
+    distribution: Literal["uniform", "logit_normal", "mode", "constant", "power", "beta"] = "uniform"
+    parameters: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """A pair loss of `dinalrm_jax.preference`; the defaults are the paper's constants.
+
+    variance: "calibrated" is `k sigma^2 + sigma_0^2`, "constant" is `constant_variance` at every level.
+    epsilon: added inside both square roots by the released code (1e-6); 0 is the paper's formula.
+    margin: of the Bradley-Terry loss only.
+    """
+
+    name: Literal["fidelity", "nll", "bradley_terry"] = "fidelity"
+    variance: Literal["calibrated", "constant"] = "calibrated"
+    k: float = 2.0
+    sigma_0: float = 0.1
+    constant_variance: float = 0.5
+    epsilon: float = 0.0
+    margin: float = 0.0
+
+    def __post_init__(self):
+        if self.variance == "calibrated" and not (self.k >= 0 and self.sigma_0 > 0):
+            raise ConfigError(f"calibrated variance needs k >= 0 and sigma_0 > 0, got k={self.k} sigma_0={self.sigma_0}")
+        if self.variance == "constant" and not self.constant_variance > 0:
+            raise ConfigError(f"constant_variance must be positive, got {self.constant_variance}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warmup, constant or cosine decay, clipping by global norm, accumulation."""
+
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    warmup_steps: int = 1000
+    schedule: Literal["constant", "cosine"] = "constant"
+    max_grad_norm: float = 1.0
+    accumulation_steps: int = 1
+    ema_decay: float = 0.995
+
+    def __post_init__(self):
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}; 0 averages nothing")
+        if self.accumulation_steps < 1:
+            raise ConfigError(f"accumulation_steps must be at least 1, got {self.accumulation_steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One training stage: `steps` optimizer micro-steps over batches of `batch_size` rows."""
+
+    steps: int
+    batch_size: int
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sigma: SigmaConfig = SigmaConfig()
+    checkpoint_every: int = 1000
+    log_every: int = 20
+    evaluate_every: int = 1000
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenesConfig:
+    """The generated scenes of `dinalrm_jax.data.synthetic` (written to `data` when it is not there)."""
+
+    train_scenes: int = 6000
+    eval_pairs: int = 400
+    image_size: int = 64
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation: single levels, the token-level ensemble, and the noise draws averaged over."""
+
+    sigmas: tuple[float, ...] = (0.3, 0.4, 0.5)
+    ensemble: tuple[float, ...] = (0.2, 0.5, 0.7)
+    batch_size: int = 32
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what the others leave."""
+
+    data: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run.
+
+    data: directory of records (`dinalrm_jax.data.records`); relative to the working directory.
+    scenes: generate the quickstart's scenes into `data` first; None: the records must be there.
+    base_model: a diffusers directory or a native backbone to start from; None: random weights.
+    generator: a flow-matching stage that trains the whole backbone first; None: skip it.
+    reward: the stage that trains LoRA and head on preference pairs.
+    """
+
+    name: str
+    data: str
+    model: RewardModelConfig
+    reward: StageConfig
+    seed: int = 0
+    base_model: str | None = None
+    scenes: ScenesConfig | None = None
+    generator: StageConfig | None = None
+    loss: LossConfig = LossConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+# --------------------------------------------------------------------------------------- builder
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Builds the frozen dataclass `cls` from a plain mapping, checking keys and types.
+
+    Args:
+        cls: one of the dataclasses above; nested ones are built from nested mappings.
+        values: a mapping, for instance an `ml_collections.ConfigDict` or parsed JSON.
+        where: what error messages call the mapping.
+
+    Raises:
+        ConfigError: an unknown key (the nearest valid one is named), a missing one, or a value of
+            the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = [key for key in values if key not in fields]
+    if unknown:
+        raise ConfigError("; ".join(_unknown_key(f"{where}.{key}", key, fields) for key in unknown))
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)} (needed by {cls.__name__})")
+    hints = typing.get_type_hints(cls)
+    try:
+        return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    except ConfigError as error:
+        # A dataclass's own check knows its fields but not where it stands; say it once.
+        if str(error).startswith("config") or str(error).startswith(where):
+            raise
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The inverse of `from_mapping`: nested plain dicts, tuples as lists, ready for JSON."""
+    return {
+        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _unknown_key(path: str, key: str, valid: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(sorted(valid))}"
+    return f"{path} is not a known key; {hint}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = [arg for arg in args if arg is not type(None)]
+        return _convert(inner, value, where)
+    if origin is Literal:
+        if value not in args:
+            near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
+            hint_text = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(map(repr, args))}"
+            raise ConfigError(f"{where} is {value!r}; {hint_text}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise ConfigError(f"{where} must be a sequence, got {value!r}")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not hasattr(value, "keys"):
+            raise ConfigError(f"{where} must be a mapping of {hint.__name__}'s keys, got {value!r}")
+        return from_mapping(hint, value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where} must be {hint.__name__}, got {type(value).__name__} {value!r}")
+    return value

@@ -1,0 +1,143 @@
+"""The reward head: FiLM adapters on the taps, gated cross-attention from a few queries, a score.
+
+Attribute names are those of the released `rm_head.pt`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dinalrm_jax.backbone.features import Features
+from dinalrm_jax.config import RewardModelConfig
+from dinalrm_jax.layers import Linear, RMSNorm
+
+# torch.nn.RMSNorm's default: the machine epsilon of float32, in which the statistics are computed.
+EPS = float(jnp.finfo(jnp.float32).eps)
+ZEROS = jax.nn.initializers.zeros
+
+
+class MLP(nnx.List):
+    """Linear, activation, Linear as `torch.nn.Sequential` numbers them: 0 and 2."""
+
+    def __init__(self, in_features: int, hidden: int, out: int, *, rngs: nnx.Rngs, zero_init_last: bool = False):
+        last_init = ZEROS if zero_init_last else None
+        super().__init__(
+            [Linear(in_features, hidden, rngs=rngs), None, Linear(hidden, out, rngs=rngs, kernel_init=last_init)]
+        )
+
+
+class FiLMAdapter(nnx.Module):
+    """One tap's adapter: scale and shift by the noise level's embedding, add a layer embedding, project.
+
+    `h = proj_in(x); h = h (1 + gamma) + beta + layer_embed; out = proj(h)`, with
+    `[gamma, beta] = cond_mlp(temb)` starting at zero. `proj_in` exists where asked for or where
+    the widths differ.
+    """
+
+    def __init__(self, token_dim: int, width: int, out_dim: int, *, use_proj_in: bool, rngs: nnx.Rngs):
+        with_proj_in = use_proj_in or token_dim != width
+        self.proj_in = Linear(token_dim, width, rngs=rngs) if with_proj_in else None
+        self.layer_embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
+        self.cond_mlp = MLP(token_dim, 2 * width, 2 * width, rngs=rngs, zero_init_last=True)
+        self.proj = Linear(width, out_dim, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array, temb: jax.Array) -> jax.Array:
+        """(B, N, token_dim), (B, token_dim) -> (B, N, out_dim)."""
+        hidden = tokens if self.proj_in is None else self.proj_in(tokens)
+        style = self.cond_mlp[2](jax.nn.silu(self.cond_mlp[0](temb)))
+        gamma, beta = jnp.split(style[:, None], 2, axis=-1)
+        hidden = hidden * (1 + gamma) + beta + self.layer_embed[...].astype(hidden.dtype)
+        return self.proj(hidden)
+
+
+class CrossAttention(nnx.Module):
+    """Queries read image tokens and, apart, text tokens; each value is gated by a scalar.
+
+    Two separate softmaxes whose outputs are added. The gate of a token is
+    `sigmoid(gate.2 silu(gate.0 token))` of the normed token, one half at the start.
+    """
+
+    def __init__(self, width: int, heads: int, *, use_text: bool, use_gates: bool, rngs: nnx.Rngs):
+        self.heads = heads
+        self.norm_q = RMSNorm(width, eps=EPS)
+        self.norm_v = RMSNorm(width, eps=EPS)
+        self.to_q = Linear(width, width, rngs=rngs)
+        self.to_k_vis = Linear(width, width, rngs=rngs)
+        self.to_v_vis = Linear(width, width, rngs=rngs)
+        self.gate_vis = MLP(width, width, 1, rngs=rngs, zero_init_last=True) if use_gates else None
+        if use_text:
+            self.norm_t = RMSNorm(width, eps=EPS)
+            self.to_k_text = Linear(width, width, rngs=rngs)
+            self.to_v_text = Linear(width, width, rngs=rngs)
+            self.gate_text = MLP(width, width, 1, rngs=rngs, zero_init_last=True) if use_gates else None
+        self.to_out = nnx.List([Linear(width, width, rngs=rngs)])
+
+    def __call__(self, queries: jax.Array, image: jax.Array, text: jax.Array | None = None) -> jax.Array:
+        """(B, Q, C), (B, Nv, C), (B, Nt, C) -> (B, Q, C), residual included."""
+        query = self.to_q(self.norm_q(queries))
+        image = self.norm_v(image)
+        attended = self._attend(query, self.to_k_vis(image), _gated(self.to_v_vis(image), image, self.gate_vis))
+        if text is not None:
+            text = self.norm_t(text)
+            attended += self._attend(query, self.to_k_text(text), _gated(self.to_v_text(text), text, self.gate_text))
+        return queries + self.to_out[0](attended)
+
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        query, key, value = (x.reshape(*x.shape[:2], self.heads, -1) for x in (query, key, value))
+        out = jax.nn.dot_product_attention(query, key, value)
+        return out.reshape(*out.shape[:2], -1)
+
+
+def _gated(value: jax.Array, token: jax.Array, gate: MLP | None) -> jax.Array:
+    if gate is None:
+        return value
+    return value * jax.nn.sigmoid(gate[2](jax.nn.silu(gate[0](token))))
+
+
+class RewardHead(nnx.Module):
+    """From taps to one score a row; a single noise level, or several whose tokens are concatenated."""
+
+    def __init__(self, config: RewardModelConfig, *, rngs: nnx.Rngs):
+        token_dim, width, heads = config.transformer.inner_dim, config.head_width, config.head.num_attn_heads
+        out_dim = width // 4
+
+        def adapters(taps):
+            return nnx.List(
+                FiLMAdapter(token_dim, width, out_dim, use_proj_in=config.head.use_proj_in, rngs=rngs) for _ in taps
+            )
+
+        use_text = bool(config.text_taps)
+        self.query_tokens = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, config.head.num_queries, width)))
+        self.layer_adapters_visual = adapters(config.visual_taps)
+        self.layer_adapters_text = adapters(config.text_taps)
+        self.agg_visual = Linear(len(config.visual_taps) * out_dim, width, rngs=rngs)
+        self.agg_text = Linear(len(config.text_taps) * out_dim, width, rngs=rngs) if use_text else None
+        self.attn1 = CrossAttention(width, heads, use_text=use_text, use_gates=True, rngs=rngs)
+        self.attn2 = CrossAttention(width, heads, use_text=False, use_gates=False, rngs=rngs)
+        self.norm_ff = RMSNorm(width, eps=EPS)
+        self.ff = MLP(width, 4 * width, width, rngs=rngs)
+        self.head = Linear(width, 1, rngs=rngs)
+
+    def tokens(self, features: Features) -> tuple[jax.Array, jax.Array | None]:
+        """One level's features -> (B, Nv, C) image and (B, Nt, C) text tokens (None without text)."""
+        image = _adapt(self.layer_adapters_visual, features.visual, features.temb)
+        if self.agg_text is None:
+            return self.agg_visual(image), None
+        return self.agg_visual(image), self.agg_text(_adapt(self.layer_adapters_text, features.text, features.temb))
+
+    def score(self, image: jax.Array, text: jax.Array | None) -> jax.Array:
+        """(B, Nv, C), (B, Nt, C) -> (B,) float32.
+
+        For an ensemble of K levels the tokens of all levels stand one after another, K Nv and K Nt
+        of them, and are attended to at once; this is not the mean of K scores.
+        """
+        queries = jnp.broadcast_to(self.query_tokens[...].astype(image.dtype), (len(image), *self.query_tokens.shape[1:]))
+        queries = self.attn1(queries, image, text)
+        queries = self.attn2(queries, image)
+        hidden = jax.nn.gelu(self.ff[0](self.norm_ff(queries)), approximate=False)
+        queries = queries + self.ff[2](hidden)
+        return self.head(queries.astype(jnp.float32))[..., 0].mean(axis=-1)
+
+
+def _adapt(adapters: nnx.List, taps: tuple[jax.Array, ...], temb: jax.Array) -> jax.Array:
+    return jnp.concatenate([adapter(tap, temb) for adapter, tap in zip(adapters, taps, strict=True)], axis=-1)

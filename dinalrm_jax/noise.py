@@ -1,0 +1,99 @@
+"""The flow-matching noise schedule and the training distributions of its level.
+
+`sigma` in [0, 1] is the noise level: `x_sigma = (1 - sigma) x0 + sigma eps` (the paper's t, the
+released code's u). Everything here is a pure function of arrays.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dinalrm_jax.config import ConfigError, SigmaConfig
+
+
+def add_noise(latents: jax.Array, sigma: jax.Array, noise: jax.Array) -> jax.Array:
+    """`(1 - sigma) latents + sigma noise`; sigma (B,) or a scalar, the others (B, H, W, C)."""
+    sigma = jnp.asarray(sigma, latents.dtype)
+    sigma = sigma.reshape(sigma.shape + (1,) * (latents.ndim - sigma.ndim)) if sigma.ndim else sigma
+    return (1 - sigma) * latents + sigma * noise
+
+
+def timestep(sigma: jax.Array) -> jax.Array:
+    """What the transformer is fed for a level: 1000 sigma, float32."""
+    return 1000.0 * jnp.asarray(sigma, jnp.float32)
+
+
+def nearest_schedule_sigma(sigma: jax.Array, shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.Array:
+    """The released code's level: the nearest of FlowMatchEuler's `num_train_timesteps` shifted sigmas.
+
+    `sigma_i = shift t_i / (1 + (shift - 1) t_i)` for `t_i = i / num_train_timesteps`. It moves a
+    level by less than 1.6e-3 and is not part of the method; it is here to reproduce released numbers.
+    """
+    t = jnp.arange(num_train_timesteps, 0, -1, dtype=jnp.float32) / num_train_timesteps
+    schedule = shift * t / (1 + (shift - 1) * t)
+    return schedule[jnp.argmin(jnp.abs(schedule - jnp.asarray(sigma, jnp.float32)[..., None]), axis=-1)]
+
+
+# Level samplers: (key, shape, *parameters) -> float32 in [0, 1]. Formulas: the released code's
+# `timestep_sampling`; logit_normal and mode are those of the SD3 paper (arXiv 2403.03206, 3.1).
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """sigma ~ U[0, 1)."""
+    return jax.random.uniform(key, shape)
+
+
+def logit_normal(key: jax.Array, shape: tuple[int, ...], mean: float, std: float) -> jax.Array:
+    """sigma = sigmoid(mean + std z), z ~ N(0, 1)."""
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
+
+
+def mode(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+    """sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u ~ U[0, 1)."""
+    u = jax.random.uniform(key, shape)
+    return 1 - u - scale * (jnp.cos(jnp.pi * u / 2) ** 2 - 1 + u)
+
+
+def constant(key: jax.Array, shape: tuple[int, ...], value: float) -> jax.Array:
+    """sigma = value."""
+    del key
+    return jnp.full(shape, value, jnp.float32)
+
+
+def power(key: jax.Array, shape: tuple[int, ...], exponent: float) -> jax.Array:
+    """sigma = u^exponent, u ~ U[0, 1)."""
+    return jax.random.uniform(key, shape) ** exponent
+
+
+def beta(key: jax.Array, shape: tuple[int, ...], a: float, b: float) -> jax.Array:
+    """sigma ~ Beta(a, b)."""
+    return jax.random.beta(key, a, b, shape)
+
+
+# Name -> (sampler, its parameters, what they must satisfy, in words).
+DISTRIBUTIONS: dict[str, tuple[Callable, tuple[str, ...], Callable, str]] = {
+    "uniform": (uniform, (), lambda: True, ""),
+    "logit_normal": (logit_normal, ("mean", "std"), lambda mean, std: std >= 0, "std >= 0"),
+    # Beyond these bounds sigma leaves [0, 1].
+    "mode": (mode, ("scale",), lambda s: -1 <= s <= 2 / (jnp.pi - 2), "scale in [-1, 1.7519]"),
+    "constant": (constant, ("value",), lambda v: 0 <= v <= 1, "value in [0, 1]"),
+    "power": (power, ("exponent",), lambda p: p > 0, "exponent > 0"),
+    "beta": (beta, ("a", "b"), lambda a, b: a > 0 and b > 0, "a, b > 0"),
+}
+
+
+def sampler(config: SigmaConfig) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """The configured distribution as a function of (key, shape).
+
+    Raises:
+        ConfigError: parameters that the distribution does not take, or that leave [0, 1].
+    """
+    sample, names, valid, condition = DISTRIBUTIONS[config.distribution]
+    if len(config.parameters) != len(names):
+        raise ConfigError(
+            f"sigma.distribution {config.distribution!r} takes parameters ({', '.join(names)}), got {config.parameters}"
+        )
+    if not valid(*config.parameters):
+        raise ConfigError(f"sigma.distribution {config.distribution!r} needs {condition}, got {config.parameters}")
+    return lambda key, shape: sample(key, shape, *config.parameters)

@@ -1,0 +1,63 @@
+"""A module as a pure function of named parameters.
+
+Parameters live in one flat dict, dotted path -> array ("backbone.transformer_blocks.0.attn.to_q.weight").
+Names are what everything else works on: what trains, how an array is sharded, where it stands in
+a checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import jax
+from flax import nnx
+
+Params = dict[str, jax.Array]
+M = TypeVar("M", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Functional(Generic[M]):
+    """A module's structure without its arrays; made by `functional`."""
+
+    build: Callable[[nnx.Rngs], M]
+    graphdef: nnx.GraphDef
+    variables: tuple[tuple[tuple, nnx.Variable], ...]
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name -> shape and (float32) dtype of every parameter."""
+        return {_name(path): jax.ShapeDtypeStruct(var.shape, var.dtype) for path, var in self.variables}
+
+    def init(self, seed: int) -> Params:
+        """Freshly drawn float32 parameters."""
+        return jax.jit(lambda: _named(self.build(nnx.Rngs(seed))))()
+
+    def bind(self, params: Params) -> M:
+        """The module over these parameters; call its methods under jit, grad and the rest.
+
+        Raises:
+            ValueError: the names are not this module's.
+        """
+        names = {_name(path) for path, _ in self.variables}
+        if names != params.keys():
+            missing, unknown = sorted(names - params.keys()), sorted(params.keys() - names)
+            raise ValueError(f"parameters are of another model: missing {missing[:5]}, unknown {unknown[:5]}")
+        return nnx.merge(
+            self.graphdef,
+            nnx.State.from_flat_path({path: var.replace(params[_name(path)]) for path, var in self.variables}),
+        )
+
+
+def functional(build: Callable[[nnx.Rngs], M]) -> Functional[M]:
+    """Traces `build` for its structure; allocates nothing, at any model size."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return Functional(build, graphdef, tuple(nnx.to_flat_state(state)))
+
+
+def _named(module: nnx.Module) -> Params:
+    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(module))}
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))

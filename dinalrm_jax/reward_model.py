@@ -1,0 +1,248 @@
+"""The reward model: truncated backbone, LoRA and head as one module, and the public handle on it."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dinalrm_jax import lora, noise
+from dinalrm_jax.backbone.features import Features
+from dinalrm_jax.backbone.sd3 import SD3Transformer
+from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
+from dinalrm_jax.data.batch import PromptEmbeds, validate_latents
+from dinalrm_jax.head import RewardHead
+from dinalrm_jax.parameters import Functional, Params, functional
+
+
+class RewardModule(nnx.Module):
+    """Scores of noisy latents; `backbone`, `head` and, if configured, the logistic's `eta3`, `eta4`."""
+
+    def __init__(self, config: RewardModelConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.backbone = SD3Transformer(config.transformer, execution, num_blocks=config.num_blocks, rngs=rngs)
+        if config.lora is not None:
+            adapt_last_text = config.text_taps[-1:] == (config.num_blocks,)
+            lora.add_lora(self.backbone, config.lora, adapt_last_text=adapt_last_text, rngs=rngs)
+        self.head = RewardHead(config, rngs=rngs)
+        if config.logistic:
+            self.eta3 = nnx.Param(jnp.zeros(()))
+            self.eta4 = nnx.Param(jnp.full((), 0.15))
+
+    def __call__(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> jax.Array:
+        """One noise level a row.
+
+        Args:
+            latents: (B, H, W, C) clean latents.
+            prompt: B prompts.
+            sigma: (B,) levels.
+            eps: (B, H, W, C) standard normal noise.
+
+        Returns:
+            (B,) float32 scores.
+        """
+        return self._squash(self.head.score(*self._tokens(latents, prompt, sigma, eps)))
+
+    def ensemble(self, latents: jax.Array, prompt: PromptEmbeds, sigmas: jax.Array, eps: jax.Array) -> jax.Array:
+        """The token-level ensemble: the levels' tokens one after another, attended to once.
+
+        All levels run as one vmapped pass; what does not depend on the level (the context
+        embedder) is computed once.
+
+        Args:
+            latents, prompt, eps: as for a single level; every level uses the same eps.
+            sigmas: (K,) levels, or (K, B).
+
+        Returns:
+            (B,) float32 scores.
+        """
+        sigmas = jnp.broadcast_to(sigmas.reshape(len(sigmas), -1), (len(sigmas), len(latents)))
+        image, text = jax.vmap(lambda sigma: self._tokens(latents, prompt, sigma, eps))(sigmas)
+        return self._squash(self.head.score(_join_levels(image), None if text is None else _join_levels(text)))
+
+    def features(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> Features:
+        """What the head sees of the noised latents; arguments as for a single level."""
+        noisy = noise.add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
+        config = self.config
+        return self.backbone.features(
+            noisy, noise.timestep(sigma), prompt, visual_taps=config.visual_taps, text_taps=config.text_taps
+        )
+
+    def _tokens(self, latents, prompt, sigma, eps) -> tuple[jax.Array, jax.Array | None]:
+        return self.head.tokens(self.features(latents, prompt, sigma, eps))
+
+    def _squash(self, score: jax.Array) -> jax.Array:
+        """The optional logistic `(e1 - e2) / (1 + exp(-(r - e3) / (|e4| + 1e-6))) + e2`, e1 = 2, e2 = -2."""
+        if not self.config.logistic:
+            return score
+        return 4 * jax.nn.sigmoid((score - self.eta3[...]) / (jnp.abs(self.eta4[...]) + 1e-6)) - 2
+
+
+def _join_levels(tokens: jax.Array) -> jax.Array:
+    levels, batch, length, width = tokens.shape
+    return tokens.transpose(1, 0, 2, 3).reshape(batch, levels * length, width)
+
+
+def is_trainable(name: str) -> bool:
+    """Whether a parameter of `RewardModule` trains: adapters, head and logistic; the rest is frozen."""
+    return not name.startswith("backbone.") or name.endswith((".lora_A", ".lora_B"))
+
+
+@functools.lru_cache(maxsize=32)
+def reward_functional(config: RewardModelConfig, execution: ExecutionConfig) -> Functional[RewardModule]:
+    """`RewardModule` as a pure function of named parameters."""
+    return functional(lambda rngs: RewardModule(config, execution, rngs=rngs))
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """A reward model with its weights.
+
+    Attributes:
+        config: what the model is.
+        params: named arrays, a pytree; what `reward_fn` takes.
+        execution: how it is computed; `dataclasses.replace(model, execution=...)` changes it.
+    """
+
+    config: RewardModelConfig
+    params: Params
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @classmethod
+    def from_pretrained(
+        cls, checkpoint: str | pathlib.Path, base_model: str | pathlib.Path | None = None, dtype: str = "bfloat16"
+    ) -> "RewardModel":
+        """Loads a native checkpoint, or a released one together with its base model.
+
+        Args:
+            checkpoint: directory or hub id, native or in the released layout.
+            base_model: directory or hub id in diffusers layout; required for the released layout.
+            dtype: compute dtype; frozen weights are stored in it, LoRA and head in float32.
+
+        Raises:
+            WeightsError: a missing, unknown or misshapen weight; all of them are listed.
+            ConfigError: a configuration of another kind of model.
+            FileNotFoundError: not a checkpoint, with what was looked for.
+        """
+        from dinalrm_jax.weights import pretrained  # imports this module for its types
+
+        return pretrained.load_reward_model(checkpoint, base_model, ExecutionConfig(dtype=dtype))
+
+    @classmethod
+    def init(cls, config: RewardModelConfig, execution: ExecutionConfig = ExecutionConfig(), seed: int = 0):
+        """A model with random weights, as training starts."""
+        params = reward_functional(config, execution).init(seed)
+        return cls(config, store(params, execution), execution)
+
+    def reward_fn(self, sigma: float | Sequence[float] = 0.4) -> Callable[..., jax.Array]:
+        """The reward as a pure function, safe under jit, grad, vmap and shard_map.
+
+        Args:
+            sigma: the noise level in [0, 1], or several for the token-level ensemble.
+
+        Returns:
+            `f(params, latents, prompt, key, noise=None) -> (B,) float32`, differentiable in
+            `latents` and `params`. `latents` (B, H, W, C) are clean and scaled. A single `key` gives
+            every row the same noise, so that a row's score does not depend on its batch; B keys
+            give each row its own. `noise`, like latents, is used as it is and `key` is ignored.
+        """
+        levels = _levels(sigma)
+        module = reward_functional(self.config, self.execution)
+
+        def reward(params: Params, latents: jax.Array, prompt: PromptEmbeds, key, noise=None) -> jax.Array:
+            eps = draw_noise(key, latents.shape) if noise is None else noise
+            return _score(module.bind(params), latents, prompt, jnp.asarray(levels), eps)
+
+        return reward
+
+    def score_latents(
+        self,
+        latents: jax.typing.ArrayLike,
+        prompt: PromptEmbeds,
+        sigma: float | Sequence[float] = 0.4,
+        noise: jax.typing.ArrayLike | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Raw scores of clean latents.
+
+        Args:
+            latents: (B, H/8, W/8, 16), channels last, clean, scaled as the VAE's posterior sample
+                is for SD3.5: `(z - shift) scale`.
+            prompt: B encoded prompts.
+            sigma: a noise level in [0, 1], or a sequence for the token-level ensemble.
+            noise: (B, H/8, W/8, 16), used as it is; None draws it from `seed`, the same for every row.
+            seed: of the noise.
+
+        Returns:
+            (B,) float32.
+
+        Raises:
+            ValueError: a wrong shape, a level outside [0, 1], or a value that is not finite.
+        """
+        levels = _levels(sigma)
+        transformer = self.config.transformer
+        latents = jnp.asarray(latents)
+        validate_latents(latents, transformer.in_channels, transformer.patch_size, transformer.pos_embed_max_size)
+        prompt = jax.tree.map(jnp.asarray, prompt)
+        prompt.validate(len(latents), transformer.joint_attention_dim, transformer.pooled_projection_dim)
+        if noise is not None and np.shape(noise) != latents.shape:
+            raise ValueError(f"noise must have the latents' shape {latents.shape}, got {np.shape(noise)}")
+        arrays = {"latents": latents, "prompt_embeds": prompt.prompt_embeds, "noise": noise}
+        arrays["pooled_prompt_embeds"] = prompt.pooled_prompt_embeds
+        for name, array in arrays.items():
+            if array is not None and not np.isfinite(bad := np.asarray(array, np.float32)).all():
+                rows = np.flatnonzero(~np.isfinite(bad).reshape(len(bad), -1).all(axis=1))
+                raise ValueError(f"{name} holds NaN or infinity in rows {rows.tolist()}; scores would be meaningless")
+        eps = draw_noise(jax.random.key(seed), latents.shape) if noise is None else jnp.asarray(noise)
+        return np.asarray(_jitted_score(self.config, self.execution)(self.params, latents, prompt, levels, eps))
+
+    def merge_lora(self) -> "RewardModel":
+        """The same model with its adapters added into the weights: fewer products a call, no training."""
+        if self.config.lora is None:
+            raise ValueError("this model has no LoRA adapters to merge")
+        config = dataclasses.replace(self.config, lora=None)
+        return RewardModel(config, lora.merge(self.params, self.config.lora), self.execution)
+
+
+def normalize(raw):
+    """The score as the published model's users show it: `(raw + 10) / 10`."""
+    return (raw + 10) / 10
+
+
+def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws."""
+    if key.ndim == 0:
+        return jnp.broadcast_to(jax.random.normal(key, shape[1:]), shape)
+    return jax.vmap(lambda row_key: jax.random.normal(row_key, shape[1:]))(key)
+
+
+def store(params: Params, execution: ExecutionConfig) -> Params:
+    """Frozen parameters in the compute dtype, trainable ones in float32."""
+    return {
+        name: array.astype(jnp.float32 if is_trainable(name) else execution.dtype) for name, array in params.items()
+    }
+
+
+def _levels(sigma: float | Sequence[float]) -> np.ndarray:
+    levels = np.asarray(sigma, np.float32)
+    if levels.ndim > 1 or not levels.size:
+        raise ValueError(f"sigma must be a number or a non-empty sequence of numbers, got {sigma!r}")
+    if not ((levels >= 0) & (levels <= 1)).all():
+        raise ValueError(f"sigma must lie in [0, 1] (0 clean, 1 pure noise), got {sigma!r}")
+    return levels
+
+
+def _score(module: RewardModule, latents: jax.Array, prompt: PromptEmbeds, levels: jax.Array, eps: jax.Array):
+    if levels.ndim == 0:
+        return module(latents, prompt, jnp.broadcast_to(levels, len(latents)), eps)
+    return module.ensemble(latents, prompt, levels, eps)
+
+
+@functools.lru_cache(maxsize=32)
+def _jitted_score(config: RewardModelConfig, execution: ExecutionConfig) -> Callable[..., jax.Array]:
+    module = reward_functional(config, execution)
+    return jax.jit(lambda params, *inputs: _score(module.bind(params), *inputs))

@@ -1,0 +1,65 @@
+"""What a training stage minimises: pure functions of parameters, a batch and a key.
+
+An objective returns a loss for every row of the batch and named metrics for every row; the step
+averages them, once.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dinalrm_jax import noise, preference
+from dinalrm_jax.backbone.sd3 import SD3Transformer
+from dinalrm_jax.config import LossConfig, SigmaConfig
+from dinalrm_jax.data.batch import PreferenceBatch
+from dinalrm_jax.parameters import Functional, Params
+from dinalrm_jax.reward_model import RewardModule
+
+Objective = Callable[[Params, PreferenceBatch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def reward_objective(module: Functional[RewardModule], loss: LossConfig, sigma: SigmaConfig) -> Objective:
+    """The preference loss of both images of a pair, noised with one sigma and one eps (method: training).
+
+    Both images of all pairs run as one batch.
+    """
+    sample_sigma = noise.sampler(sigma)
+
+    def objective(params: Params, batch: PreferenceBatch, key: jax.Array):
+        sigma_key, eps_key = jax.random.split(key)
+        levels = sample_sigma(sigma_key, (len(batch.chosen),))
+        eps = jax.random.normal(eps_key, batch.chosen.shape)
+
+        def twice(tree):
+            return jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
+
+        latents = jnp.concatenate([batch.chosen, batch.rejected])
+        scores = module.bind(params)(latents, twice(batch.prompt), twice(levels), twice(eps))
+        chosen, rejected = jnp.split(scores, 2)
+        metrics = {
+            "accuracy": (chosen > rejected).astype(jnp.float32),
+            "margin": chosen - rejected,
+            "score_chosen": chosen,
+            "score_rejected": rejected,
+        }
+        return preference.pair_loss(chosen, rejected, levels, loss), metrics
+
+    return objective
+
+
+def flow_matching_objective(module: Functional[SD3Transformer], sigma: SigmaConfig) -> Objective:
+    """Rectified-flow loss `|v(x_sigma, sigma) - (eps - x0)|^2`, averaged over a latent, of the chosen images."""
+    sample_sigma = noise.sampler(sigma)
+
+    def objective(params: Params, batch: PreferenceBatch, key: jax.Array):
+        sigma_key, eps_key = jax.random.split(key)
+        latents = batch.chosen.astype(jnp.float32)
+        levels = sample_sigma(sigma_key, (len(latents),))
+        eps = jax.random.normal(eps_key, latents.shape)
+        noisy = noise.add_noise(latents, levels, eps)
+        velocity = module.bind(params).velocity(noisy, noise.timestep(levels), batch.prompt)
+        error = velocity.astype(jnp.float32) - (eps - latents)
+        return jnp.mean(jnp.square(error), axis=(1, 2, 3)), {}
+
+    return objective

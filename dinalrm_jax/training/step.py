@@ -1,0 +1,92 @@
+"""One optimizer step as a pure, jitted function of (state, frozen parameters, batch)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dinalrm_jax.config import OptimizerConfig
+from dinalrm_jax.data.batch import PreferenceBatch
+from dinalrm_jax.parameters import Params
+from dinalrm_jax.training.objectives import Objective
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes in training, and all that a checkpoint holds of the arrays.
+
+    Attributes:
+        step: () int32, optimizer steps done.
+        params: trainable parameters, float32.
+        opt_state: of the optimizer.
+        ema: exponential moving average of `params`.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    ema: Params
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
+        copy = jax.tree.map(jnp.copy, params)  # its own buffers: both trees are donated to the step
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+    mesh: Mesh,
+    seed: int,
+) -> Callable[[TrainState, Params, PreferenceBatch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the jitted step; it donates the state.
+
+    The batch is split along the mesh's data axis, everything else is replicated. With
+    `accumulation_steps` n, the batch passes as n consecutive parts whose gradients are averaged:
+    the same update as in one part, in less memory.
+
+    The randomness of step s depends on (seed, s) only.
+    """
+
+    def loss_and_metrics(params: Params, frozen: Params, batch: PreferenceBatch, key: jax.Array):
+        losses, metrics = objective({**frozen, **params}, batch, key)
+        return jnp.mean(losses), {"loss": jnp.mean(losses), **{name: jnp.mean(m) for name, m in metrics.items()}}
+
+    def gradients(params: Params, frozen: Params, batch: PreferenceBatch, key: jax.Array):
+        gradient_fn = jax.grad(loss_and_metrics, has_aux=True)
+        parts = config.accumulation_steps
+        if parts == 1:
+            return gradient_fn(params, frozen, batch, key)
+        split = jax.tree.map(lambda x: x.reshape(parts, len(x) // parts, *x.shape[1:]), batch)
+
+        def add_part(total, part):
+            index, rows = part
+            result = gradient_fn(params, frozen, rows, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda a, b: a + b / parts, total, result), None
+
+        first_rows = jax.tree.map(lambda x: x[0], split)
+        shapes = jax.eval_shape(gradient_fn, params, frozen, first_rows, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add_part, zeros, (jnp.arange(parts), split))[0]
+
+    def step(state: TrainState, frozen: Params, batch: PreferenceBatch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, metrics = gradients(state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    replicated, by_row = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(
+        step,
+        in_shardings=(replicated, replicated, by_row),
+        out_shardings=(replicated, replicated),
+        donate_argnums=0,
+    )

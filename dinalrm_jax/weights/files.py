@@ -1,0 +1,58 @@
+"""safetensors on disk: single files and sharded directories, read lazily."""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors needs
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dinalrm_jax.weights.rules import WeightsError
+
+
+class SafetensorsDirectory(Mapping[str, np.ndarray]):
+    """The tensors of `<stem>.safetensors`, or of the shards that `<stem>.safetensors.index.json` names.
+
+    Memory-mapped: a tensor is read when it is asked for.
+
+    Raises:
+        FileNotFoundError: neither file is there, or a shard is not.
+        WeightsError: a file that is not safetensors, or an index that its shards contradict.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, stem: str):
+        directory = pathlib.Path(directory)
+        single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+        if index.exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif single.exists():
+            shards = [single.name]
+        else:
+            raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
+        self._files = {}
+        for shard in shards:
+            try:
+                file = safe_open(directory / shard, framework="np")
+            except SafetensorError as error:
+                raise WeightsError(f"{directory / shard} is not a whole safetensors file: {error}") from error
+            for name in file.keys():
+                if name in self._files:
+                    raise WeightsError(f"{name} stands in two shards of {directory}")
+                self._files[name] = file
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def save_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file, with the metadata PyTorch's readers expect."""
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, {"format": "pt"})
+

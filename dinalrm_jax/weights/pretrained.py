@@ -1,0 +1,233 @@
+"""Whole models on disk: native directories, diffusers base models, released checkpoints.
+
+A native directory holds `config.json` with a `format` and a `kind`, and safetensors under our own
+names: a reward model's frozen part in `backbone.safetensors` and its trained part in
+`trained.safetensors`, or a whole transformer in `backbone.safetensors`.
+"""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from dinalrm_jax.backbone.sd3 import SD3Transformer
+from dinalrm_jax.config import ConfigError, ExecutionConfig, RewardModelConfig, SD3Config, from_mapping, to_mapping
+from dinalrm_jax.disk import whole_directory
+from dinalrm_jax.parameters import Functional, Params, functional
+from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional
+from dinalrm_jax.weights import released, rules, sd3, torch_file
+from dinalrm_jax.weights.files import SafetensorsDirectory, save_safetensors
+
+FORMAT = "dinalrm_jax/1"
+OURS = (rules.Rule("{}", "{}"),)
+
+
+def resolve(name: str | pathlib.Path) -> pathlib.Path:
+    """A local directory as it is, or a hub id as a downloaded snapshot.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return pathlib.Path(snapshot_download(name, ignore_patterns=["*.bin", "*.ckpt", "sd3.5_*.safetensors"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"{name!r} is neither a directory nor a hub repository that can be downloaded: {error}"
+            ) from error
+    raise FileNotFoundError(f"no directory {path}")
+
+
+def load_reward_model(
+    checkpoint: str | pathlib.Path, base_model: str | pathlib.Path | None, execution: ExecutionConfig
+) -> RewardModel:
+    """See `RewardModel.from_pretrained`."""
+    directory = resolve(checkpoint)
+    config = _read_json(directory / "config.json")
+    if "format" in config:
+        if base_model is not None:
+            raise ConfigError(f"{directory} is a native checkpoint, which holds its backbone; drop base_model")
+        return _load_native(directory, config, execution)
+    if base_model is None:
+        raise ConfigError(
+            f"{directory} is in the released layout, which holds LoRA and head only; name its base model "
+            "(base_model=..., a directory or hub id in diffusers layout)"
+        )
+    transformer_dir, transformer = read_diffusers_config(base_model)
+    model_config = released.model_config(config, transformer)
+    shapes = reward_functional(model_config, execution).shapes
+    params = _load_released(directory / "checkpoint", shapes, model_config)
+    params |= rules.load(
+        SafetensorsDirectory(transformer_dir, "diffusion_pytorch_model"),
+        sd3.rules(transformer, "backbone."),
+        {name: shape for name, shape in shapes.items() if not is_trainable(name)},
+        source=str(transformer_dir),
+        unused=sd3.unused_by_truncation(model_config.num_blocks),
+    )
+    return RewardModel(model_config, _to_device(params, execution), execution)
+
+
+def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path, SD3Config]:
+    """The transformer's directory and geometry; `base_model` is a pipeline or the transformer itself.
+
+    Raises:
+        ConfigError: the config of another kind of model.
+    """
+    directory = resolve(base_model)
+    if (directory / "transformer").is_dir():
+        directory = directory / "transformer"
+    config = {key: value for key, value in _read_json(directory / "config.json").items()}
+    kind = config.get("_class_name")
+    if kind != "SD3Transformer2DModel":
+        raise ConfigError(f"{directory / 'config.json'} is of {kind!r}, expected a diffusers SD3Transformer2DModel")
+    geometry = {key: value for key, value in config.items() if not key.startswith("_")}
+    if geometry.get("out_channels") is None:
+        geometry["out_channels"] = geometry["in_channels"]
+    return directory, from_mapping(SD3Config, geometry, str(directory / "config.json"))
+
+
+def transformer_functional(config: SD3Config, execution: ExecutionConfig) -> Functional[SD3Transformer]:
+    """The whole transformer, velocity included, as a pure function of named parameters."""
+    return functional(lambda rngs: SD3Transformer(config, execution, rngs=rngs))
+
+
+def load_backbone(
+    base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig()
+) -> tuple[SD3Config, Params]:
+    """A whole transformer from a diffusers directory or a native backbone, in the compute dtype."""
+    directory = resolve(base_model)
+    config = _read_json(directory / "config.json") if (directory / "config.json").exists() else {}
+    if "format" in config:
+        transformer = from_mapping(SD3Config, _native(config, "backbone", directory), f"{directory}/config.json")
+        tensors, table = SafetensorsDirectory(directory, "backbone"), OURS
+    else:
+        directory, transformer = read_diffusers_config(base_model)
+        tensors, table = SafetensorsDirectory(directory, "diffusion_pytorch_model"), sd3.rules(transformer)
+    shapes = transformer_functional(transformer, execution).shapes
+    params = rules.load(tensors, table, shapes, source=str(directory))
+    return transformer, {name: jnp.asarray(array, execution.dtype) for name, array in params.items()}
+
+
+def truncate(backbone: Params, config: RewardModelConfig) -> Params:
+    """The frozen parameters that a reward model takes from a whole transformer."""
+    shapes = reward_functional(config, ExecutionConfig()).shapes
+    return {name: backbone[name.removeprefix("backbone.")] for name in shapes if not is_trainable(name)}
+
+
+def save_reward_model(model: RewardModel, output: str | pathlib.Path) -> None:
+    """Writes a native checkpoint, whole or not at all."""
+    frozen = {name: array for name, array in model.params.items() if not is_trainable(name)}
+    trained = {name: array for name, array in model.params.items() if is_trainable(name)}
+    with whole_directory(output) as directory:
+        _write_config(directory, "reward_model", to_mapping(model.config))
+        save_safetensors(directory / "backbone.safetensors", rules.dump(frozen, OURS))
+        save_safetensors(directory / "trained.safetensors", rules.dump(trained, OURS))
+
+
+def save_backbone(config: SD3Config, params: Params, output: str | pathlib.Path) -> None:
+    """Writes a native backbone, whole or not at all."""
+    with whole_directory(output) as directory:
+        _write_config(directory, "backbone", to_mapping(config))
+        save_safetensors(directory / "backbone.safetensors", rules.dump(params, OURS))
+
+
+def export_released(model: RewardModel, output: str | pathlib.Path) -> None:
+    """Writes LoRA and head in the released layout, which the released code, PEFT and torch load.
+
+    Raises:
+        ConfigError: a model that this layout cannot hold.
+    """
+    config = released.released_config(model.config)
+    lora = {name: np.asarray(array) for name, array in model.params.items() if name.endswith((".lora_A", ".lora_B"))}
+    head = {name: np.asarray(array) for name, array in model.params.items() if name.startswith("head.")}
+    with whole_directory(output) as directory:
+        (directory / "config.json").write_text(json.dumps(config, indent=1))
+        checkpoint = directory / "checkpoint"
+        checkpoint.mkdir()
+        if model.config.lora is not None:
+            adapter = checkpoint / "backbone_lora"
+            adapter.mkdir()
+            (adapter / "adapter_config.json").write_text(json.dumps(released.adapter_config(model.config.lora), indent=1))
+            save_safetensors(adapter / "adapter_model.safetensors", rules.dump(lora, released.LORA))
+        torch_file.write(checkpoint / "rm_head.pt", rules.dump(head, released.HEAD))
+
+
+def export_diffusers(config: SD3Config, params: Params, output: str | pathlib.Path) -> None:
+    """Writes a whole transformer as a diffusers `transformer/` directory."""
+    with whole_directory(output) as directory:
+        geometry = {"_class_name": "SD3Transformer2DModel", **to_mapping(config)}
+        (directory / "config.json").write_text(json.dumps(geometry, indent=1))
+        save_safetensors(directory / "diffusion_pytorch_model.safetensors", rules.dump(params, sd3.rules(config)))
+
+
+def _load_native(directory: pathlib.Path, config: dict, execution: ExecutionConfig) -> RewardModel:
+    model_config = from_mapping(
+        RewardModelConfig, _native(config, "reward_model", directory), f"{directory}/config.json"
+    )
+    shapes = reward_functional(model_config, execution).shapes
+    tensors = {}
+    for stem in ("backbone", "trained"):
+        tensors |= SafetensorsDirectory(directory, stem)
+    params = rules.load(tensors, OURS, shapes, source=str(directory))
+    return RewardModel(model_config, _to_device(params, execution), execution)
+
+
+def _load_released(checkpoint: pathlib.Path, shapes, config: RewardModelConfig) -> dict[str, np.ndarray]:
+    params = rules.load(
+        torch_file.read(checkpoint / "rm_head.pt"),
+        released.HEAD,
+        {name: shape for name, shape in shapes.items() if name.startswith("head.")},
+        source=str(checkpoint / "rm_head.pt"),
+    )
+    if config.lora is None:
+        return params
+    adapter = checkpoint / "backbone_lora"
+    peft = _read_json(adapter / "adapter_config.json")
+    found, expected = (peft.get("r"), peft.get("lora_alpha")), (config.lora.rank, config.lora.alpha)
+    if found != expected:
+        raise ConfigError(f"{adapter}/adapter_config.json has (r, lora_alpha) {found}, config.json says {expected}")
+    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if peft.get(key):
+            raise ConfigError(f"{adapter}/adapter_config.json sets {key}, which this model does not have")
+    return params | rules.load(
+        SafetensorsDirectory(adapter, "adapter_model"),
+        released.LORA,
+        {name: shape for name, shape in shapes.items() if name.endswith((".lora_A", ".lora_B"))},
+        source=str(adapter),
+    )
+
+
+def _to_device(params: dict[str, np.ndarray], execution: ExecutionConfig) -> Params:
+    return {
+        name: jnp.asarray(array, jnp.float32 if is_trainable(name) else execution.dtype)
+        for name, array in params.items()
+    }
+
+
+def _write_config(directory: pathlib.Path, kind: str, config: dict) -> None:
+    text = json.dumps({"format": FORMAT, "kind": kind, "config": config}, indent=1)
+    (directory / "config.json").write_text(text + "\n")
+
+
+def _native(config: dict, kind: str, directory: pathlib.Path) -> dict:
+    if config["format"] != FORMAT:
+        raise ConfigError(f"{directory} has format {config['format']!r}, this version reads {FORMAT!r}")
+    if config.get("kind") != kind:
+        raise ConfigError(f"{directory} holds a {config.get('kind')}, expected a {kind}")
+    return config["config"]
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {path.parent} is not a model directory") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None

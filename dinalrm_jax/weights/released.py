@@ -1,0 +1,126 @@
+"""The released checkpoint <-> ours: PEFT adapters, `rm_head.pt`, and the training config.
+
+Layout: `config.json`, `checkpoint/backbone_lora/adapter_{config.json,model.safetensors}`,
+`checkpoint/rm_head.pt`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dinalrm_jax.config import ConfigError, HeadConfig, LoRAConfig, RewardModelConfig, SD3Config, from_mapping
+from dinalrm_jax.weights.rules import Rule
+
+HEAD = (Rule("{}", "head.{}"),)
+LORA = (
+    Rule("base_model.model.{}.lora_A.weight", "backbone.{}.lora_A"),
+    Rule("base_model.model.{}.lora_B.weight", "backbone.{}.lora_B"),
+)
+
+# Keys of the released config that cannot change a score: of training (EMA), of the hub, or read by no code.
+IGNORED = {"model_type", "backbone_model_id", "use_ema", "ema_decay", "use_text_features", "use_t_embed"}
+IGNORED_HEAD = {"patch_size", "cfg_scale"}
+
+
+def model_config(released: Mapping[str, Any], transformer: SD3Config) -> RewardModelConfig:
+    """The model that a released `config.json` describes.
+
+    Args:
+        released: the parsed file; only its `model` section is read.
+        transformer: the base model's geometry.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that the released layout cannot hold.
+    """
+    if "model" not in released:
+        raise ConfigError("released config.json has no 'model' section: it is the config of another model")
+    model = {key: value for key, value in released["model"].items() if key not in IGNORED}
+    head = {key: value for key, value in model.pop("reward_head", {}).items() if key not in IGNORED_HEAD}
+    if head.pop("out_dim", 1) != 1:
+        raise ConfigError("released config: model.reward_head.out_dim must be 1, this model gives one score")
+    if head.pop("dropout", 0.0) != 0.0:
+        raise ConfigError("released config: model.reward_head.dropout must be 0, the head has no dropout")
+    if model.pop("use_logistic", False):
+        raise ConfigError("released config: model.use_logistic is set, but rm_head.pt does not hold eta3 and eta4")
+    width = head.pop("width", -1)
+    frozen = model.pop("freeze_backbone", False)
+    lora = model.pop("lora_config", None)
+    use_lora = model.pop("use_lora", False) and not frozen
+    if not use_lora and not frozen:
+        raise ConfigError("released config: the whole backbone was trained (no LoRA, not frozen); not supported")
+    renamed = {"num_transformer_layers": "num_blocks", "visual_head_idx": "visual_taps", "text_head_idx": "text_taps"}
+    unknown = model.keys() - renamed.keys()
+    if unknown or renamed.keys() - model.keys():
+        raise ConfigError(
+            f"released config, section model: unknown keys {sorted(unknown)}, "
+            f"missing keys {sorted(renamed.keys() - model.keys())}"
+        )
+    return from_mapping(
+        RewardModelConfig,
+        {
+            **{renamed[key]: value for key, value in model.items()},
+            "transformer": transformer,
+            "lora": LoRAConfig(rank=lora["r"], alpha=float(lora["lora_alpha"])) if use_lora else None,
+            "head": from_mapping(HeadConfig, {**head, "width": None if width == -1 else width}, "model.reward_head"),
+        },
+        "released config",
+    )
+
+
+def released_config(config: RewardModelConfig) -> dict[str, Any]:
+    """The inverse of `model_config`: the `config.json` to write beside an exported checkpoint.
+
+    Raises:
+        ConfigError: a logistic model, whose eta3 and eta4 the released layout does not hold.
+    """
+    if config.logistic:
+        raise ConfigError("a logistic model cannot be exported: the released layout does not hold eta3 and eta4")
+    lora = config.lora and {
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "init_lora_weights": "gaussian",
+    }
+    return {
+        "model": {
+            "model_type": "thurstone",
+            "backbone_model_id": "local",
+            "num_transformer_layers": config.num_blocks,
+            "freeze_backbone": config.lora is None,
+            "use_lora": config.lora is not None,
+            "use_text_features": bool(config.text_taps),
+            "lora_config": lora,
+            "use_logistic": False,
+            "visual_head_idx": list(config.visual_taps),
+            "text_head_idx": list(config.text_taps),
+            "use_t_embed": True,
+            "reward_head": {
+                "use_proj_in": config.head.use_proj_in,
+                "width": config.head.width or -1,
+                "out_dim": 1,
+                "num_queries": config.head.num_queries,
+                "num_attn_heads": config.head.num_attn_heads,
+                "dropout": 0.0,
+            },
+        },
+        "training": {"add_noise": True},
+    }
+
+
+def adapter_config(config: LoRAConfig) -> dict[str, Any]:
+    """PEFT's `adapter_config.json` for an exported adapter."""
+    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    return {
+        "peft_type": "LORA",
+        "r": config.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": "gaussian",
+        "inference_mode": True,
+        "target_modules": [
+            "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        ],
+        "exclude_modules": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }

@@ -1,0 +1,99 @@
+"""Tables that map the names and layouts of files to ours, in both directions.
+
+A table is a tuple of `Rule`s; the first rule that matches a name decides. Loading reports every
+unknown, missing and misshapen name in one error.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import jax
+import numpy as np
+
+Transform = Callable[[np.ndarray], np.ndarray]
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit the model; the message lists every name that does not."""
+
+
+def _identity(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row: a name in the file and ours, with `{}` for a part that both share.
+
+    Attributes:
+        file, ours: name templates, at most one `{}` each.
+        load, dump: the array's change of layout on the way in and its inverse.
+    """
+
+    file: str
+    ours: str
+    load: Transform = _identity
+    dump: Transform = _identity
+
+
+def load(
+    tensors: Mapping[str, np.ndarray],
+    rules: Collection[Rule],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    source: str,
+    unused: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Reads the parameters named in `shapes`.
+
+    Args:
+        tensors: the file's arrays by name; read one at a time.
+        rules: the table.
+        shapes: what the model needs.
+        source: the file or directory, for the error message.
+        unused: a pattern of file names that this model leaves alone (layers beyond its depth).
+
+    Raises:
+        WeightsError: listing all that is unknown, missing or of another shape.
+    """
+    loaded, problems, seen = {}, [], set()
+    for name in tensors:
+        if unused is not None and re.fullmatch(unused, name):
+            continue
+        ours, rule = _translate(name, rules, "file", "ours")
+        if ours not in shapes:
+            problems.append(f"unknown: {name}")
+            continue
+        seen.add(ours)
+        try:
+            array = rule.load(tensors[name])
+        except ValueError as error:
+            problems.append(f"unreadable: {name}: {error}")
+            continue
+        if array.shape != shapes[ours].shape:
+            problems.append(f"misshapen: {name} gives {array.shape}, the model takes {shapes[ours].shape}")
+            continue
+        loaded[ours] = array
+    problems += [f"missing: {_translate(name, rules, 'ours', 'file')[0]}" for name in shapes if name not in seen]
+    if problems:
+        listing = "\n  ".join(problems)
+        raise WeightsError(f"{source} does not hold this model's weights, {len(problems)} problems:\n  {listing}")
+    return loaded
+
+
+def dump(params: Mapping[str, jax.Array], rules: Collection[Rule]) -> dict[str, np.ndarray]:
+    """The inverse of `load`: arrays under the file's names and in its layout."""
+    out = {}
+    for name, array in params.items():
+        file, rule = _translate(name, rules, "ours", "file")
+        out[file] = np.ascontiguousarray(rule.dump(np.asarray(array)))
+    return out
+
+
+def _translate(name: str, rules: Collection[Rule], source: str, target: str) -> tuple[str, Rule]:
+    for rule in rules:
+        match = re.fullmatch(re.escape(getattr(rule, source)).replace(r"\{\}", "(.+)"), name)
+        if match:
+            return getattr(rule, target).format(*match.groups()), rule
+    return name, Rule(name, name)
