@@ -217,7 +217,7 @@ class StageConfig:
 class ScenesConfig:
     """The generated scenes of `dinalrm_jax.data.synthetic` (written to `data` when it is not there)."""
 
-    train_scenes: int = 6000
+    train_pairs: int = 12000
     eval_pairs: int = 400
     image_size: int = 64
     seed: int = 0
@@ -244,25 +244,39 @@ class MeshConfig:
 class TrainConfig:
     """A whole training run.
 
-    data: directory of records (`dinalrm_jax.data.records`); relative to the working directory.
-    scenes: generate the quickstart's scenes into `data` first; None: the records must be there.
+    data: directory of records (`dinalrm_jax.data.records`); None: WORKDIR/data.
+    scenes: draw the quickstart's scenes into `data` where it does not exist; None: it must exist.
     base_model: a diffusers directory or a native backbone to start from; None: random weights.
     generator: a flow-matching stage that trains the whole backbone first; None: skip it.
     reward: the stage that trains LoRA and head on preference pairs.
     """
 
     name: str
-    data: str
     model: RewardModelConfig
     reward: StageConfig
     seed: int = 0
-    base_model: str | None = None
+    data: str | None = None
     scenes: ScenesConfig | None = None
+    base_model: str | None = None
     generator: StageConfig | None = None
     loss: LossConfig = LossConfig()
     execution: ExecutionConfig = ExecutionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """Several runs on the same data, each with every seed; runs of one seed share its generator."""
+
+    name: str
+    runs: tuple[TrainConfig, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self):
+        names = [run.name for run in self.runs]
+        if len(set(names)) != len(names) or not names or not self.seeds:
+            raise ConfigError(f"a sweep needs seeds and runs of different names, got {names} and {self.seeds}")
 
 
 # --------------------------------------------------------------------------------------- builder

@@ -64,6 +64,12 @@ class RewardModule(nnx.Module):
         image, text = jax.vmap(lambda sigma: self._tokens(latents, prompt, sigma, eps))(sigmas)
         return self._squash(self.head.score(_join_levels(image), None if text is None else _join_levels(text)))
 
+    def score(self, latents: jax.Array, prompt: PromptEmbeds, levels: jax.Array, eps: jax.Array) -> jax.Array:
+        """A single level for all rows where `levels` is (), the ensemble where it is (K,)."""
+        if levels.ndim == 0:
+            return self(latents, prompt, jnp.broadcast_to(levels, len(latents)), eps)
+        return self.ensemble(latents, prompt, levels, eps)
+
     def features(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> Features:
         """What the head sees of the noised latents; arguments as for a single level."""
         noisy = noise.add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
@@ -155,7 +161,7 @@ class RewardModel:
 
         def reward(params: Params, latents: jax.Array, prompt: PromptEmbeds, key, noise=None) -> jax.Array:
             eps = draw_noise(key, latents.shape) if noise is None else noise
-            return _score(module.bind(params), latents, prompt, jnp.asarray(levels), eps)
+            return module.bind(params).score(latents, prompt, jnp.asarray(levels), eps)
 
         return reward
 
@@ -236,13 +242,7 @@ def _levels(sigma: float | Sequence[float]) -> np.ndarray:
     return levels
 
 
-def _score(module: RewardModule, latents: jax.Array, prompt: PromptEmbeds, levels: jax.Array, eps: jax.Array):
-    if levels.ndim == 0:
-        return module(latents, prompt, jnp.broadcast_to(levels, len(latents)), eps)
-    return module.ensemble(latents, prompt, levels, eps)
-
-
 @functools.lru_cache(maxsize=32)
 def _jitted_score(config: RewardModelConfig, execution: ExecutionConfig) -> Callable[..., jax.Array]:
     module = reward_functional(config, execution)
-    return jax.jit(lambda params, *inputs: _score(module.bind(params), *inputs))
+    return jax.jit(lambda params, *inputs: module.bind(params).score(*inputs))

@@ -28,10 +28,11 @@ class RecordsError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageRecord:
-    """latents: (H, W, C) clean and scaled, stored in float16; name: where the image came from."""
+    """Clean, scaled latents (H, W, C), stored in float16; the image's name, and its file's size (0: no file)."""
 
     latents: np.ndarray
     name: str
+    file_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +69,14 @@ def write(
         images: in index order; consumed once.
         prompts: in index order, all with embeddings of one shape.
         pairs: by split.
-        manifest: JSON values that say which codec and text encoder made the records.
+        manifest: JSON values that say which codec and text encoder made the records. What is
+            trained on them is compared with it.
     """
     import tensorflow_datasets as tfds
 
     tokens, pooled = prompts[0].prompt_embeds.shape, prompts[0].pooled_prompt_embeds.shape
     half = functools.partial(tfds.features.Tensor, dtype=np.float16, encoding="bytes")
-    image_features = {"latents": half(shape=(None, None, None)), "name": tfds.features.Text()}
+    image_features = {"latents": half(shape=(None, None, None)), "name": tfds.features.Text(), "file_bytes": np.int64}
     prompt_features = {
         "text": tfds.features.Text(),
         "prompt_embeds": half(shape=tokens),

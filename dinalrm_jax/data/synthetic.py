@@ -34,6 +34,8 @@ HELD_OUT = (("red", "star"), ("green", "ring"), ("blue", "circle"), ("yellow", "
             ("orange", "ring"))  # fmt: skip
 TRAINED = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
+TWO_GROUPS = 0.3  # share of scenes with two groups
+
 VIOLATIONS = ("color", "shape", "count", "position", "exchange")
 DEGRADATIONS = ("blur", "noise", "jpeg", "occlusion")
 
@@ -58,7 +60,8 @@ class ScenePair:
     Attributes:
         caption: what both images were drawn for.
         chosen, rejected: (S, S, 3) uint8.
-        kind: what is wrong with the rejected image: one of VIOLATIONS or DEGRADATIONS.
+        kind: what is wrong with the rejected image: "prompt/" and one of VIOLATIONS, or "degraded/" and
+            one of DEGRADATIONS.
     """
 
     caption: str
@@ -80,11 +83,12 @@ def scene_pairs(count: int, size: int, seed: int, *, held_out: bool) -> Iterator
         rng = np.random.Generator(np.random.Philox(key=[seed, 2 * index + held_out]))
         scene = draw_scene(rng, HELD_OUT if held_out else TRAINED)
         if index % 2:
-            kind = str(rng.choice(DEGRADATIONS))
-            rejected = degrade(render(scene, size, rng), kind, rng)
+            defect = str(rng.choice(DEGRADATIONS))
+            kind, rejected = f"degraded/{defect}", degrade(render(scene, size, rng), defect, rng)
         else:
-            kind = str(rng.choice(VIOLATIONS if len(scene) == 2 else VIOLATIONS[:-1]))
-            rejected = render(violate(scene, kind, rng, HELD_OUT if held_out else TRAINED), size, rng)
+            respect = str(rng.choice(VIOLATIONS if len(scene) == 2 else VIOLATIONS[:-1]))
+            broken = violate(scene, respect, rng, HELD_OUT if held_out else TRAINED)
+            kind, rejected = f"prompt/{respect}", render(broken, size, rng)
         yield ScenePair(caption(scene), render(scene, size, rng), rejected, kind)
 
 
@@ -96,7 +100,7 @@ def caption(scene: tuple[Group, ...]) -> str:
 def draw_scene(rng: np.random.Generator, combinations: tuple[tuple[str, str], ...]) -> tuple[Group, ...]:
     """One group, or two different ones in opposite halves."""
     side = str(rng.choice(list(SIDES)))
-    chosen = rng.choice(len(combinations), size=int(rng.integers(1, 3)), replace=False)
+    chosen = rng.choice(len(combinations), size=1 + int(rng.random() < TWO_GROUPS), replace=False)
     sides = (side, SIDES[side])
     return tuple(
         Group(int(rng.integers(1, len(COUNTS) + 1)), *combinations[index], place)

@@ -1,0 +1,88 @@
+"""Converts weights between the released, the native and the diffusers layout.
+
+    python -m dinalrm_jax.convert released --checkpoint D --base-model B --output N [--verify]
+    python -m dinalrm_jax.convert export --checkpoint N --output D
+    python -m dinalrm_jax.convert diffusers --base-model B --output N
+
+D is a released checkpoint, B a base model in diffusers layout (directories or hub ids), N a native
+checkpoint or backbone. An output that exists is never overwritten.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+
+from dinalrm_jax.config import ConfigError, ExecutionConfig
+from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.weights import pretrained
+from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.weights.torch_file import TorchFileError
+from dinalrm_jax.weights.verify import VerificationError, verify_against_released
+
+NEEDED = {
+    "released": ("checkpoint", "base-model", "output"),
+    "export": ("checkpoint", "output"),
+    "diffusers": ("base-model", "output"),
+}
+
+
+def convert(
+    direction: str,
+    *,
+    checkpoint: str | None,
+    base_model: str | None,
+    output: str,
+    dtype: str,
+    verify: bool,
+) -> None:
+    """One conversion; see the module's docstring for the directions.
+
+    Raises:
+        ConfigError, WeightsError, TorchFileError, FileNotFoundError, FileExistsError: before anything is written.
+        VerificationError: the converted model and the released code disagree; the output is kept for study.
+    """
+    if pathlib.Path(output).exists():
+        raise FileExistsError(f"{output} exists already; choose another output or remove it first")
+    execution = ExecutionConfig(dtype=dtype)
+    if direction == "released":
+        pretrained.save_reward_model(pretrained.load_reward_model(checkpoint, base_model, execution), output)
+    elif direction == "export":
+        pretrained.export_released(RewardModel.from_pretrained(checkpoint, dtype="float32"), output)
+    else:
+        pretrained.save_backbone(*pretrained.load_backbone(base_model, execution), output)
+    print(f"wrote {output}")
+    if verify:
+        print(verify_against_released(output, checkpoint, base_model))
+
+
+def main(argv: list[str]) -> None:
+    values = flags.FLAGS
+    if len(argv) != 2 or argv[1] not in NEEDED:
+        raise app.UsageError(f"expected one of {', '.join(NEEDED)}, got {argv[1:]}")
+    missing = [name for name in NEEDED[argv[1]] if values[name].value is None]
+    if missing:
+        raise app.UsageError(f"{argv[1]} needs {', '.join('--' + name for name in missing)}")
+    if values.verify and argv[1] != "released":
+        raise app.UsageError("--verify goes with `released`: it compares with the released files")
+    try:
+        convert(
+            argv[1],
+            checkpoint=values.checkpoint,
+            base_model=values["base-model"].value,
+            output=values.output,
+            dtype=values.dtype,
+            verify=values.verify,
+        )
+    except (ConfigError, WeightsError, TorchFileError, VerificationError, FileNotFoundError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
+    flags.DEFINE_string("base-model", None, "Base model in diffusers layout: a directory or hub id.")
+    flags.DEFINE_string("output", None, "Directory to write; must not exist.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Stored dtype of the frozen weights.")
+    flags.DEFINE_bool("verify", False, "Score with PyTorch from the released files too, and compare.")
+    app.run(main)

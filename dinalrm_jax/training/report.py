@@ -1,0 +1,160 @@
+"""What a run leaves for people: tables, plots and a contact sheet of held-out pairs."""
+
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+from dinalrm_jax.data import tiny_encoders  # noqa: E402
+from dinalrm_jax.data.records import Records  # noqa: E402
+from dinalrm_jax.training.evaluation import Level, PairScores  # noqa: E402
+
+INK, CHOSEN, REJECTED, ENSEMBLE = "#222222", "#1b7f4b", "#b3372f", "#2c5aa0"
+
+
+def level_name(level: Level) -> str:
+    """How a level is written in tables: "0.4", or "ensemble 0.2 0.5 0.7"."""
+    return "ensemble " + " ".join(f"{sigma:g}" for sigma in level) if isinstance(level, tuple) else f"{level:g}"
+
+
+def groups(scores: PairScores) -> dict[str, np.ndarray]:
+    """Masks of all pairs and of each group; a pair's group is its kind up to the slash."""
+    prefixes = np.array([kind.split("/")[0] for kind in scores.kinds])
+    names = sorted(set(prefixes))
+    return {"all": np.ones(len(prefixes), bool), **({name: prefixes == name for name in names} if names[1:] else {})}
+
+
+def accuracy_table(scores: PairScores) -> str:
+    """A Markdown table, one line a level, one column a group of pairs; per cent."""
+    masks = groups(scores)
+    lines = ["| sigma | " + " | ".join(f"{name} ({mask.sum()})" for name, mask in masks.items()) + " |"]
+    lines.append("|---" * (len(masks) + 1) + "|")
+    for level in scores.levels:
+        cells = [f"{100 * scores.accuracy(level, mask):.1f}" for mask in masks.values()]
+        lines.append(f"| {level_name(level)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def kind_table(scores: PairScores, level: Level) -> str:
+    """A Markdown table of one level's accuracy by kind of pair."""
+    kinds = sorted(set(scores.kinds))
+    lines = [f"| kind, at {level_name(level)} | pairs | accuracy |", "|---|---|---|"]
+    for kind in kinds:
+        mask = scores.kinds == kind
+        lines.append(f"| {kind} | {mask.sum()} | {100 * scores.accuracy(level, mask):.1f} |")
+    return "\n".join(lines)
+
+
+def file_size_accuracy(records: Records, scores: PairScores) -> float | None:
+    """Accuracy of the image file's size as a score, or None where the images came from no files."""
+    sizes = {int(i): records.images[int(i)].file_bytes for i in np.unique(scores.records[:, :2])}
+    if not all(sizes.values()):
+        return None
+    return float(np.mean([sizes[int(chosen)] > sizes[int(rejected)] for chosen, rejected, _ in scores.records]))
+
+
+def write_report(directory: pathlib.Path, records: Records, scores: PairScores, history: list[dict]) -> str:
+    """Writes tables, results.json and plots into `directory`; returns the text that `report.md` holds.
+
+    Args:
+        directory: made if it is not there.
+        records: what was evaluated on, for the contact sheet and the file-size baseline.
+        scores: single levels in increasing order, then ensembles.
+        history: the reward stage's lines of metrics.jsonl.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    best = scores.levels[-1]
+    sections = [f"Held-out pair accuracy, % (chance 50, {len(scores.kinds)} pairs)", accuracy_table(scores)]
+    if len(set(scores.kinds)) > 1:
+        sections.append(kind_table(scores, best))
+    file_size = file_size_accuracy(records, scores)
+    if file_size is not None:
+        sections.append(f"The image file's size as a score: {100 * file_size:.1f} %")
+    text = "\n\n".join(sections) + "\n"
+    (directory / "report.md").write_text(text)
+    results = {
+        level_name(level): {name: scores.accuracy(level, mask) for name, mask in groups(scores).items()}
+        for level in scores.levels
+    }
+    baseline = {} if file_size is None else {"file size": {"all": file_size}}
+    (directory / "results.json").write_text(json.dumps({**results, **baseline}, indent=1) + "\n")
+    plot_learning_curve(directory / "learning_curve.png", history)
+    plot_accuracy_by_sigma(directory / "accuracy_by_sigma.png", scores)
+    if records.manifest.get("codec", {}).get("name") == "tiny_dct":
+        plot_pairs(directory / "pairs.png", records, scores, best)
+    return text
+
+
+def plot_learning_curve(path: pathlib.Path, history: list[dict]) -> None:
+    """Training loss and accuracy, with held-out accuracy where it was measured."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    steps = [row["step"] for row in history if "loss" in row]
+    left.plot(steps, [row["loss"] for row in history if "loss" in row], color=INK)
+    left.set(xlabel="step", ylabel="training loss")
+    right.plot(steps, [100 * row["accuracy"] for row in history if "loss" in row], color=INK, label="training")
+    measured = [row for row in history if "eval_accuracy" in row]
+    if measured:
+        right.plot(
+            [row["step"] for row in measured],
+            [100 * row["eval_accuracy"] for row in measured],
+            "o-",
+            color=ENSEMBLE,
+            label=f"held-out, sigma {measured[0]['eval_sigma']:g}",
+        )
+    right.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
+    right.set(xlabel="step", ylabel="pair accuracy, %", ylim=(40, 101))
+    right.legend(frameon=False, loc="lower right")
+    _save(figure, path)
+
+
+def plot_accuracy_by_sigma(path: pathlib.Path, scores: PairScores) -> None:
+    """Held-out accuracy against the single level, with the ensembles as lines across."""
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    single = [level for level in scores.levels if not isinstance(level, tuple)]
+    colors = [INK, REJECTED, CHOSEN]
+    for (name, mask), color in zip(groups(scores).items(), colors):
+        accuracies = [100 * scores.accuracy(level, mask) for level in single]
+        axes.plot(single, accuracies, "o-", color=color, label=name, markersize=4)
+        for level in scores.levels[len(single) :]:
+            axes.axhline(100 * scores.accuracy(level, mask), color=color, linestyle="--", linewidth=0.9)
+    axes.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="noise level sigma", ylabel="held-out pair accuracy, %", ylim=(40, 101))
+    axes.set_title("dashed: " + ", ".join(level_name(level) for level in scores.levels[len(single) :]), fontsize=9)
+    axes.legend(frameon=False, loc="lower left")
+    _save(figure, path)
+
+
+def plot_pairs(path: pathlib.Path, records: Records, scores: PairScores, level: Level, count: int = 12) -> None:
+    """A contact sheet: held-out pairs, chosen left, with their scores; wrong orders in red."""
+    row = scores.levels.index(level)
+    shown = np.linspace(0, len(scores.kinds) - 1, min(count, len(scores.kinds))).round().astype(int)
+    columns = 3
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(rows, 2 * columns, figsize=(11, 2.35 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for place, pair in enumerate(shown):
+        chosen, rejected, prompt = scores.records[pair]
+        right = scores.chosen[row, pair] > scores.rejected[row, pair]
+        left_axis, right_axis = axes[place // columns, 2 * (place % columns) : 2 * (place % columns) + 2]
+        for axis, index, score in (
+            (left_axis, chosen, scores.chosen[row, pair]),
+            (right_axis, rejected, scores.rejected[row, pair]),
+        ):
+            axis.imshow(tiny_encoders.decode_latents(records.images[int(index)].latents))
+            axis.set_title(f"{score:+.2f}", fontsize=10, color=CHOSEN if right else REJECTED, pad=2)
+        caption = records.prompts[int(prompt)].text
+        caption = caption if len(caption) < 60 else caption[:57] + "..."
+        words = f"{caption}\n({scores.kinds[pair]})"
+        left_axis.text(0, -0.04, words, fontsize=7, va="top", transform=left_axis.transAxes, wrap=False)
+    figure.suptitle(f"Held-out pairs, preferred image left, scores at {level_name(level)}; red: wrong order", fontsize=11)
+    _save(figure, path)
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
