@@ -157,12 +157,12 @@ def fit(
     if (restored := checkpoints.restore_latest(state, mesh)) is not None:
         state, loader_state = restored
         batches.set_state(loader_state)
-        logging.info("%s: continuing from the checkpoint of step %d", name, int(state.step))
+        print(f"{name}: continuing from the checkpoint of step {int(state.step)}")
 
     log = MetricsLog(workdir, name)
     first = int(state.step)
     trained = sum(array.size for array in params.values())
-    logging.info("%s: %s trainable parameters, steps %d to %d", name, f"{trained:,}", first, stage.steps)
+    print(f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps; the first compiles")
     with TermSignal() as term, tqdm(total=stage.steps, initial=first, desc=name, unit="step") as bar:
         for step in range(first + 1, stage.steps + 1):
             state, metrics = step_fn(state, frozen, put_batch(next(batches), mesh))
@@ -308,12 +308,13 @@ def sweep_table(sweep: SweepConfig, accuracies: dict[str, list[list[float]]]) ->
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every file they touch
     enable_compilation_cache()
     values = flags.FLAGS.config
     try:
         config = from_mapping(SweepConfig if "runs" in values else TrainConfig, values)
         workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}")
-        logging.info("jax %s on %s", jax.__version__, ", ".join(sorted({d.device_kind for d in jax.devices()})))
+        print(f"{config.name}: jax {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}, {workdir}")
         (run_sweep if isinstance(config, SweepConfig) else run)(config, workdir)
     except Stopped as stop:
         print(stop, file=sys.stderr)

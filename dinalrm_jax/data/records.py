@@ -174,6 +174,8 @@ class _Rows(Sequence):
         return len(self._source)
 
     def __getitem__(self, index: int):
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         row = self._source[index]
         values = {
             key: value.decode() if isinstance(value, bytes) else int(value) if np.ndim(value) == 0 else value

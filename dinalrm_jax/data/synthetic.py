@@ -147,7 +147,7 @@ def render(scene: tuple[Group, ...], size: int, rng: np.random.Generator) -> np.
     draw = ImageDraw.Draw(image)
     for group in scene:
         for x, y in _places(group, rng):
-            radius = side * rng.uniform(0.105, 0.13)
+            radius = side * rng.uniform(0.125, 0.15)
             _draw_object(draw, group, x * side, y * side, radius, tuple(int(v) for v in ground), rng)
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
@@ -156,7 +156,7 @@ def _places(group: Group, rng: np.random.Generator) -> list[tuple[float, float]]
     """Centres in the unit square: slots along the half, jittered."""
     slots = np.array([1 / 6, 1 / 2, 5 / 6])
     along = rng.permutation(slots)[: group.count] + rng.uniform(-0.03, 0.03, group.count)
-    across = rng.uniform(0.17, 0.33, group.count)
+    across = rng.uniform(0.19, 0.31, group.count)
     if group.side in ("right", "bottom"):
         across = 1 - across
     pairs = zip(across, along) if group.side in ("left", "right") else zip(along, across)

@@ -1,0 +1,90 @@
+"""Shared fixtures. Four virtual CPU devices, so that meshes are real; everything else uses the first."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "released-tiny"
+CACHE = ROOT / ".jax_cache"
+
+# Subprocesses inherit the cache; four devices are for this process only.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+import dinalrm_jax as dina  # noqa: E402
+from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config  # noqa: E402
+from dinalrm_jax.parameters import Params  # noqa: E402
+
+TINY_SD3 = SD3Config(
+    sample_size=16,
+    num_layers=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    joint_attention_dim=24,
+    caption_projection_dim=16,
+    pooled_projection_dim=20,
+    pos_embed_max_size=12,
+    dual_attention_layers=(0, 1),
+)
+TINY = RewardModelConfig(
+    transformer=TINY_SD3, num_blocks=3, visual_taps=(1, 3), text_taps=(1, 3), lora=LoRAConfig(rank=2, alpha=4.0)
+)
+
+
+def randomized(params: Params, seed: int = 0) -> Params:
+    """Every parameter redrawn, so that nothing hides behind a zero or a one of the initialisation."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, array in params.items():
+        draw = rng.standard_normal(array.shape).astype(np.float32)
+        if name.endswith("pos_embed.pos_embed"):
+            out[name] = array
+        elif array.ndim == 1 and name.endswith("weight"):
+            out[name] = 1 + 0.2 * draw
+        else:
+            out[name] = draw * (0.3 if array.ndim < 2 else array.shape[-1] ** -0.5)
+    return {name: jax.numpy.asarray(array) for name, array in out.items()}
+
+
+def random_inputs(config: SD3Config, batch: int = 2, height: int = 8, width: int = 12, tokens: int = 5, seed: int = 1):
+    """(latents, noise, prompt) for a model of this geometry."""
+    rng = np.random.default_rng(seed)
+    latents, noise = rng.standard_normal((2, batch, height, width, config.in_channels)).astype(np.float32)
+    prompt = dina.PromptEmbeds(
+        rng.standard_normal((batch, tokens, config.joint_attention_dim)).astype(np.float32),
+        rng.standard_normal((batch, config.pooled_projection_dim)).astype(np.float32),
+    )
+    return latents, noise, jax.tree.map(jax.numpy.asarray, prompt)
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict[str, np.ndarray]:
+    """The released code's inputs and outputs; images of the batch channels-last."""
+    channels_first = {"latents_chosen", "latents_rejected", "noise", "velocity_base", "grad_latents"}
+    with np.load(GOLDEN / "cases.npz") as data:
+        return {name: data[name].transpose(0, 2, 3, 1) if name in channels_first else data[name] for name in data}
+
+
+@pytest.fixture(scope="session")
+def golden_prompt(cases) -> dina.PromptEmbeds:
+    return dina.PromptEmbeds(
+        jax.numpy.asarray(cases["encoder_hidden_states"]), jax.numpy.asarray(cases["pooled_projections"])
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_model() -> dina.RewardModel:
+    return dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> dina.RewardModel:
+    model = dina.RewardModel.init(TINY)
+    return dina.RewardModel(TINY, randomized(model.params), model.execution)

@@ -1,0 +1,61 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dinalrm_jax import noise
+from dinalrm_jax.config import ConfigError, SigmaConfig
+
+DRAWS = 20_000
+
+
+def mode_cdf(scale):
+    u = np.linspace(0, 1, 20_001)
+    sigma = 1 - u - scale * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
+    return lambda x: 1 - np.interp(x, sigma[::-1], u[::-1])
+
+
+DISTRIBUTIONS = [
+    ("uniform", (), stats.uniform.cdf),
+    ("logit_normal", (0.3, 0.7), lambda x: stats.norm.cdf((np.log(x / (1 - x)) - 0.3) / 0.7)),
+    ("mode", (1.29,), mode_cdf(1.29)),
+    ("power", (2.0,), lambda x: np.sqrt(x)),
+    ("beta", (2.0, 5.0), stats.beta(2, 5).cdf),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "cdf"), DISTRIBUTIONS, ids=[row[0] for row in DISTRIBUTIONS])
+def test_level_distributions(name, parameters, cdf):
+    draws = np.asarray(noise.sampler(SigmaConfig(name, parameters))(jax.random.key(3), (DRAWS,)))
+    assert draws.min() >= 0
+    assert draws.max() <= 1
+    # Kolmogorov-Smirnov: another distribution, or another parameter by a tenth, lies far below 1e-3.
+    assert stats.kstest(draws, cdf).pvalue > 1e-3
+
+
+def test_constant_level():
+    draws = noise.sampler(SigmaConfig("constant", (0.4,)))(jax.random.key(0), (3,))
+    np.testing.assert_array_equal(draws, np.full(3, 0.4, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SigmaConfig("logit_normal", (0.0,)), r"takes parameters \(mean, std\), got \(0.0,\)"),
+        (SigmaConfig("uniform", (1.0,)), r"takes parameters \(\)"),
+        (SigmaConfig("mode", (3.0,)), "scale in"),
+        (SigmaConfig("constant", (1.2,)), r"value in \[0, 1\]"),
+    ],
+)
+def test_parameters_that_leave_the_unit_interval(config, message):
+    with pytest.raises(ConfigError, match=message):
+        noise.sampler(config)
+
+
+def test_add_noise_interpolates_per_row():
+    latents, eps = np.full((2, 2, 2, 1), 3.0, np.float32), np.full((2, 2, 2, 1), -1.0, np.float32)
+    noisy = noise.add_noise(jnp.asarray(latents), jnp.array([0.0, 0.25]), eps)
+    np.testing.assert_allclose(noisy[0], 3.0)
+    np.testing.assert_allclose(noisy[1], 2.0)
+    assert noise.timestep(0.25) == 250.0
