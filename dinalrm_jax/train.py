@@ -165,7 +165,9 @@ def fit(
     print(f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps; the first compiles")
     with TermSignal() as term, tqdm(total=stage.steps, initial=first, desc=name, unit="step") as bar:
         for step in range(first + 1, stage.steps + 1):
-            state, metrics = step_fn(state, frozen, put_batch(next(batches), mesh))
+            batch = put_batch(next(batches), mesh)
+            jax.block_until_ready(state.step)  # at most one step in flight: the next batch overlaps with it
+            state, metrics = step_fn(state, frozen, batch)
             log.add(step, metrics, stage.batch_size)
             bar.update()
             stopping, last = term.received, step == stage.steps

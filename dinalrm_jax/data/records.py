@@ -160,7 +160,8 @@ class Records:
         try:
             builder = tfds.builder_from_directory(self.directory / name)
             source = builder.as_data_source(split)
-            len(source)
+            for end in {0, len(source) - 1} if len(source) else ():
+                source[end]  # opens the file, which a missing or damaged one fails
             return source
         except Exception as error:  # tfds raises many kinds for a damaged directory
             raise RecordsError(f"{self.directory / name} has no readable split {split!r}: {error}") from error

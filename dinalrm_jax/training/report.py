@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import textwrap
 
 import matplotlib
 
@@ -134,24 +135,19 @@ def plot_pairs(path: pathlib.Path, records: Records, scores: PairScores, level: 
     shown = np.linspace(0, len(scores.kinds) - 1, min(count, len(scores.kinds))).round().astype(int)
     columns = 3
     rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(rows, 2 * columns, figsize=(11, 2.35 * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
+    figure = plt.figure(figsize=(3.4 * columns, 0.4 + 2.25 * rows))
+    cells = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.45, left=0.02, right=0.98, bottom=0.07, top=0.92)
     for place, pair in enumerate(shown):
         chosen, rejected, prompt = scores.records[pair]
         right = scores.chosen[row, pair] > scores.rejected[row, pair]
-        left_axis, right_axis = axes[place // columns, 2 * (place % columns) : 2 * (place % columns) + 2]
-        for axis, index, score in (
-            (left_axis, chosen, scores.chosen[row, pair]),
-            (right_axis, rejected, scores.rejected[row, pair]),
-        ):
+        halves = cells[place // columns, place % columns].subgridspec(1, 2, wspace=0.06).subplots()
+        for axis, index, score in zip(halves, (chosen, rejected), (scores.chosen, scores.rejected)):
             axis.imshow(tiny_encoders.decode_latents(records.images[int(index)].latents))
-            axis.set_title(f"{score:+.2f}", fontsize=10, color=CHOSEN if right else REJECTED, pad=2)
-        caption = records.prompts[int(prompt)].text
-        caption = caption if len(caption) < 60 else caption[:57] + "..."
-        words = f"{caption}\n({scores.kinds[pair]})"
-        left_axis.text(0, -0.04, words, fontsize=7, va="top", transform=left_axis.transAxes, wrap=False)
-    figure.suptitle(f"Held-out pairs, preferred image left, scores at {level_name(level)}; red: wrong order", fontsize=11)
+            axis.set_title(f"{score[row, pair]:+.2f}", fontsize=10, color=CHOSEN if right else REJECTED, pad=2)
+            axis.set_axis_off()
+        lines = [*textwrap.wrap(records.prompts[int(prompt)].text, 52)[:2], f"({scores.kinds[pair]})"]
+        halves[0].text(0, -0.05, "\n".join(lines), fontsize=7.5, va="top", transform=halves[0].transAxes)
+    figure.suptitle(f"Held-out pairs, preferred image left; scores at {level_name(level)}, red: wrong order", fontsize=10)
     _save(figure, path)
 
 

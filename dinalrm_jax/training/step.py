@@ -33,8 +33,9 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
-        copy = jax.tree.map(jnp.copy, params)  # its own buffers: both trees are donated to the step
-        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
+        """The state before the first step; its arrays are its own, since the step donates them."""
+        params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
 
 def make_step(

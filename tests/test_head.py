@@ -1,0 +1,48 @@
+"""The head in the forms that the golden model does not have, against the released forward in torch."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from dinalrm_jax.backbone.features import Features
+from dinalrm_jax.config import HeadConfig
+from dinalrm_jax.head import RewardHead
+from dinalrm_jax.parameters import functional
+from dinalrm_jax.weights.verify import _torch_head
+from tests.conftest import TINY, randomized
+
+FORMS = {
+    "input projections asked for": dataclasses.replace(TINY, head=HeadConfig(use_proj_in=True)),
+    "another width": dataclasses.replace(TINY, head=HeadConfig(width=32, num_queries=3, num_attn_heads=4)),
+    "no text taps": dataclasses.replace(TINY, text_taps=()),
+}
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS.keys())
+def test_forms_of_the_head(config):
+    module = functional(lambda rngs: RewardHead(config, rngs=rngs))
+    params = randomized(module.init(0))
+    rng = np.random.default_rng(0)
+    temb = rng.standard_normal((2, 16)).astype(np.float32)
+    image = [rng.standard_normal((2, 6, 16)).astype(np.float32) for _ in config.visual_taps]
+    text = [rng.standard_normal((2, 5, 16)).astype(np.float32) for _ in config.text_taps]
+    head: RewardHead = module.bind(params)
+    score = head.score(*head.tokens(Features(jnp.asarray(temb), tuple(map(jnp.asarray, image)), tuple(map(jnp.asarray, text)))))
+    weights = {name: torch.from_numpy(np.array(array)) for name, array in params.items()}
+    image, text = ([torch.from_numpy(tap) for tap in taps] for taps in (image, text))
+    expected = _torch_head(weights, image, text, torch.from_numpy(temb), config.head.num_attn_heads)
+    np.testing.assert_allclose(score, expected.numpy(), atol=1e-5)
+
+
+def test_fresh_head_starts_without_modulation_and_with_half_open_gates():
+    head = RewardHead(TINY, rngs=nnx.Rngs(0))
+    for adapter in (*head.layer_adapters_visual, *head.layer_adapters_text):
+        assert not adapter.cond_mlp[2].weight[...].any()
+    assert not head.attn1.gate_vis[2].weight[...].any()
+    assert not head.attn1.gate_text[2].bias[...].any()
+    assert head.attn2.gate_vis is None
+    assert float(head.query_tokens[...].std()) == pytest.approx(0.02, rel=0.5)

@@ -1,0 +1,190 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dinalrm_jax as dina
+from dinalrm_jax.config import ExecutionConfig
+from tests.conftest import TINY, TINY_SD3, random_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return random_inputs(TINY_SD3, batch=4)
+
+
+def test_same_seed_same_score_whatever_the_batch(tiny_model, inputs):
+    latents, _, prompt = inputs
+    together = tiny_model.score_latents(latents, prompt, sigma=0.5, seed=7)
+    order = [2, 0, 3, 1]
+    np.testing.assert_allclose(
+        tiny_model.score_latents(latents[order], prompt[np.array(order)], 0.5, seed=7), together[order], atol=1e-5
+    )
+    alone = [tiny_model.score_latents(latents[i : i + 1], prompt[i : i + 1], 0.5, seed=7)[0] for i in range(4)]
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+    assert np.abs(tiny_model.score_latents(latents, prompt, 0.5, seed=8) - together).max() > 1e-3
+
+
+def test_clean_level_ignores_noise_and_levels_differ(tiny_model, inputs):
+    latents, eps, prompt = inputs
+    clean = tiny_model.score_latents(latents, prompt, 0.0, noise=eps)
+    np.testing.assert_allclose(tiny_model.score_latents(latents, prompt, 0.0, noise=10 * eps), clean, atol=1e-5)
+    assert np.abs(tiny_model.score_latents(latents, prompt, 0.4, noise=eps) - clean).max() > 1e-3
+    # An ensemble of one level is that level.
+    one = tiny_model.score_latents(latents, prompt, (0.4,), noise=eps)
+    np.testing.assert_allclose(one, tiny_model.score_latents(latents, prompt, 0.4, noise=eps), atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.4, (0.2, 0.5, 0.7)])
+def test_reward_fn_composes(tiny_model, inputs, sigma):
+    latents, eps, prompt = inputs
+    reward = tiny_model.reward_fn(sigma)
+    key = jax.random.key(0)
+    expected = tiny_model.score_latents(latents, prompt, sigma, seed=0)
+    jitted = jax.jit(reward)
+    np.testing.assert_allclose(jitted(tiny_model.params, latents, prompt, key), expected, atol=1e-5)
+    given = reward(tiny_model.params, latents, prompt, key, noise=eps)
+    np.testing.assert_allclose(given, tiny_model.score_latents(latents, prompt, sigma, eps), atol=1e-5)
+
+    # vmap over candidates for the same prompts
+    candidates = jnp.stack([latents, 0.5 * latents])
+    mapped = jax.vmap(lambda x: reward(tiny_model.params, x, prompt, key))(candidates)
+    np.testing.assert_allclose(mapped[0], expected, atol=1e-5)
+
+    # The gradient says what a small step does, in latents and in parameters.
+    def total(params, x):
+        return reward(params, x, prompt, key).sum()
+
+    by_params, by_latents = jax.jit(jax.grad(total, argnums=(0, 1)))(tiny_model.params, jnp.asarray(latents))
+    direction = np.random.default_rng(0).standard_normal(latents.shape).astype(np.float32)
+    step = 1e-2
+    difference = total(tiny_model.params, latents + step * direction) - total(
+        tiny_model.params, latents - step * direction
+    )
+    # Central differences in float32 at this step carry about a per cent of rounding and curvature.
+    assert float(difference) / (2 * step) == pytest.approx(float(jnp.vdot(by_latents, direction)), rel=0.05)
+    assert by_params.keys() == tiny_model.params.keys()
+    assert float(jnp.abs(by_params["backbone.transformer_blocks.0.attn.to_q.lora_A"]).max()) > 0
+
+
+def test_keys_per_row_draw_noise_per_row(tiny_model, inputs):
+    latents, _, prompt = inputs
+    reward = tiny_model.reward_fn(0.5)
+    keys = jax.random.split(jax.random.key(1), 4)
+    rows = reward(tiny_model.params, latents, prompt, keys)
+    for i in range(4):
+        one = reward(tiny_model.params, latents[i : i + 1], prompt[i : i + 1], keys[i])
+        np.testing.assert_allclose(rows[i], one[0], atol=1e-5)
+
+
+def test_reward_is_the_same_on_a_sharded_batch(tiny_model, inputs):
+    latents, eps, prompt = inputs
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    sharded = jax.device_put((jnp.asarray(latents), prompt, jnp.asarray(eps)), rows)
+    params = jax.device_put(tiny_model.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    scores = jax.jit(tiny_model.reward_fn(0.4))(params, sharded[0], sharded[1], jax.random.key(0), noise=sharded[2])
+    assert len(scores.sharding.device_set) == 4
+    np.testing.assert_allclose(scores, tiny_model.score_latents(latents, prompt, 0.4, eps), atol=1e-5)
+
+
+def test_bfloat16_keeps_the_order(golden_model, cases, golden_prompt):
+    """Scores well apart keep their order; the deviation itself is measured in the README's table."""
+    half = dina.RewardModel.from_pretrained(*2 * (__import__("tests.conftest").conftest.GOLDEN,), dtype="bfloat16")
+    assert half.params["backbone.context_embedder.weight"].dtype == jnp.bfloat16
+    assert half.params["head.head.weight"].dtype == jnp.float32
+    latents = np.concatenate([cases["latents_chosen"], cases["latents_rejected"]])
+    prompt = jax.tree.map(lambda x: jnp.concatenate([x, x]), golden_prompt)
+    exact, rounded = (model.score_latents(latents, prompt, 0.4) for model in (golden_model, half))
+    assert np.abs(exact - rounded).max() < 0.1
+    apart = exact[:, None] - exact[None] > 0.5
+    assert apart.sum() >= 4
+    assert (rounded[:, None] > rounded[None])[apart].all()
+
+
+def test_logistic_squash():
+    config = dataclasses.replace(TINY, logistic=True)
+    model = dina.RewardModel.init(config)
+    plain = dina.RewardModel(TINY, {k: v for k, v in model.params.items() if not k.startswith("eta")})
+    latents, eps, prompt = random_inputs(TINY_SD3)
+    raw = plain.score_latents(latents, prompt, 0.4, eps)
+    # e1 = 2, e2 = -2, e3 = 0, e4 = 0.15 (method.md 3)
+    expected = 4 / (1 + np.exp(-raw / (0.15 + 1e-6))) - 2
+    np.testing.assert_allclose(model.score_latents(latents, prompt, 0.4, eps), expected, atol=1e-5)
+
+
+def test_normalize():
+    np.testing.assert_allclose(dina.normalize(np.array([-10.0, 0.0, 5.0])), [0.0, 1.0, 1.5])
+
+
+def bad(change):
+    """(latents, prompt, sigma, noise) with one thing wrong."""
+    latents, eps, prompt = random_inputs(TINY_SD3)
+    values = {"latents": latents, "prompt": prompt, "sigma": 0.4, "noise": eps}
+    values.update(change(values))
+    return values
+
+
+def with_nan(array, row):
+    array = np.array(array)
+    array[row] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: {"latents": v["latents"][0]}, r"must be \(batch, height, width, 16\), got rank 3"),
+        (lambda v: {"latents": v["latents"].transpose(0, 3, 1, 2)}, r"channels-first \(NCHW\).*transpose\(0, 2, 3, 1\)"),
+        (lambda v: {"latents": v["latents"][..., :4]}, "have 4 channels, the model takes 16"),
+        (lambda v: {"latents": v["latents"][:, :7]}, "latent height 7 is not a positive multiple of the patch size 2"),
+        (lambda v: {"latents": np.zeros((2, 8, 26, 16))}, "latent width 26 exceeds the position table, 24"),
+        (lambda v: {"prompt": v["prompt"][:1]}, "2 latents but 1 rows of prompt_embeds.*one prompt per image"),
+        (
+            lambda v: {"prompt": dina.PromptEmbeds(v["prompt"].prompt_embeds[..., :8], v["prompt"].pooled_prompt_embeds)},
+            r"prompt_embeds must be \(batch, tokens, 24\)",
+        ),
+        (lambda v: {"sigma": 1.5}, r"sigma must lie in \[0, 1\].*got 1.5"),
+        (lambda v: {"sigma": (0.2, -0.1)}, r"sigma must lie in \[0, 1\]"),
+        (lambda v: {"sigma": ()}, "non-empty sequence"),
+        (lambda v: {"latents": with_nan(v["latents"], 1)}, r"latents holds NaN or infinity in rows \[1\]"),
+        (lambda v: {"noise": with_nan(v["noise"], 0)}, r"noise holds NaN or infinity in rows \[0\]"),
+        (lambda v: {"noise": v["noise"][:1]}, "noise must have the latents' shape"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(tiny_model, change, message):
+    values = bad(change)
+    with pytest.raises(ValueError, match=message):
+        tiny_model.score_latents(**values)
+
+
+def test_reward_fn_checks_shapes_while_tracing(tiny_model):
+    latents, _, prompt = random_inputs(TINY_SD3)
+    with pytest.raises(ValueError, match="channels-first"):
+        jax.jit(tiny_model.reward_fn())(tiny_model.params, latents.transpose(0, 3, 1, 2), prompt, jax.random.key(0))
+    with pytest.raises(ValueError, match="parameters are of another model: missing .*'backbone.context_embedder.bias'"):
+        params = {name: array for name, array in tiny_model.params.items() if "context" not in name}
+        tiny_model.reward_fn()(params, latents, prompt, jax.random.key(0))
+
+
+def test_one_compilation_per_shape(tiny_model):
+    from dinalrm_jax.reward_model import _jitted_score
+
+    latents, _, prompt = random_inputs(TINY_SD3, batch=3)
+    jitted = _jitted_score(tiny_model.config, tiny_model.execution)
+    before = jitted._cache_size()
+    for sigma in (0.1, 0.2, 0.3):
+        tiny_model.score_latents(latents, prompt, sigma)
+    assert jitted._cache_size() == before + 1
+    tiny_model.score_latents(latents[:, :4], prompt, 0.3)
+    assert jitted._cache_size() == before + 2
+
+
+def test_scan_and_remat_do_not_change_scores(tiny_model):
+    latents, eps, prompt = random_inputs(TINY_SD3)
+    expected = tiny_model.score_latents(latents, prompt, (0.2, 0.6), eps)
+    for layers, remat in (("scan", "none"), ("scan", "block"), ("loop", "dots")):
+        model = dataclasses.replace(tiny_model, execution=ExecutionConfig(layers=layers, remat=remat))
+        np.testing.assert_allclose(model.score_latents(latents, prompt, (0.2, 0.6), eps), expected, atol=1e-5)

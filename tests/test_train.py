@@ -1,0 +1,184 @@
+"""The train command: a real process, real signals, and what it leaves behind."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dinalrm_jax as dina
+from dinalrm_jax import train
+from dinalrm_jax.config import ConfigError, TrainConfig, from_mapping
+from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
+from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
+from tests import tiny_run
+from tests.conftest import ROOT
+
+
+def start(workdir, *flags):
+    command = [sys.executable, "-m", "dinalrm_jax.train", "--config", "tests/tiny_run.py", "--workdir", str(workdir)]
+    return subprocess.Popen(
+        [*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+
+
+def wait_for_step(process, workdir, stage, step, limit=120):
+    """Returns once the run has logged `step` of `stage`."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        if (workdir / "metrics.jsonl").exists():
+            lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")]
+            if any(line["stage"] == stage and line["step"] >= step for line in lines):
+                return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError(f"{stage} did not reach step {step} in {limit} s")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir, stdout) of an undisturbed run."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    out, err = (process := start(workdir)).communicate(timeout=300)
+    assert process.returncode == 0, err
+    return workdir, out
+
+
+def test_what_a_run_leaves(finished):
+    workdir, out = finished
+    report = (workdir / "report" / "report.md").read_text()
+    assert report.strip() in out
+    assert "| ensemble 0.2 0.5 0.7 |" in report
+    for name in ("learning_curve", "accuracy_by_sigma", "pairs"):
+        with Image.open(workdir / "report" / f"{name}.png") as image:
+            assert np.asarray(image.convert("L")).std() > 5, f"{name}.png is blank"
+    assert len(list((workdir / "tensorboard").rglob("events.*"))) == 2
+    history = read_metrics(workdir, "reward")
+    assert [row["step"] for row in history if "loss" in row] == list(range(5, 301, 5))
+    assert sum("eval_accuracy" in row for row in history) == 12
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_the_saved_model_scores_what_the_report_says(finished):
+    workdir, _ = finished
+    model = dina.RewardModel.from_pretrained(workdir / "model", dtype="float32")
+    records = Records(workdir / "data")
+    right = []
+    for pair in records.pairs("eval"):
+        latents = np.stack([records.images[i].latents for i in (pair.chosen, pair.rejected)])
+        text = records.prompts[pair.prompt]
+        prompt = dina.PromptEmbeds(np.stack(2 * [text.prompt_embeds]), np.stack(2 * [text.pooled_prompt_embeds]))
+        chosen, rejected = model.score_latents(latents.astype(np.float32), prompt, (0.2, 0.5, 0.7), seed=0)
+        right.append(chosen > rejected)
+    results = json.loads((workdir / "report" / "results.json").read_text())
+    assert results["ensemble 0.2 0.5 0.7"]["all"] == pytest.approx(np.mean(right), abs=1e-6)
+
+
+def test_killed_twice_ends_where_the_undisturbed_run_ends(finished, tmp_path):
+    """SIGKILL in the generator, SIGTERM in the reward stage; the models are equal to the last bit."""
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for_step(process, workdir, "generator", 15)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    process = start(workdir)
+    wait_for_step(process, workdir, "reward", 30)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "stopped by SIGTERM after reward step" in err
+    assert "the same command continues from there" in err
+    assert not (workdir / "model").exists()
+
+    out, err = (process := start(workdir)).communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "reward: continuing from the checkpoint of step" in out
+    for name in ("trained.safetensors", "backbone.safetensors"):
+        undisturbed = (finished[0] / "model" / name).read_bytes()
+        assert (workdir / "model" / name).read_bytes() == undisturbed, name
+    again = (workdir / "report" / "results.json").read_text()
+    assert again == (finished[0] / "report" / "results.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def config(finished):
+    """The tiny run on the finished run's records, without a generator, a few steps long."""
+    base = from_mapping(TrainConfig, tiny_run.get_config())
+    reward = dataclasses.replace(base.reward, steps=12, checkpoint_every=4, evaluate_every=12)
+    return dataclasses.replace(base, data=str(finished[0] / "data"), generator=None, reward=reward)
+
+
+def changed(config, **optimizer):
+    reward = dataclasses.replace(config.reward, optimizer=dataclasses.replace(config.reward.optimizer, **optimizer))
+    return dataclasses.replace(config, reward=reward)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_path):
+    wild = changed(config, learning_rate=1e38, warmup_steps=8, max_grad_norm=1e9)
+    wild = dataclasses.replace(wild, reward=dataclasses.replace(wild.reward, checkpoint_every=1))
+    with pytest.raises(NonFiniteLoss, match=r"the loss of step \d+ is (nan|inf).*last good checkpoint is kept"):
+        train.run(wild, tmp_path / "run")
+    steps = [int(path.name) for path in (tmp_path / "run" / "reward" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert steps
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_another_configuration_needs_another_workdir(config, tmp_path):
+    train.claim_workdir(tmp_path, config)
+    train.claim_workdir(tmp_path, config)
+    with pytest.raises(ConfigError, match=r"changed: reward.optimizer.learning_rate \(0.001 -> 0.002\)"):
+        train.claim_workdir(tmp_path, changed(config, learning_rate=2e-3))
+
+
+def test_records_of_other_encoders_are_refused(config, finished, tmp_path):
+    transformer = dataclasses.replace(config.model.transformer, joint_attention_dim=4096)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=transformer))
+    with pytest.raises(RecordsError, match=r"made by other encoders.*\(16, 64, 64\), the model takes \(16, 4096, 64\)"):
+        train.run(other, tmp_path / "run")
+    with pytest.raises(RecordsError, match="no manifest.json"):
+        train.run(dataclasses.replace(config, data=str(tmp_path / "nothing"), scenes=None), tmp_path / "run2")
+
+
+def test_a_base_model_of_another_geometry_is_refused(config, finished, tmp_path):
+    other = dataclasses.replace(config.model.transformer, num_layers=4)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, transformer=other),
+        base_model=str(finished[0] / "generator" / "backbone"),
+    )
+    with pytest.raises(ConfigError, match="the config says"):
+        train.run(config, tmp_path / "run")
+
+
+def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
+    source = finished[0] / "reward" / "checkpoints"
+    latest = max(source.iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    import jax.numpy as jnp
+
+    from dinalrm_jax.config import MeshConfig
+    from dinalrm_jax.training.optimizer import make_optimizer
+    from dinalrm_jax.training.sharding import make_mesh
+    from dinalrm_jax.training.step import TrainState
+
+    state = TrainState.create({"head.other": jnp.zeros(3)}, make_optimizer(tiny_optimizer(), 10))
+    with pytest.raises(CheckpointError, match=f"checkpoint .*{latest.name} is damaged or of another model"):
+        Checkpoints(source).restore_latest(state, make_mesh(MeshConfig(data=1)))
+
+
+def tiny_optimizer():
+    return from_mapping(TrainConfig, tiny_run.get_config()).reward.optimizer
+
+
+def test_command_line_errors_are_one_message(tmp_path):
+    out, err = (process := start(tmp_path / "run", "--config.reward.batch_size=0")).communicate(timeout=120)
+    assert process.returncode == 2
+    assert "error: config.reward: batch_size must be at least 1, got 0" in err
+    assert "Traceback" not in err

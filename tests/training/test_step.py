@@ -1,0 +1,156 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import dinalrm_jax as dina
+from dinalrm_jax.config import ConfigError, LossConfig, MeshConfig, OptimizerConfig, SigmaConfig
+from dinalrm_jax.reward_model import is_trainable, reward_functional
+from dinalrm_jax.training.objectives import flow_matching_objective, reward_objective
+from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dinalrm_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicate
+from dinalrm_jax.training.step import TrainState, make_step
+from dinalrm_jax.weights.pretrained import transformer_functional
+from tests.conftest import TINY, TINY_SD3, random_inputs, randomized
+
+CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, ema_decay=0.9, max_grad_norm=0.5)
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def batch():
+    chosen, rejected, prompt = random_inputs(TINY_SD3, batch=BATCH, height=4, width=4)
+    return jax.tree.map(np.asarray, dina.PreferenceBatch(chosen, rejected, prompt))
+
+
+def deterministic_objective(module):
+    """No randomness: sigma 0, so that parts, devices and torch can be compared exactly."""
+    return reward_objective(module, LossConfig(), SigmaConfig("constant", (0.0,)))
+
+
+def run_steps(tiny_model, batch, config, *, devices=1, steps=3, objective=None):
+    module = reward_functional(TINY, tiny_model.execution)
+    mesh = make_mesh(MeshConfig(data=devices))
+    optimizer = make_optimizer(config, steps)
+    trainable = {name: array for name, array in tiny_model.params.items() if is_trainable(name)}
+    frozen = replicate({n: a for n, a in tiny_model.params.items() if not is_trainable(n)}, mesh)
+    step = make_step(objective or deterministic_objective(module), optimizer, config, mesh, seed=0)
+    state = replicate(TrainState.create(trainable, optimizer), mesh)
+    history = []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, put_batch(batch, mesh))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return jax.device_get(state), history, step
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model, batch):
+    return run_steps(tiny_model, batch, CONFIG)
+
+
+def assert_same_update(params, expected):
+    """Equal up to what Adam makes of rounding: it divides by the gradient's size, and a step is 1e-2 long.
+
+    A key's bias moves all logits of a query alike, which softmax ignores: its gradient is rounding alone.
+    """
+    assert params.keys() == expected.keys()
+    for name, array in params.items():
+        if not (".to_k" in name and name.endswith("bias")):
+            np.testing.assert_allclose(array, expected[name], atol=2e-4, err_msg=name)
+
+
+def test_accumulation_is_the_same_update(tiny_model, batch, plain):
+    state, history, _ = run_steps(tiny_model, batch, dataclasses.replace(CONFIG, accumulation_steps=4))
+    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in plain[1]], rel=1e-4)
+    assert_same_update(state.params, plain[0].params)
+
+
+def test_four_devices_are_the_same_update(tiny_model, batch, plain):
+    state, history, _ = run_steps(tiny_model, batch, CONFIG, devices=4)
+    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in plain[1]], rel=1e-5)
+    assert_same_update(state.params, plain[0].params)
+
+
+def test_update_is_torchs(tiny_model, batch, plain):
+    """Clipping, AdamW and EMA against torch, fed with the gradients of our objective."""
+    module = reward_functional(TINY, tiny_model.execution)
+    objective = jax.jit(jax.grad(lambda p, f: deterministic_objective(module)({**f, **p}, batch, jax.random.key(0))[0].mean()))
+    frozen = {name: array for name, array in tiny_model.params.items() if not is_trainable(name)}
+    names = [name for name in tiny_model.params if is_trainable(name)]
+    parameters = {name: torch.nn.Parameter(torch.from_numpy(np.array(tiny_model.params[name]))) for name in names}
+    ema = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.01)
+    for _ in range(3):
+        current = {name: jnp.asarray(parameter.detach().numpy()) for name, parameter in parameters.items()}
+        for name, gradient in objective(current, frozen).items():
+            parameters[name].grad = torch.from_numpy(np.array(gradient))
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 0.5)
+        optimizer.step()
+        for name, parameter in parameters.items():
+            ema[name] = 0.9 * ema[name] + 0.1 * parameter.detach()
+    state = plain[0]
+    assert_same_update(state.params, {name: parameter.detach().numpy() for name, parameter in parameters.items()})
+    assert_same_update(state.ema, {name: average.numpy() for name, average in ema.items()})
+
+
+def test_one_compilation_and_a_counted_step(plain):
+    state, _, step = plain
+    assert step._cache_size() == 1
+    assert int(state.step) == 3
+
+
+def test_training_lowers_the_loss(tiny_model, batch):
+    _, history, _ = run_steps(tiny_model, batch, CONFIG, steps=40)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert history[-1]["accuracy"] == 1.0
+
+
+def test_randomness_depends_on_seed_and_step(tiny_model, batch):
+    module = reward_functional(TINY, tiny_model.execution)
+    still = dataclasses.replace(CONFIG, learning_rate=0.0)
+    objective = reward_objective(module, LossConfig(), SigmaConfig("uniform"))
+    _, first, _ = run_steps(tiny_model, batch, still, objective=objective)
+    _, again, _ = run_steps(tiny_model, batch, still, objective=objective)
+    assert first == again
+    assert len({row["loss"] for row in first}) == 3, "every step must draw its own noise"
+
+
+def test_pairs_share_level_and_noise(tiny_model, batch):
+    """With equal images in a pair the scores are equal, whatever the noise drawn."""
+    module = reward_functional(TINY, tiny_model.execution)
+    objective = reward_objective(module, LossConfig(), SigmaConfig("uniform"))
+    same = dataclasses.replace(batch, rejected=batch.chosen)
+    losses, metrics = objective(tiny_model.params, same, jax.random.key(4))
+    np.testing.assert_allclose(metrics["margin"], 0, atol=1e-5)
+    np.testing.assert_allclose(losses, 1 - np.sqrt(0.5), atol=1e-5)
+
+
+def test_flow_matching_loss_of_a_known_velocity(batch):
+    """A fresh transformer predicts zero: the loss is the mean of |eps - x0|^2."""
+    module = transformer_functional(TINY_SD3, dina.RewardModel.__dataclass_fields__["execution"].default)
+    params = module.init(0)
+    key = jax.random.key(2)
+    losses, _ = flow_matching_objective(module, SigmaConfig())(params, batch, key)
+    eps = jax.random.normal(jax.random.split(key)[1], batch.chosen.shape)
+    np.testing.assert_allclose(losses, np.mean(np.square(eps - batch.chosen), axis=(1, 2, 3)), rtol=1e-5)
+    trained = randomized(params)
+    assert np.abs(flow_matching_objective(module, SigmaConfig())(trained, batch, key)[0] - losses).max() > 1e-2
+
+
+def test_schedules():
+    warm = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=10), 100)
+    assert [float(warm(step)) for step in (0, 5, 10, 99)] == pytest.approx([0.0, 1.0, 2.0, 2.0])
+    cosine = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule="cosine"), 110)
+    assert [float(cosine(step)) for step in (10, 60, 110)] == pytest.approx([2.0, 1.0, 0.0], abs=1e-6)
+    assert isinstance(make_optimizer(OptimizerConfig(), 10), optax.GradientTransformation)
+
+
+def test_meshes_and_batches_that_do_not_fit():
+    with pytest.raises(ConfigError, match="mesh.data is 5, but there are 4 devices"):
+        make_mesh(MeshConfig(data=5))
+    with pytest.raises(ConfigError, match=r"batch_size 12 must be a multiple of .* = 2 x 4"):
+        check_batch_size(12, 2, make_mesh(MeshConfig()))

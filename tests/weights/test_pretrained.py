@@ -1,0 +1,227 @@
+"""Weights on disk: every layout read, written, and refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import dinalrm_jax as dina
+from dinalrm_jax import convert
+from dinalrm_jax.config import ConfigError, ExecutionConfig
+from dinalrm_jax.weights import pretrained, torch_file
+from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.weights.verify import VerificationError, released_scores
+from tests.conftest import GOLDEN, random_inputs
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A writable copy of the golden model."""
+    return shutil.copytree(GOLDEN, tmp_path / "released")
+
+
+def load(directory, base=GOLDEN):
+    return dina.RewardModel.from_pretrained(directory, base, dtype="float32")
+
+
+def test_native_round_trip(golden_model, tmp_path):
+    pretrained.save_reward_model(golden_model, tmp_path / "native")
+    again = dina.RewardModel.from_pretrained(tmp_path / "native", dtype="float32")
+    assert again.config == golden_model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, golden_model.params)
+    with pytest.raises(FileExistsError, match="exists already"):
+        pretrained.save_reward_model(golden_model, tmp_path / "native")
+
+
+def test_bfloat16_native_checkpoint(golden_model, tmp_path):
+    half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN)
+    pretrained.save_reward_model(half, tmp_path / "native")
+    again = dina.RewardModel.from_pretrained(tmp_path / "native")
+    jax.tree.map(np.testing.assert_array_equal, again.params, half.params)
+    assert again.execution.dtype == "bfloat16"
+
+
+def test_sharded_base_model(golden_model, released):
+    directory = released / "transformer"
+    tensors = load_file(directory / "diffusion_pytorch_model.safetensors")
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        save_file({name: tensors[name] for name in members}, directory / shard)
+    (directory / "diffusion_pytorch_model.safetensors").unlink()
+    index = {"weight_map": {name: shard for shard, members in shards.items() for name in members}}
+    (directory / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    jax.tree.map(np.testing.assert_array_equal, load(GOLDEN, released).params, golden_model.params)
+
+
+def test_all_wrong_names_are_reported_at_once(released):
+    directory = released / "checkpoint"
+    head = torch.load(directory / "rm_head.pt", weights_only=True)
+    del head["agg_text.bias"], head["attn1.to_q.weight"]
+    head["head.weight"] = head["head.weight"][:, :-1]
+    head["extra.weight"] = torch.zeros(3)
+    torch.save(head, directory / "rm_head.pt")
+    with pytest.raises(WeightsError) as error:
+        load(released)
+    message = str(error.value)
+    assert "rm_head.pt does not hold this model's weights, 4 problems" in message
+    for line in (
+        "unknown: extra.weight",
+        "misshapen: head.weight gives (1, 63), the model takes (1, 64)",
+        "missing: agg_text.bias",
+        "missing: attn1.to_q.weight",
+    ):
+        assert line in message
+
+
+@pytest.mark.parametrize("missing", ["rm_head.pt", "backbone_lora/adapter_model.safetensors", "backbone_lora"])
+def test_missing_files_are_errors(released, missing):
+    path = released / "checkpoint" / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(FileNotFoundError, match=missing.split("/")[-1].split(".")[0]):
+        load(released)
+
+
+def test_truncated_files_are_errors(released):
+    for path, error, message in (
+        (released / "checkpoint" / "rm_head.pt", torch_file.TorchFileError, "rm_head.pt is not a torch.save file"),
+        (released / "transformer" / "diffusion_pytorch_model.safetensors", WeightsError, "not a whole safetensors"),
+    ):
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(error, match=message):
+            load(released, released)
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("model"), "no 'model' section"),
+        (lambda c: c["model"].update(visual_head_index=[1]), r"unknown keys \['visual_head_index'\]"),
+        (lambda c: c["model"].update(num_transformer_layers=9), r"num_blocks must be in 1..6, got 9"),
+        (lambda c: c["model"]["reward_head"].update(num_querys=3), "did you mean 'num_queries'"),
+        (lambda c: c["model"]["reward_head"].update(dropout=0.1), "dropout must be 0"),
+        (lambda c: c["model"].update(use_logistic=True), "does not hold eta3 and eta4"),
+        (lambda c: c["model"]["lora_config"].update(r=8), r"has \(r, lora_alpha\) \(4, 8\), config.json says \(8"),
+    ],
+)
+def test_configs_that_do_not_fit(released, change, message):
+    config = json.loads((released / "config.json").read_text())
+    change(config)
+    (released / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ConfigError, WeightsError), match=message):
+        load(released)
+
+
+def test_other_models_are_refused(released, tmp_path, golden_model):
+    path = released / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(ConfigError, match="is of 'FluxTransformer2DModel', expected a diffusers SD3"):
+        load(GOLDEN, released)
+    with pytest.raises(ConfigError, match="name its base model"):
+        dina.RewardModel.from_pretrained(GOLDEN)
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        dina.RewardModel.from_pretrained(tmp_path / "nowhere")
+    config, params = pretrained.load_backbone(GOLDEN)
+    pretrained.save_backbone(config, params, tmp_path / "backbone")
+    with pytest.raises(ConfigError, match="holds a backbone, expected a reward_model"):
+        dina.RewardModel.from_pretrained(tmp_path / "backbone")
+
+
+def test_export_scores_the_same_in_torch_and_peft(tiny_model, tmp_path):
+    """A model of ours, written out, is read and scored by diffusers, PEFT and torch.load."""
+    transformer = tiny_model.config.transformer
+    whole = pretrained.transformer_functional(transformer, ExecutionConfig()).init(3)
+    whole |= {
+        name.removeprefix("backbone."): array
+        for name, array in tiny_model.params.items()
+        if name.startswith("backbone.") and ".lora_" not in name
+    }
+    pretrained.export_diffusers(transformer, whole, tmp_path / "base")
+    pretrained.save_reward_model(tiny_model, tmp_path / "native")
+    run_convert("export", checkpoint=tmp_path / "native", output=tmp_path / "released")
+
+    latents, eps, prompt = random_inputs(transformer)
+    ours = tiny_model.score_latents(latents, prompt, 0.4, eps)
+    theirs = released_scores(
+        str(tmp_path / "released"),
+        str(tmp_path / "base"),
+        tiny_model.config,
+        0.6 * latents + 0.4 * eps,
+        np.array(prompt.prompt_embeds),
+        np.array(prompt.pooled_prompt_embeds),
+        0.4,
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    again = load(tmp_path / "released", tmp_path / "base")
+    assert again.config == tiny_model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, tiny_model.params)
+
+
+def run_convert(direction, *, checkpoint=None, base_model=None, output, verify=False):
+    convert.convert(
+        direction,
+        checkpoint=checkpoint and str(checkpoint),
+        base_model=base_model and str(base_model),
+        output=str(output),
+        dtype="float32",
+        verify=verify,
+    )
+
+
+def test_convert_released_and_verify(golden_model, released, tmp_path, capsys):
+    run_convert("released", checkpoint=GOLDEN, base_model=GOLDEN, output=tmp_path / "native", verify=True)
+    assert "verified against PyTorch: largest difference" in capsys.readouterr().out
+    model = dina.RewardModel.from_pretrained(tmp_path / "native", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, model.params, golden_model.params)
+
+    # A wrong weight does not pass: convert one head, verify against another.
+    from dinalrm_jax.weights.verify import verify_against_released
+
+    head = torch.load(released / "checkpoint" / "rm_head.pt", weights_only=True)
+    head["attn2.to_k_vis.weight"] = head["attn2.to_k_vis.weight"].T.contiguous()
+    torch.save(head, released / "checkpoint" / "rm_head.pt")
+    with pytest.raises(VerificationError, match="does not score as"):
+        verify_against_released(str(tmp_path / "native"), str(released), str(GOLDEN))
+
+
+def test_convert_diffusers_and_back(tmp_path):
+    run_convert("diffusers", base_model=GOLDEN, output=tmp_path / "backbone")
+    config, params = pretrained.load_backbone(tmp_path / "backbone")
+    pretrained.export_diffusers(config, params, tmp_path / "transformer")
+    original = load_file(GOLDEN / "transformer" / "diffusion_pytorch_model.safetensors")
+    again = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert again.keys() == original.keys()
+    for name, tensor in original.items():
+        np.testing.assert_array_equal(again[name], tensor, err_msg=name)
+
+
+def test_torch_file_round_trip_and_refusal(tmp_path):
+    rng = np.random.default_rng(0)
+    state = {
+        "a.weight": rng.standard_normal((3, 4)).astype(np.float32),
+        "scalar": np.array(2.5, np.float32),
+        "ids": np.arange(5),
+        "half": rng.standard_normal(6).astype(np.float16),
+    }
+    torch_file.write(tmp_path / "ours.pt", state)
+    loaded = torch.load(tmp_path / "ours.pt", weights_only=True)
+    assert list(loaded) == list(state)
+    for name, tensor in loaded.items():
+        np.testing.assert_array_equal(tensor.numpy(), state[name])
+
+    # Views, transposes and shared storages as torch writes them.
+    base = torch.arange(12.0).reshape(3, 4)
+    theirs = {"base": base, "transposed": base.T, "slice": base[1:, 2:], "bf16": base.bfloat16()}
+    torch.save(theirs, tmp_path / "theirs.pt")
+    for name, array in torch_file.read(tmp_path / "theirs.pt").items():
+        np.testing.assert_array_equal(array.astype(np.float32), theirs[name].float().numpy())
+
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(torch_file.TorchFileError, match="no plain state dict needs"):
+        torch_file.read(tmp_path / "module.pt")
