@@ -169,7 +169,7 @@ class LossConfig:
 
     def __post_init__(self):
         if self.variance == "calibrated" and not (self.k >= 0 and self.sigma_0 > 0):
-            raise ConfigError(f"calibrated variance needs k >= 0 and sigma_0 > 0, got k={self.k} sigma_0={self.sigma_0}")
+            raise ConfigError(f"calibrated variance needs k >= 0 and sigma_0 > 0, got {self.k} and {self.sigma_0}")
         if self.variance == "constant" and not self.constant_variance > 0:
             raise ConfigError(f"constant_variance must be positive, got {self.constant_variance}")
 
@@ -317,9 +317,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config")
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """The inverse of `from_mapping`: nested plain dicts, tuples as lists, ready for JSON."""
-    return {
-        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
-    }
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:

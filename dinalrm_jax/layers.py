@@ -23,9 +23,7 @@ class Linear(nnx.Module):
     code starts.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, *, rngs: nnx.Rngs, kernel_init: Initializer | None = None
-    ):
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, kernel_init: Initializer | None = None):
         if kernel_init is None:
             weight_init = bias_init = _uniform(in_features**-0.5)
         else:

@@ -48,14 +48,10 @@ def merge(params: dict[str, jax.Array], config: LoRAConfig) -> dict[str, jax.Arr
     Returns:
         The parameters of the same model without adapters; summed in float32, stored in each weight's dtype.
     """
-    return {
-        name: _updated(params, name, config.scale) for name in params if not name.endswith((".lora_A", ".lora_B"))
-    }
+    return {name: _updated(params, name, config.scale) for name in params if not name.endswith((".lora_A", ".lora_B"))}
 
 
-def unmerge(
-    params: dict[str, jax.Array], adapters: dict[str, jax.Array], config: LoRAConfig
-) -> dict[str, jax.Array]:
+def unmerge(params: dict[str, jax.Array], adapters: dict[str, jax.Array], config: LoRAConfig) -> dict[str, jax.Array]:
     """The inverse of `merge`: subtracts the updates of `adapters` from `params` and puts them back beside it."""
     both = {**params, **adapters}
     return {**{name: _updated(both, name, -config.scale) for name in params}, **adapters}

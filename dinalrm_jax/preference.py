@@ -20,9 +20,7 @@ def calibrated_variance(sigma: jax.Array, k: float = 2.0, sigma_0: float = 0.1) 
     return k * jnp.square(jnp.asarray(sigma, jnp.float32)) + sigma_0**2
 
 
-def standardized_margin(
-    chosen: jax.Array, rejected: jax.Array, variance: jax.Array, epsilon: float = 0.0
-) -> jax.Array:
+def standardized_margin(chosen: jax.Array, rejected: jax.Array, variance: jax.Array, epsilon: float = 0.0) -> jax.Array:
     """`z = (r+ - r-) / sqrt(2 sigma_u^2 + epsilon)`, float32; inputs broadcast."""
     difference = jnp.asarray(chosen, jnp.float32) - jnp.asarray(rejected, jnp.float32)
     return difference / jnp.sqrt(2 * jnp.asarray(variance, jnp.float32) + epsilon)

@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from dinalrm_jax.config import ConfigError, StageConfig, SweepConfig, TrainConfig, from_mapping, to_mapping
 from dinalrm_jax import noise
 from dinalrm_jax.compilation_cache import enable_compilation_cache
+from dinalrm_jax.config import ConfigError, StageConfig, SweepConfig, TrainConfig, from_mapping, to_mapping
 from dinalrm_jax.data.batch import validate_latents
 from dinalrm_jax.data.loader import training_batches
 from dinalrm_jax.data.records import Records, RecordsError
@@ -316,7 +316,8 @@ def main(argv: list[str]) -> None:
     try:
         config = from_mapping(SweepConfig if "runs" in values else TrainConfig, values)
         workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}")
-        print(f"{config.name}: jax {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}, {workdir}")
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        print(f"{config.name}: jax {jax.__version__} on {devices}, writing to {workdir}")
         (run_sweep if isinstance(config, SweepConfig) else run)(config, workdir)
     except Stopped as stop:
         print(stop, file=sys.stderr)

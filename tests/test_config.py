@@ -36,7 +36,9 @@ def test_mapping_round_trip():
 def test_unknown_keys_name_the_nearest():
     config = quick()
     config.reward.optimizer.learning_rte = 1e-3
-    with pytest.raises(ConfigError, match=r"config.reward.optimizer.learning_rte is not a known key; did you mean 'learning_rate'"):
+    with pytest.raises(
+        ConfigError, match=r"reward.optimizer.learning_rte is not a known key; did you mean 'learning_rate'"
+    ):
         from_mapping(TrainConfig, config)
 
 

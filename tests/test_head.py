@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def test_forms_of_the_head(config):
     image = [rng.standard_normal((2, 6, 16)).astype(np.float32) for _ in config.visual_taps]
     text = [rng.standard_normal((2, 5, 16)).astype(np.float32) for _ in config.text_taps]
     head: RewardHead = module.bind(params)
-    score = head.score(*head.tokens(Features(jnp.asarray(temb), tuple(map(jnp.asarray, image)), tuple(map(jnp.asarray, text)))))
+    features = jax.tree.map(jnp.asarray, Features(temb, tuple(image), tuple(text)))
+    score = head.score(*head.tokens(features))
     weights = {name: torch.from_numpy(np.array(array)) for name, array in params.items()}
     image, text = ([torch.from_numpy(tap) for tap in taps] for taps in (image, text))
     expected = _torch_head(weights, image, text, torch.from_numpy(temb), config.head.num_attn_heads)

@@ -8,16 +8,20 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import dinalrm_jax as dina
 from dinalrm_jax import train
-from dinalrm_jax.config import ConfigError, TrainConfig, from_mapping
+from dinalrm_jax.config import ConfigError, MeshConfig, TrainConfig, from_mapping
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
+from dinalrm_jax.training.optimizer import make_optimizer
+from dinalrm_jax.training.sharding import make_mesh
+from dinalrm_jax.training.step import TrainState
 from tests import tiny_run
 from tests.conftest import ROOT
 
@@ -34,7 +38,8 @@ def wait_for_step(process, workdir, stage, step, limit=120):
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         if (workdir / "metrics.jsonl").exists():
-            lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")]
+            whole, _, _ = (workdir / "metrics.jsonl").read_text().rpartition("\n")
+            lines = map(json.loads, whole.splitlines())
             if any(line["stage"] == stage and line["step"] >= step for line in lines):
                 return
         assert process.poll() is None, process.communicate()
@@ -161,20 +166,10 @@ def test_a_base_model_of_another_geometry_is_refused(config, finished, tmp_path)
 def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
     source = finished[0] / "reward" / "checkpoints"
     latest = max(source.iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
-    import jax.numpy as jnp
-
-    from dinalrm_jax.config import MeshConfig
-    from dinalrm_jax.training.optimizer import make_optimizer
-    from dinalrm_jax.training.sharding import make_mesh
-    from dinalrm_jax.training.step import TrainState
-
-    state = TrainState.create({"head.other": jnp.zeros(3)}, make_optimizer(tiny_optimizer(), 10))
+    optimizer = make_optimizer(from_mapping(TrainConfig, tiny_run.get_config()).reward.optimizer, 10)
+    state = TrainState.create({"head.other": jnp.zeros(3)}, optimizer)
     with pytest.raises(CheckpointError, match=f"checkpoint .*{latest.name} is damaged or of another model"):
         Checkpoints(source).restore_latest(state, make_mesh(MeshConfig(data=1)))
-
-
-def tiny_optimizer():
-    return from_mapping(TrainConfig, tiny_run.get_config()).reward.optimizer
 
 
 def test_command_line_errors_are_one_message(tmp_path):

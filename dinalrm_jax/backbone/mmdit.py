@@ -77,9 +77,7 @@ class JointTransformerBlock(nnx.Module):
         self.ff = FeedForward(dim, rngs=rngs)
         self.ff_context = None if context_pre_only else FeedForward(dim, rngs=rngs)
 
-    def __call__(
-        self, image: jax.Array, text: jax.Array, temb: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, image: jax.Array, text: jax.Array, temb: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """(B, Nv, D), (B, Nt, D), (B, D) -> both streams updated; text None after context_pre_only."""
         normed = layer_norm(image)
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = self.norm1(temb)

@@ -1,9 +1,9 @@
 """HPDv2 (ymhao/HPDv2): human rankings and pairs, from its published files.
 
-    SOURCE/test.json    [{"prompt", "image_path": [n names], "rank": [n ranks, lower is better], ...}]
-    SOURCE/test/*.jpg
-    SOURCE/train.json   [{"prompt", "file_path": [2 names], "human_preference": [1, 0] or [0, 1]}]   (optional)
-    SOURCE/train/*.jpg
+SOURCE/test.json    [{"prompt", "image_path": [n names], "rank": [n ranks, lower is better], ...}]
+SOURCE/test/*.jpg
+SOURCE/train.json   [{"prompt", "file_path": [2 names], "human_preference": [1, 0] or [0, 1]}]   (optional)
+SOURCE/train/*.jpg
 """
 
 import dataclasses

@@ -93,9 +93,7 @@ def write(
 
 def _half(record) -> dict[str, Any]:
     values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return {
-        key: value.astype(np.float16) if isinstance(value, np.ndarray) else value for key, value in values.items()
-    }
+    return {key: value.astype(np.float16) if isinstance(value, np.ndarray) else value for key, value in values.items()}
 
 
 def _write_dataset(directory: pathlib.Path, features, splits: Mapping[str, Iterable[dict]]) -> None:
@@ -117,11 +115,13 @@ def _write_dataset(directory: pathlib.Path, features, splits: Mapping[str, Itera
             writer.write(data)
             count, size = count + 1, size + len(data)
         writer.close()
-        infos.append(
-            tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=size, filename_template=template)
-        )
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=size, filename_template=template))
     tfds.folder_dataset.write_metadata(
-        data_dir=directory, features=features, split_infos=infos, check_data=False, description=f"{FORMAT} {directory.name}"
+        data_dir=directory,
+        features=features,
+        split_infos=infos,
+        check_data=False,  # by reading, which needs TensorFlow
+        description=f"{FORMAT} {directory.name}",
     )
 
 

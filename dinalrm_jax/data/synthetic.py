@@ -103,8 +103,7 @@ def draw_scene(rng: np.random.Generator, combinations: tuple[tuple[str, str], ..
     chosen = rng.choice(len(combinations), size=1 + int(rng.random() < TWO_GROUPS), replace=False)
     sides = (side, SIDES[side])
     return tuple(
-        Group(int(rng.integers(1, len(COUNTS) + 1)), *combinations[index], place)
-        for index, place in zip(chosen, sides)
+        Group(int(rng.integers(1, len(COUNTS) + 1)), *combinations[index], place) for index, place in zip(chosen, sides)
     )
 
 

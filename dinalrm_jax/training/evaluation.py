@@ -102,4 +102,3 @@ class Evaluator:
         )
         eps = draw_noise(jax.random.key(self.config.seed), latents.shape)
         return latents, prompt, np.asarray(level, np.float32), eps
-

@@ -147,7 +147,8 @@ def plot_pairs(path: pathlib.Path, records: Records, scores: PairScores, level: 
             axis.set_axis_off()
         lines = [*textwrap.wrap(records.prompts[int(prompt)].text, 52)[:2], f"({scores.kinds[pair]})"]
         halves[0].text(0, -0.05, "\n".join(lines), fontsize=7.5, va="top", transform=halves[0].transAxes)
-    figure.suptitle(f"Held-out pairs, preferred image left; scores at {level_name(level)}, red: wrong order", fontsize=10)
+    title = f"Held-out pairs, preferred image left; scores at {level_name(level)}, red: wrong order"
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 

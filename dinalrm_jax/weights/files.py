@@ -37,7 +37,7 @@ class SafetensorsDirectory(Mapping[str, np.ndarray]):
                 file = safe_open(directory / shard, framework="np")
             except SafetensorError as error:
                 raise WeightsError(f"{directory / shard} is not a whole safetensors file: {error}") from error
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118  a safe_open is no mapping
                 if name in self._files:
                     raise WeightsError(f"{name} stands in two shards of {directory}")
                 self._files[name] = file
@@ -56,4 +56,3 @@ def save_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> N
     """Writes one safetensors file, with the metadata PyTorch's readers expect."""
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, {"format": "pt"})
     path.chmod(0o644)  # safetensors creates files that only their owner can read
-

@@ -83,7 +83,7 @@ def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path,
     directory = resolve(base_model)
     if (directory / "transformer").is_dir():
         directory = directory / "transformer"
-    config = {key: value for key, value in _read_json(directory / "config.json").items()}
+    config = _read_json(directory / "config.json")
     kind = config.get("_class_name")
     if kind != "SD3Transformer2DModel":
         raise ConfigError(f"{directory / 'config.json'} is of {kind!r}, expected a diffusers SD3Transformer2DModel")
@@ -154,7 +154,8 @@ def export_released(model: RewardModel, output: str | pathlib.Path) -> None:
         if model.config.lora is not None:
             adapter = checkpoint / "backbone_lora"
             adapter.mkdir()
-            (adapter / "adapter_config.json").write_text(json.dumps(released.adapter_config(model.config.lora), indent=1))
+            peft = released.adapter_config(model.config.lora)
+            (adapter / "adapter_config.json").write_text(json.dumps(peft, indent=1))
             save_safetensors(adapter / "adapter_model.safetensors", rules.dump(lora, released.LORA))
         torch_file.write(checkpoint / "rm_head.pt", rules.dump(head, released.HEAD))
 

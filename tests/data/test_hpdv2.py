@@ -76,7 +76,7 @@ def test_bad_images_are_skipped_and_counted(tmp_path):
         (lambda s: (s / "test.json").unlink(), "not an HPDv2 directory: it has no test.json"),
         (lambda s: (s / "test.json").write_text("[{"), "test.json is not JSON"),
         (lambda s: (s / "test.json").write_text("{}"), "must be a non-empty JSON array"),
-        (lambda s: (s / "test.json").write_text('[{"prompt": "x"}]'), "row 0: expected the keys prompt, image_path, rank"),
+        (lambda s: (s / "test.json").write_text('[{"prompt": "x"}]'), "row 0: expected the keys prompt, image_path"),
         (
             lambda s: (s / "test.json").write_text(json.dumps([row("p", ["a.png"], [1, 2])])),
             "row 0: 1 images but 2 ranks",

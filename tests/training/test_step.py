@@ -32,10 +32,10 @@ def deterministic_objective(module):
     return reward_objective(module, LossConfig(), SigmaConfig("constant", (0.0,)))
 
 
-def run_steps(tiny_model, batch, config, *, devices=1, steps=3, objective=None):
+def run_steps(tiny_model, batch, config, *, devices=1, steps=3, objective=None, optimizer=None):
     module = reward_functional(TINY, tiny_model.execution)
     mesh = make_mesh(MeshConfig(data=devices))
-    optimizer = make_optimizer(config, steps)
+    optimizer = optimizer or make_optimizer(config, steps)
     trainable = {name: array for name, array in tiny_model.params.items() if is_trainable(name)}
     frozen = replicate({n: a for n, a in tiny_model.params.items() if not is_trainable(n)}, mesh)
     step = make_step(objective or deterministic_objective(module), optimizer, config, mesh, seed=0)
@@ -52,33 +52,39 @@ def plain(tiny_model, batch):
     return run_steps(tiny_model, batch, CONFIG)
 
 
+@pytest.fixture(scope="module")
+def plain_sgd(tiny_model, batch):
+    """Without Adam, whose division by the gradient's size turns rounding into steps."""
+    return run_steps(tiny_model, batch, CONFIG, optimizer=optax.sgd(0.1))
+
+
 def assert_same_update(params, expected):
     """Equal up to what Adam makes of rounding: it divides by the gradient's size, and a step is 1e-2 long.
 
-    A key's bias moves all logits of a query alike, which softmax ignores: its gradient is rounding alone.
+    A key's bias moves all logits of a query alike, which softmax ignores, and the last bias moves both
+    scores alike: their gradients are rounding alone.
     """
     assert params.keys() == expected.keys()
     for name, array in params.items():
-        if not (".to_k" in name and name.endswith("bias")):
+        if name != "head.head.bias" and not (".to_k" in name and name.endswith("bias")):
             np.testing.assert_allclose(array, expected[name], atol=2e-4, err_msg=name)
 
 
-def test_accumulation_is_the_same_update(tiny_model, batch, plain):
-    state, history, _ = run_steps(tiny_model, batch, dataclasses.replace(CONFIG, accumulation_steps=4))
-    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in plain[1]], rel=1e-4)
-    assert_same_update(state.params, plain[0].params)
-
-
-def test_four_devices_are_the_same_update(tiny_model, batch, plain):
-    state, history, _ = run_steps(tiny_model, batch, CONFIG, devices=4)
-    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in plain[1]], rel=1e-5)
-    assert_same_update(state.params, plain[0].params)
+@pytest.mark.parametrize(("devices", "parts"), [(4, 1), (1, 4), (2, 2)])
+def test_devices_and_accumulation_do_not_change_the_update(tiny_model, batch, plain_sgd, devices, parts):
+    config = dataclasses.replace(CONFIG, accumulation_steps=parts)
+    state, history, _ = run_steps(tiny_model, batch, config, devices=devices, optimizer=optax.sgd(0.1))
+    for row, expected in zip(history, plain_sgd[1]):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    for name, array in state.params.items():
+        np.testing.assert_allclose(array, plain_sgd[0].params[name], atol=1e-5, err_msg=name)
 
 
 def test_update_is_torchs(tiny_model, batch, plain):
     """Clipping, AdamW and EMA against torch, fed with the gradients of our objective."""
     module = reward_functional(TINY, tiny_model.execution)
-    objective = jax.jit(jax.grad(lambda p, f: deterministic_objective(module)({**f, **p}, batch, jax.random.key(0))[0].mean()))
+    objective = deterministic_objective(module)
+    gradients = jax.jit(jax.grad(lambda p, f: objective({**f, **p}, batch, jax.random.key(0))[0].mean()))
     frozen = {name: array for name, array in tiny_model.params.items() if not is_trainable(name)}
     names = [name for name in tiny_model.params if is_trainable(name)]
     parameters = {name: torch.nn.Parameter(torch.from_numpy(np.array(tiny_model.params[name]))) for name in names}
@@ -86,7 +92,7 @@ def test_update_is_torchs(tiny_model, batch, plain):
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.01)
     for _ in range(3):
         current = {name: jnp.asarray(parameter.detach().numpy()) for name, parameter in parameters.items()}
-        for name, gradient in objective(current, frozen).items():
+        for name, gradient in gradients(current, frozen).items():
             parameters[name].grad = torch.from_numpy(np.array(gradient))
         torch.nn.utils.clip_grad_norm_(parameters.values(), 0.5)
         optimizer.step()
@@ -106,7 +112,6 @@ def test_one_compilation_and_a_counted_step(plain):
 def test_training_lowers_the_loss(tiny_model, batch):
     _, history, _ = run_steps(tiny_model, batch, CONFIG, steps=40)
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
-    assert history[-1]["accuracy"] == 1.0
 
 
 def test_randomness_depends_on_seed_and_step(tiny_model, batch):

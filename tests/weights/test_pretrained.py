@@ -14,7 +14,7 @@ from dinalrm_jax import convert
 from dinalrm_jax.config import ConfigError, ExecutionConfig
 from dinalrm_jax.weights import pretrained, torch_file
 from dinalrm_jax.weights.rules import WeightsError
-from dinalrm_jax.weights.verify import VerificationError, released_scores
+from dinalrm_jax.weights.verify import VerificationError, released_scores, verify_against_released
 from tests.conftest import GOLDEN, random_inputs
 
 
@@ -181,8 +181,6 @@ def test_convert_released_and_verify(golden_model, released, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, model.params, golden_model.params)
 
     # A wrong weight does not pass: convert one head, verify against another.
-    from dinalrm_jax.weights.verify import verify_against_released
-
     head = torch.load(released / "checkpoint" / "rm_head.pt", weights_only=True)
     head["attn2.to_k_vis.weight"] = head["attn2.to_k_vis.weight"].T.contiguous()
     torch.save(head, released / "checkpoint" / "rm_head.pt")
