@@ -323,7 +323,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_mapping(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _unknown_key(path: str, key: str, valid: Mapping[str, Any]) -> str:

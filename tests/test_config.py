@@ -25,6 +25,7 @@ def test_shipped_configs_are_valid():
     assert from_mapping(TrainConfig, hpdv2.get_config()).data is None
     sweep = from_mapping(SweepConfig, ablation.get_config())
     assert len({run.name for run in sweep.runs}) == len(sweep.runs) >= 5
+    assert from_mapping(SweepConfig, to_mapping(sweep)) == sweep
 
 
 def test_mapping_round_trip():

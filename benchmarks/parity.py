@@ -1,0 +1,93 @@
+"""How closely this agrees with the released PyTorch code: the largest differences on the golden model.
+
+    python -m benchmarks.parity
+
+The golden model (tests/golden/released-tiny) is a tiny random one in the released layout with the
+released code's own outputs. Errors are absolute for scores, taps and velocity, and relative to the
+largest entry for gradients. The last lines compare bfloat16 compute with float32.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dinalrm_jax as dina
+from dinalrm_jax import noise
+from dinalrm_jax.config import LossConfig
+from dinalrm_jax.preference import pair_loss
+from dinalrm_jax.reward_model import is_trainable, reward_functional
+from dinalrm_jax.weights.pretrained import load_backbone, transformer_functional
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "released-tiny"
+RELEASED_LOSS = LossConfig(sigma_0=0.05**0.5, epsilon=1e-6)
+
+
+def main() -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    cases = dict(np.load(GOLDEN / "cases.npz"))
+    latents, rejected, eps, velocity, grad_latents = (
+        jnp.asarray(cases[name].transpose(0, 2, 3, 1))
+        for name in ("latents_chosen", "latents_rejected", "noise", "velocity_base", "grad_latents")
+    )
+    sigma = jnp.asarray(cases["sigma"])
+    prompt = dina.PromptEmbeds(*(jnp.asarray(cases[name]) for name in ("encoder_hidden_states", "pooled_projections")))
+    model = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="float32")
+    module = reward_functional(model.config, model.execution)
+    bound = module.bind(model.params)
+
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32, matmul precision highest")
+    features = bound.features(latents, prompt, sigma, eps)
+    taps = [(features.visual[i], cases[f"visual_{tap}"]) for i, tap in enumerate((1, 3, 5))]
+    taps += [(features.text[i], cases[f"text_{tap}"]) for i, tap in enumerate((1, 3, 5))]
+    report("temb and taps", max(error(ours, theirs) for ours, theirs in [*taps, (features.temb, cases["temb"])]))
+    scores = [(bound(latents, prompt, sigma, eps), cases["score_chosen"][:, 0])]
+    scores += [(bound(rejected, prompt, sigma, eps), cases["score_reject"][:, 0])]
+    report("scores", max(error(ours, theirs) for ours, theirs in scores))
+    levels = cases["ensemble_sigmas"].tolist()
+    report("ensemble", error(model.score_latents(latents, prompt, levels, eps), cases["score_ensemble"][:, 0]))
+    config, params = load_backbone(GOLDEN)
+    noisy = noise.add_noise(latents, sigma, eps)
+    whole = transformer_functional(config, model.execution).bind(params)
+    report("velocity of the whole transformer", error(whole.velocity(noisy, noise.timestep(sigma), prompt), velocity))
+    gradient = jax.grad(lambda x: bound(x, prompt, sigma, eps).sum())(latents)
+    report("gradient in latents (relative)", relative(gradient, grad_latents))
+
+    def loss(trainable):
+        at = module.bind({**model.params, **trainable})
+        return pair_loss(at(latents, prompt, sigma, eps), at(rejected, prompt, sigma, eps), sigma, RELEASED_LOSS).mean()
+
+    gradients = jax.grad(loss)({name: array for name, array in model.params.items() if is_trainable(name)})
+    errors = []
+    for key in cases:
+        ours = key.removeprefix("grad:").replace("backbone.base_model.model.", "backbone.")
+        ours = ours.replace(".default.weight", "").replace("reward_head.", "head.")
+        if key.startswith("grad:"):
+            errors.append(relative(gradients[ours], cases[key]))
+    report(f"gradients in {len(errors)} LoRA and head weights (relative)", max(errors))
+
+    half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="bfloat16")
+    both = jnp.concatenate([latents, rejected]), jax.tree.map(lambda x: jnp.concatenate([x, x]), prompt)
+    for level in (0.4, (0.2, 0.5, 0.7)):
+        exact, rounded = (m.score_latents(*both, level) for m in (model, half))
+        report(
+            f"bfloat16 against float32, sigma {level}, scores {exact.min():.2f} to {exact.max():.2f}",
+            error(exact, rounded),
+        )
+
+
+def error(ours, theirs) -> float:
+    return float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
+
+
+def relative(ours, theirs) -> float:
+    return error(ours, theirs) / float(np.abs(theirs).max())
+
+
+def report(name: str, value: float) -> None:
+    print(f"  {value:.1e}  {name}")
+
+
+if __name__ == "__main__":
+    main()
