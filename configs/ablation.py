@@ -12,28 +12,22 @@ import configs.quickstart as quickstart
 
 
 def get_config(seeds: str = "3") -> ConfigDict:
-    def variant(name: str, **changes) -> ConfigDict:
+    def variant(name: str) -> ConfigDict:
         config = quickstart.get_config()
         config.name = name
         config.generator.steps = 400
         config.reward.steps = 400
-        with config.ignore_type():
-            for path, value in changes.items():
-                *parents, key = path.split("__")
-                node = config
-                for parent in parents:
-                    node = node[parent]
-                node[key] = value
         return config
 
+    fixed_variance = variant("fixed variance")
+    fixed_variance.loss.variance = "constant"
+    clean_only = variant("sigma = 0 only")
+    clean_only.reward.sigma.update(distribution="constant", parameters=(0.0,))
+    no_lora, no_pretraining = variant("no LoRA"), variant("no generative pretraining")
+    no_lora.model.lora = None
+    no_pretraining.generator = None  # random frozen blocks, as diffusers draws them
     return ConfigDict({
         "name": "ablation",
         "seeds": tuple(range(int(seeds))),
-        "runs": (
-            variant("calibrated"),
-            variant("fixed variance", loss__variance="constant"),
-            variant("sigma = 0 only", reward__sigma={"distribution": "constant", "parameters": (0.0,)}),
-            variant("no LoRA", model__lora=None),
-            variant("no generative pretraining", generator=None),
-        ),
+        "runs": (variant("calibrated"), fixed_variance, clean_only, no_lora, no_pretraining),
     })  # fmt: skip

@@ -8,7 +8,7 @@ that HPDv2's files train and evaluate. The report has the held-out accuracy by r
 pairs, model ties wrong, pooled) beside chance and beside the JPEG file's size as a score.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 import configs.quickstart as quickstart
 
@@ -17,10 +17,9 @@ def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.name = "hpdv2"
     config.scenes = None
-    config.data = config_dict.placeholder(str)
     config.generator.steps = 300
     config.generator.batch_size = 32
     config.reward.steps = 300
     config.reward.batch_size = 16
-    config.evaluation = ConfigDict({"batch_size": 20})
+    config.evaluation.batch_size = 20
     return config

@@ -9,10 +9,12 @@ shape that training never combined.
 
 from ml_collections import ConfigDict
 
+from dinalrm_jax.config import TrainConfig, with_defaults
+
 
 def get_config() -> ConfigDict:
     width, taps = 96, (1, 3, 5)
-    return ConfigDict({
+    return with_defaults(TrainConfig, {
         "name": "quickstart",
         "seed": 0,
         "scenes": {"train_pairs": 12_000, "eval_pairs": 400, "image_size": 64, "seed": 0},

@@ -10,7 +10,10 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict  # needed by training only
 
 T = TypeVar("T")
 
@@ -82,6 +85,12 @@ class HeadConfig:
     num_queries: int = 4
     num_attn_heads: int = 8
     use_proj_in: bool = False
+
+    def __post_init__(self):
+        if self.num_queries < 1 or self.num_attn_heads < 1:
+            raise ConfigError(
+                f"a head needs queries and attention heads, got {self.num_queries}, {self.num_attn_heads}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +198,11 @@ class OptimizerConfig:
     ema_decay: float = 0.995
 
     def __post_init__(self):
+        if self.learning_rate < 0 or self.max_grad_norm <= 0 or self.warmup_steps < 0:
+            raise ConfigError(
+                "learning_rate and warmup_steps must not be negative and max_grad_norm must be positive, got "
+                f"{self.learning_rate}, {self.warmup_steps} and {self.max_grad_norm}"
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}; 0 averages nothing")
         if self.accumulation_steps < 1:
@@ -197,7 +211,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One training stage: `steps` optimizer micro-steps over batches of `batch_size` rows."""
+    """One training stage: `steps` optimizer steps over batches of `batch_size` rows."""
 
     steps: int
     batch_size: int
@@ -222,15 +236,32 @@ class ScenesConfig:
     image_size: int = 64
     seed: int = 0
 
+    def __post_init__(self):
+        if self.train_pairs < 1 or self.eval_pairs < 1:
+            raise ConfigError(
+                f"train_pairs and eval_pairs must be positive, got {self.train_pairs} and {self.eval_pairs}"
+            )
+        if self.image_size < 16 or self.image_size % 16:
+            raise ConfigError(f"image_size must be a positive multiple of 16 pixels, got {self.image_size}")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out evaluation: single levels, the token-level ensemble, and the noise draws averaged over."""
+    """Held-out evaluation: the single level that stands for a run, the ensemble, and the noise's seed."""
 
-    sigmas: tuple[float, ...] = (0.3, 0.4, 0.5)
+    sigma: float = 0.4
     ensemble: tuple[float, ...] = (0.2, 0.5, 0.7)
     batch_size: int = 32
     seed: int = 0
+
+    def __post_init__(self):
+        levels = (self.sigma, *self.ensemble)
+        if not self.ensemble or not all(0 <= level <= 1 for level in levels):
+            raise ConfigError(
+                f"sigma and the ensemble's levels must lie in [0, 1], got {self.sigma} and {self.ensemble}"
+            )
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +308,8 @@ class SweepConfig:
         names = [run.name for run in self.runs]
         if len(set(names)) != len(names) or not names or not self.seeds:
             raise ConfigError(f"a sweep needs seeds and runs of different names, got {names} and {self.seeds}")
+        if len({run.generator for run in self.runs if run.generator is not None}) > 1:
+            raise ConfigError("runs of a sweep share one generator a seed, so their generator stages must be equal")
 
 
 # --------------------------------------------------------------------------------------- builder
@@ -313,6 +346,36 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config")
         if str(error).startswith("config") or str(error).startswith(where):
             raise
         raise ConfigError(f"{where}: {error}") from None
+
+
+def with_defaults(cls: type, values: Mapping[str, Any]) -> "ConfigDict":
+    """`values` with every default of the dataclass `cls` filled in, for `configs/*.py` to return.
+
+    What stands in a ConfigDict can be overridden on the command line, so nothing may be left out.
+    Values are not checked here: `from_mapping` does that when the overrides are in.
+    """
+    from ml_collections import ConfigDict, config_dict
+
+    out = ConfigDict()
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)] or [hint]
+        value = values.get(field.name, field.default)
+        if value is dataclasses.MISSING:
+            continue  # from_mapping names it
+        if dataclasses.is_dataclass(value):
+            value = to_mapping(value)
+        if value is None and inner[0] in (str, int, float):
+            out[field.name] = config_dict.placeholder(inner[0])
+        elif dataclasses.is_dataclass(inner[0]) and hasattr(value, "keys"):
+            out[field.name] = with_defaults(inner[0], value)
+        else:
+            out[field.name] = tuple(value) if isinstance(value, list) else value
+    for key in values:
+        if key not in out:
+            out[key] = values[key]
+    return out
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"{argv[1]} needs {', '.join('--' + name for name in missing)}")
     if values.verify and argv[1] != "released":
         raise app.UsageError("--verify goes with `released`: it compares with the released files")
+    if values.verify and values.dtype != "float32":
+        raise app.UsageError("--verify compares in float32; convert with --dtype float32, bfloat16 rounds the weights")
     try:
         convert(
             argv[1],

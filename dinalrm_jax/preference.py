@@ -41,8 +41,11 @@ def fidelity_loss(z: jax.Array, label: jax.Array | float = 1.0, epsilon: float =
     """
     if epsilon:
         p = jax.scipy.special.ndtr(z)
-        first, second = jnp.sqrt(label * p + epsilon), jnp.sqrt((1 - label) * (1 - p) + epsilon)
-        return 1 - first - jnp.where(jnp.asarray(label) == 1, 0.0, second)
+        y = jnp.asarray(label)
+        # A term that the label rules out is left out, epsilon and all: the released loss has one term.
+        first = jnp.where(y == 0, 0.0, jnp.sqrt(y * p + epsilon))
+        second = jnp.where(y == 1, 0.0, jnp.sqrt((1 - y) * (1 - p) + epsilon))
+        return 1 - first - second
     # sqrt(Phi(z)) through its logarithm: sqrt's own derivative is infinite where Phi underflows.
     first, second = jnp.exp(0.5 * log_ndtr(z)), jnp.exp(0.5 * log_ndtr(-z))
     return 1 - jnp.sqrt(label) * first - jnp.sqrt(1 - jnp.asarray(label)) * second

@@ -160,6 +160,8 @@ class RewardModel:
         module = reward_functional(self.config, self.execution)
 
         def reward(params: Params, latents: jax.Array, prompt: PromptEmbeds, key, noise=None) -> jax.Array:
+            if noise is not None and noise.shape != latents.shape:
+                raise ValueError(f"noise must have the latents' shape {latents.shape}, got {noise.shape}")
             eps = draw_noise(key, latents.shape) if noise is None else noise
             return module.bind(params).score(latents, prompt, jnp.asarray(levels), eps)
 
@@ -221,6 +223,8 @@ def normalize(raw):
 
 def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # an old-style jax.random.PRNGKey
     if key.ndim == 0:
         return jnp.broadcast_to(jax.random.normal(key, shape[1:]), shape)
     return jax.vmap(lambda row_key: jax.random.normal(row_key, shape[1:]))(key)

@@ -13,7 +13,7 @@ import json
 import pathlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ from dinalrm_jax.training.evaluation import Evaluator, PairScores
 from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
 from dinalrm_jax.training.objectives import Objective, flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dinalrm_jax.training.report import write_report
+from dinalrm_jax.training.report import level_name, write_report
 from dinalrm_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicate
 from dinalrm_jax.training.step import TrainState, make_step
 from dinalrm_jax.weights.pretrained import (
@@ -71,17 +71,17 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         write_scene_records(data, config.scenes)
     records = Records(data)
     check_records(records, config)
+    module = reward_functional(config.model, config.execution)
+    evaluator = Evaluator(module, records, "eval", config.evaluation)
 
     # The backbone: loaded, or random; then, where asked for, trained as a flow-matching generator.
     backbone = make_backbone(config, records, workdir, mesh)
 
     # LoRA and head learn the reward on the frozen backbone's features.
-    module = reward_functional(config.model, config.execution)
     initial = store(module.init(config.seed), config.execution)
     trainable = {name: array for name, array in initial.items() if is_trainable(name)}
     frozen = replicate(store(truncate(backbone, config.model), config.execution), mesh)
-    evaluator = Evaluator(module, records, "eval", config.evaluation)
-    sigma = config.evaluation.sigmas[len(config.evaluation.sigmas) // 2]
+    sigma = config.evaluation.sigma
 
     def held_out_accuracy(state: TrainState) -> dict[str, float]:
         accuracy = evaluator.run({**frozen, **state.ema}, [sigma]).accuracy(sigma)
@@ -103,7 +103,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
     if not (workdir / "model").exists():
         save_reward_model(model, workdir / "model")
 
-    levels = (*REPORT_SIGMAS, config.evaluation.ensemble)
+    levels = (*sorted({*REPORT_SIGMAS, sigma}), config.evaluation.ensemble)
     with tqdm(total=len(levels) * evaluator.row_count(), desc="held-out pairs", unit="image") as bar:
         scores = evaluator.run(model.params, levels, bar.update)
     print("\n" + write_report(workdir / "report", records, scores, read_metrics(workdir, "reward")))
@@ -117,7 +117,8 @@ def make_backbone(config: TrainConfig, records: Records, workdir: pathlib.Path, 
     if finished.exists():
         return load_backbone(finished)[1]
     transformer = config.model.transformer
-    module = transformer_functional(transformer, config.execution)
+    # Blocks that will be trained start as the identity; frozen random ones would teach LoRA nothing that way.
+    module = transformer_functional(transformer, config.execution, zero_init=config.generator is not None)
     if config.base_model is None:
         params = module.init(config.seed)
     else:
@@ -215,6 +216,18 @@ def check_stages(config: TrainConfig, mesh: Mesh) -> None:
 
 def check_records(records: Records, config: TrainConfig) -> None:
     """Raises RecordsError unless the records were made for a model of this geometry."""
+    scenes = records.manifest.get("source", {}).get("scenes")
+    if config.scenes is not None and scenes != to_mapping(config.scenes):
+        raise RecordsError(
+            f"{records.directory} holds other scenes than the config asks for: {scenes} there, "
+            f"{to_mapping(config.scenes)} here; remove it, or choose another `data`"
+        )
+    for name, stage in (("generator", config.generator), ("reward", config.reward)):
+        if stage is not None and len(records.pairs("train")) < stage.batch_size:
+            raise RecordsError(
+                f"{records.directory} has {len(records.pairs('train'))} training pairs, a batch of the {name} stage "
+                f"takes {stage.batch_size}"
+            )
     transformer = config.model.transformer
     prompt, latents = records.prompts[0], records.images[0].latents
     found = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
@@ -225,7 +238,10 @@ def check_records(records: Records, config: TrainConfig) -> None:
             f"widths are {found}, the model takes {expected}; its manifest says {records.manifest.get('codec')} and "
             f"{records.manifest.get('text')}"
         )
-    validate_latents(latents[None], latents.shape[-1], transformer.patch_size, transformer.pos_embed_max_size)
+    try:
+        validate_latents(latents[None], latents.shape[-1], transformer.patch_size, transformer.pos_embed_max_size)
+    except ValueError as error:
+        raise RecordsError(f"{records.directory}: {error}") from None
 
 
 def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
@@ -271,9 +287,10 @@ def run_sweep(sweep: SweepConfig, workdir: pathlib.Path) -> None:
                 shared = workdir / f"seed{seed}" / "generator_run"
                 config = with_shared_generator(config, shared)
             scores = run(config, workdir / f"seed{seed}" / config.name)
-            single = config.evaluation.sigmas[len(config.evaluation.sigmas) // 2]
-            accuracies[config.name].append([scores.accuracy(level) for level in (single, config.evaluation.ensemble)])
-    table = sweep_table(sweep, accuracies)
+            levels = (0.0, config.evaluation.sigma, config.evaluation.ensemble)
+            accuracies[config.name].append({level_name(level): scores.accuracy(level) for level in levels})
+    table = sweep_table(accuracies)
+    (workdir / "results.json").write_text(json.dumps(accuracies, indent=1) + "\n")
     (workdir / "report.md").write_text(table)
     print("\n" + table)
 
@@ -292,19 +309,30 @@ def with_shared_generator(config: TrainConfig, shared: pathlib.Path) -> TrainCon
     return dataclasses.replace(config, generator=None, base_model=str(backbone))
 
 
-def sweep_table(sweep: SweepConfig, accuracies: dict[str, list[list[float]]]) -> str:
-    """A Markdown table: mean and standard deviation over the seeds, in per cent."""
-    single = sweep.runs[0].evaluation.sigmas[len(sweep.runs[0].evaluation.sigmas) // 2]
+def sweep_table(accuracies: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """A Markdown table of run -> one {level: accuracy} a seed: mean and standard deviation, in per cent."""
+    levels, seeds = list(next(iter(accuracies.values()))[0]), len(next(iter(accuracies.values())))
     lines = [
-        f"Held-out pair accuracy, %, mean ± standard deviation over {len(sweep.seeds)} seeds",
+        f"Held-out pair accuracy, %, mean ± standard deviation over {seeds} seeds",
         "",
-        f"| run | sigma {single:g} | ensemble |",
-        "|---|---|---|",
+        "| trained | " + " | ".join(f"at {level}" for level in levels) + " |",
+        "|---" * (len(levels) + 1) + "|",
     ]
     for name, rows in accuracies.items():
-        mean, spread = 100 * np.mean(rows, axis=0), 100 * np.std(rows, axis=0, ddof=1 if len(rows) > 1 else 0)
-        lines.append(f"| {name} | {mean[0]:.1f} ± {spread[0]:.1f} | {mean[1]:.1f} ± {spread[1]:.1f} |")
+        columns = [100 * np.array([row[level] for row in rows]) for level in levels]
+        cells = [f"{column.mean():.1f} ± {column.std(ddof=min(1, seeds - 1)):.1f}" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with one message instead of a traceback for an override that ml_collections refuses."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        message = error.args[0] if error.args else error
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(argv: list[str]) -> None:
@@ -331,4 +359,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The experiment, e.g. configs/quickstart.py.")
     flags.DEFINE_string("workdir", None, "Everything the run writes; runs/<config name> if not given.")
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -13,7 +13,7 @@ from dinalrm_jax.backbone.features import Features
 from dinalrm_jax.config import HeadConfig
 from dinalrm_jax.head import RewardHead
 from dinalrm_jax.parameters import functional
-from dinalrm_jax.weights.verify import _torch_head
+from dinalrm_jax.weights.verify import torch_head, torch_head_tokens
 from tests.conftest import TINY, randomized
 
 FORMS = {
@@ -36,7 +36,8 @@ def test_forms_of_the_head(config):
     score = head.score(*head.tokens(features))
     weights = {name: torch.from_numpy(np.array(array)) for name, array in params.items()}
     image, text = ([torch.from_numpy(tap) for tap in taps] for taps in (image, text))
-    expected = _torch_head(weights, image, text, torch.from_numpy(temb), config.head.num_attn_heads)
+    tokens = torch_head_tokens(weights, image, text, torch.from_numpy(temb))
+    expected = torch_head(weights, *tokens, config.head.num_attn_heads)
     np.testing.assert_allclose(score, expected.numpy(), atol=1e-5)
 
 

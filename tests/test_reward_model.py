@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import ExecutionConfig
-from dinalrm_jax.reward_model import _jitted_score
+from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
+from dinalrm_jax.reward_model import _jitted_score, reward_functional
 from tests.conftest import GOLDEN, TINY, TINY_SD3, random_inputs
 
 
@@ -78,6 +78,8 @@ def test_keys_per_row_draw_noise_per_row(tiny_model, inputs):
     for i in range(4):
         one = reward(tiny_model.params, latents[i : i + 1], prompt[i : i + 1], keys[i])
         np.testing.assert_allclose(rows[i], one[0], atol=1e-5)
+    old_style = reward(tiny_model.params, latents, prompt, jax.random.PRNGKey(5))
+    np.testing.assert_allclose(old_style, reward(tiny_model.params, latents, prompt, jax.random.key(5)), atol=1e-6)
 
 
 def test_reward_is_the_same_on_a_sharded_batch(tiny_model, inputs):
@@ -89,6 +91,18 @@ def test_reward_is_the_same_on_a_sharded_batch(tiny_model, inputs):
     scores = jax.jit(tiny_model.reward_fn(0.4))(params, sharded[0], sharded[1], jax.random.key(0), noise=sharded[2])
     assert len(scores.sharding.device_set) == 4
     np.testing.assert_allclose(scores, tiny_model.score_latents(latents, prompt, 0.4, eps), atol=1e-5)
+
+
+def test_reward_under_shard_map(tiny_model, inputs):
+    """Each device scores its own rows; one key gives every row the same noise, wherever it lies."""
+    latents, _, prompt = inputs
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(
+        tiny_model.reward_fn(0.4), mesh=mesh, in_specs=(whole, rows, rows, whole), out_specs=rows, check_vma=False
+    )
+    scores = jax.jit(mapped)(tiny_model.params, jnp.asarray(latents), prompt, jax.random.key(0))
+    np.testing.assert_allclose(scores, tiny_model.score_latents(latents, prompt, 0.4, seed=0), atol=1e-5)
 
 
 def test_bfloat16_keeps_the_order(golden_model, cases, golden_prompt):
@@ -153,6 +167,14 @@ def with_nan(array, row):
         (lambda v: {"latents": with_nan(v["latents"], 1)}, r"latents holds NaN or infinity in rows \[1\]"),
         (lambda v: {"noise": with_nan(v["noise"], 0)}, r"noise holds NaN or infinity in rows \[0\]"),
         (lambda v: {"noise": v["noise"][:1]}, "noise must have the latents' shape"),
+        (
+            lambda v: {"prompt": jax.tree.map(lambda x: with_nan(x, 1), v["prompt"])},
+            r"prompt_embeds holds NaN or infinity in rows \[1\]",
+        ),
+        (
+            lambda v: {"prompt": dataclasses.replace(v["prompt"], pooled_prompt_embeds=np.zeros((2, 21)))},
+            r"pooled_prompt_embeds must be \(batch, 20\)",
+        ),
     ],
 )
 def test_bad_input_says_what_is_wrong(tiny_model, change, message):
@@ -179,6 +201,29 @@ def test_one_compilation_per_shape(tiny_model):
     assert jitted._cache_size() == before + 1
     tiny_model.score_latents(latents[:, :4], prompt, 0.3)
     assert jitted._cache_size() == before + 2
+
+
+def test_scan_and_remat_do_what_they_say():
+    """At full size: three runs of four blocks between taps, each one a scan, rematerialised."""
+    config = RewardModelConfig()
+    latents = jax.ShapeDtypeStruct((1, 32, 32, 16), jnp.float32)
+    prompt = dina.PromptEmbeds(
+        jax.ShapeDtypeStruct((1, 205, 4096), jnp.float32), jax.ShapeDtypeStruct((1, 2048), jnp.float32)
+    )
+    counts = {}
+    for layers, remat in (("loop", "none"), ("loop", "block"), ("scan", "none"), ("scan", "block")):
+        module = reward_functional(config, ExecutionConfig(layers=layers, remat=remat))
+        level = jax.ShapeDtypeStruct((1,), jnp.float32)
+        jaxpr = jax.make_jaxpr(lambda p, *x, module=module: module.bind(p)(*x))(
+            module.shapes, latents, prompt, level, latents
+        )
+        counts[layers, remat] = (str(jaxpr).count(" scan["), str(jaxpr).count("checkpoint["))
+    assert counts == {
+        ("loop", "none"): (0, 0),
+        ("loop", "block"): (0, 12),
+        ("scan", "none"): (3, 0),
+        ("scan", "block"): (3, 3),
+    }
 
 
 def test_scan_and_remat_do_not_change_scores(tiny_model):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from PIL import Image
 
 import dinalrm_jax as dina
 from dinalrm_jax import train
-from dinalrm_jax.config import ConfigError, MeshConfig, TrainConfig, from_mapping
+from dinalrm_jax.config import ConfigError, MeshConfig, SweepConfig, TrainConfig, from_mapping
 from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
 from dinalrm_jax.training.optimizer import make_optimizer
@@ -39,7 +41,7 @@ def wait_for_step(process, workdir, stage, step, limit=120):
     while time.monotonic() < deadline:
         if (workdir / "metrics.jsonl").exists():
             whole, _, _ = (workdir / "metrics.jsonl").read_text().rpartition("\n")
-            lines = map(json.loads, whole.splitlines())
+            lines = map(json.loads, filter(None, whole.splitlines()))
             if any(line["stage"] == stage and line["step"] >= step for line in lines):
                 return
         assert process.poll() is None, process.communicate()
@@ -98,6 +100,7 @@ def test_killed_twice_ends_where_the_undisturbed_run_ends(finished, tmp_path):
     wait_for_step(process, workdir, "reward", 30)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
+    assert "generator: continuing from the checkpoint of step" in out
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "stopped by SIGTERM after reward step" in err
     assert "the same command continues from there" in err
@@ -129,10 +132,14 @@ def changed(config, **optimizer):
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_path):
     wild = changed(config, learning_rate=1e38, warmup_steps=8, max_grad_norm=1e9)
     wild = dataclasses.replace(wild, reward=dataclasses.replace(wild.reward, checkpoint_every=1))
-    with pytest.raises(NonFiniteLoss, match=r"the loss of step \d+ is (nan|inf).*last good checkpoint is kept"):
+    with pytest.raises(NonFiniteLoss, match=r"the loss of step \d+ is .*last good checkpoint is kept"):
         train.run(wild, tmp_path / "run")
-    steps = [int(path.name) for path in (tmp_path / "run" / "reward" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert steps
+    module = reward_functional(wild.model, wild.execution)
+    params = {name: array for name, array in module.init(wild.seed).items() if is_trainable(name)}
+    state = TrainState.create(params, make_optimizer(wild.reward.optimizer, wild.reward.steps))
+    kept = Checkpoints(tmp_path / "run" / "reward" / "checkpoints").restore_latest(state, make_mesh(wild.mesh))
+    assert kept is not None
+    assert all(np.isfinite(array).all() for tree in (kept[0].params, kept[0].ema) for array in tree.values())
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -171,9 +178,52 @@ def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
     with pytest.raises(CheckpointError, match=f"checkpoint .*{latest.name} is damaged or of another model"):
         Checkpoints(source).restore_latest(state, make_mesh(MeshConfig(data=1)))
 
+    config = from_mapping(TrainConfig, tiny_run.get_config())
+    params = reward_functional(config.model, config.execution).init(0)
+    state = TrainState.create({name: array for name, array in params.items() if is_trainable(name)}, optimizer)
+    copy = shutil.copytree(source, tmp_path / "checkpoints")
+    # What an interrupted save leaves is not taken for a checkpoint.
+    shutil.copytree(copy / latest.name, copy / "999.orbax-checkpoint-tmp")
+    restored, _ = Checkpoints(copy).restore_latest(state, make_mesh(MeshConfig(data=1)))
+    assert int(restored.step) == int(latest.name)
+    for path in (copy / latest.name / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="is damaged or of another model.*Remove that directory"):
+        Checkpoints(copy).restore_latest(state, make_mesh(MeshConfig(data=1)))
 
-def test_command_line_errors_are_one_message(tmp_path):
-    out, err = (process := start(tmp_path / "run", "--config.reward.batch_size=0")).communicate(timeout=120)
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.reward.batch_size=0", "error: config.reward: batch_size must be at least 1, got 0"),
+        ("--config.evaluation.ensemble=(0.2,1.5)", "levels must lie in [0, 1], got 0.4 and (0.2, 1.5)"),
+        ("--config.reward.optimizer.learning_rte=1e-3", "learning_rate"),
+    ],
+)
+def test_command_line_errors_are_one_message(tmp_path, flag, message):
+    out, err = (process := start(tmp_path / "run", flag)).communicate(timeout=120)
     assert process.returncode == 2
-    assert "error: config.reward: batch_size must be at least 1, got 0" in err
+    assert message in err
     assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_shares_generators_and_tabulates_every_seed(tmp_path, capsys):
+    base = from_mapping(TrainConfig, tiny_run.get_config())
+    short = dataclasses.replace(
+        base,
+        generator=dataclasses.replace(base.generator, steps=2),
+        reward=dataclasses.replace(base.reward, steps=2),
+    )
+    runs = (dataclasses.replace(short, name="a"), dataclasses.replace(short, name="b", generator=None))
+    train.run_sweep(SweepConfig(name="s", runs=runs, seeds=(0, 1)), tmp_path / "sweep")
+    table = (tmp_path / "sweep" / "report.md").read_text()
+    assert table in capsys.readouterr().out
+    results = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    for name in ("a", "b"):
+        assert [set(row) for row in results[name]] == 2 * [{"0", "0.4", "ensemble 0.2 0.5 0.7"}]
+        accuracies = [100 * row["0.4"] for row in results[name]]
+        assert f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}" in table
+    generators = {path.parts[-3] for path in (tmp_path / "sweep").rglob("generator/backbone")}
+    assert generators == {"generator_run"}

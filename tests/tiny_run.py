@@ -15,11 +15,10 @@ def get_config() -> ConfigDict:
     config.model.update(num_blocks=2, visual_taps=(1, 2), text_taps=(1, 2))
     config.model.lora.rank = 2
     for stage in (config.generator, config.reward):
-        stage.update(batch_size=8, steps=40, checkpoint_every=10)
-        stage.log_every = 5
+        stage.update(batch_size=8, steps=40, checkpoint_every=10, log_every=5)
     config.reward.steps = 300
     config.reward.checkpoint_every = 20
     config.reward.evaluate_every = 25
-    config.evaluation = ConfigDict({"batch_size": 8})
-    config.mesh = ConfigDict({"data": 1})
+    config.evaluation.batch_size = 8
+    config.mesh.data = 1
     return config

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from dinalrm_jax.layers import Linear, RMSNorm
 
@@ -63,7 +62,7 @@ class Attention(nnx.Module):
             key = jnp.concatenate([key, self._heads(self.add_k_proj(text), self.norm_added_k)], axis=1)
             value = jnp.concatenate([value, self._heads(self.add_v_proj(text), None)], axis=1)
         out = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
-        out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
+        out = out.reshape(*out.shape[:2], -1)
         if not self.joint:
             return self.to_out[0](out), None
         image_out, text_out = out[:, : image.shape[1]], out[:, image.shape[1] :]

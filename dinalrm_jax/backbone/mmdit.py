@@ -19,12 +19,13 @@ ZEROS = jax.nn.initializers.zeros
 class AdaLayerNorm(nnx.Module):
     """Chunks of shift, scale and gate computed from the conditioning embedding.
 
-    Zero-initialised (DiT's adaLN-Zero): a block starts as the identity.
+    With `zero_init` (DiT's adaLN-Zero) a block starts as the identity, which is how to train one from
+    nothing; without it the modulation is random, as in a freshly built diffusers model.
     """
 
-    def __init__(self, dim: int, chunks: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, chunks: int, *, zero_init: bool, rngs: nnx.Rngs):
         self.chunks = chunks
-        self.linear = Linear(dim, chunks * dim, rngs=rngs, kernel_init=ZEROS)
+        self.linear = Linear(dim, chunks * dim, rngs=rngs, kernel_init=ZEROS if zero_init else None)
 
     def __call__(self, temb: jax.Array) -> list[jax.Array]:
         """(B, D) -> `chunks` arrays (B, 1, D), in diffusers' order."""
@@ -54,6 +55,7 @@ class JointTransformerBlock(nnx.Module):
         dual_attention: add an image-only self-attention with its own modulation (9 chunks, not 6).
         context_pre_only: the text stream ends here (only read by the joint attention).
         qk_norm, attention: see `Attention`.
+        zero_init: see `AdaLayerNorm`.
     """
 
     def __init__(
@@ -65,13 +67,14 @@ class JointTransformerBlock(nnx.Module):
         context_pre_only: bool,
         qk_norm: bool,
         attention: str,
+        zero_init: bool,
         rngs: nnx.Rngs,
     ):
         self.dual_attention = dual_attention
         self.context_pre_only = context_pre_only
         make_attention = functools.partial(Attention, dim, heads, qk_norm=qk_norm, implementation=attention, rngs=rngs)
-        self.norm1 = AdaLayerNorm(dim, 9 if dual_attention else 6, rngs=rngs)
-        self.norm1_context = AdaLayerNorm(dim, 2 if context_pre_only else 6, rngs=rngs)
+        self.norm1 = AdaLayerNorm(dim, 9 if dual_attention else 6, zero_init=zero_init, rngs=rngs)
+        self.norm1_context = AdaLayerNorm(dim, 2 if context_pre_only else 6, zero_init=zero_init, rngs=rngs)
         self.attn = make_attention(joint=True, context_pre_only=context_pre_only)
         self.attn2 = make_attention(joint=False) if dual_attention else None
         self.ff = FeedForward(dim, rngs=rngs)

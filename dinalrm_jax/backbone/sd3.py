@@ -82,6 +82,8 @@ class SD3Transformer(nnx.Module):
         config: the diffusers geometry.
         execution: dtype, attention implementation, loop or scan, rematerialisation.
         num_blocks: how many blocks to keep; None keeps the whole model with its output layers.
+        zero_init: start blocks as the identity and the velocity at zero, to train from nothing;
+            otherwise as diffusers draws a fresh model.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class SD3Transformer(nnx.Module):
         execution: ExecutionConfig = ExecutionConfig(),
         *,
         num_blocks: int | None = None,
+        zero_init: bool = False,
         rngs: nnx.Rngs,
     ):
         self.config, self.execution = config, execution
@@ -106,13 +109,15 @@ class SD3Transformer(nnx.Module):
                 context_pre_only=i == config.num_layers - 1,
                 qk_norm=config.qk_norm is not None,
                 attention=execution.attention,
+                zero_init=zero_init,
                 rngs=rngs,
             )
             for i in range(config.num_layers if self.whole else num_blocks)
         )
         if self.whole:
-            self.norm_out = AdaLayerNorm(dim, 2, rngs=rngs)
-            self.proj_out = Linear(dim, config.patch_size**2 * config.out_channels, rngs=rngs, kernel_init=ZEROS)
+            out_features = config.patch_size**2 * config.out_channels
+            self.norm_out = AdaLayerNorm(dim, 2, zero_init=zero_init, rngs=rngs)
+            self.proj_out = Linear(dim, out_features, rngs=rngs, kernel_init=ZEROS if zero_init else None)
 
     def features(
         self,

@@ -14,19 +14,31 @@ class JoinedPairs:
 
     def __init__(self, records: Records, split: str):
         self.records, self.rows = records, records.pairs(split)
+        self.latent_shape = records.images[0].latents.shape
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> PreferenceBatch:
-        """One pair, without a batch axis, float16."""
+        """One pair, without a batch axis, float16.
+
+        Raises:
+            RecordsError: the pair refers to a record that is not there, or its images differ in size.
+        """
         row = self.rows[index]
-        prompt = self.records.prompts[row.prompt]
-        return PreferenceBatch(
-            chosen=self.records.images[row.chosen].latents,
-            rejected=self.records.images[row.rejected].latents,
-            prompt=PromptEmbeds(prompt.prompt_embeds, prompt.pooled_prompt_embeds),
-        )
+        try:
+            prompt = self.records.prompts[row.prompt]
+            chosen, rejected = (self.records.images[image].latents for image in (row.chosen, row.rejected))
+        except IndexError as error:
+            raise RecordsError(
+                f"{self.records.directory}: pair {index} refers to {error}, which is not there"
+            ) from None
+        if chosen.shape != self.latent_shape or rejected.shape != self.latent_shape:
+            raise RecordsError(
+                f"{self.records.directory}: pair {index} has latents {chosen.shape} and {rejected.shape}, the first "
+                f"image {self.latent_shape}; training takes records of one size"
+            )
+        return PreferenceBatch(chosen, rejected, PromptEmbeds(prompt.prompt_embeds, prompt.pooled_prompt_embeds))
 
 
 def training_batches(records: Records, batch_size: int, seed: int) -> grain.DatasetIterator:

@@ -69,8 +69,7 @@ def write(
         images: in index order; consumed once.
         prompts: in index order, all with embeddings of one shape.
         pairs: by split.
-        manifest: JSON values that say which codec and text encoder made the records. What is
-            trained on them is compared with it.
+        manifest: JSON values that say which codec and text encoder made the records, from what.
     """
     import tensorflow_datasets as tfds
 
@@ -144,7 +143,10 @@ class Records:
                 f"{self.directory} holds no manifest.json, so it is not a directory of records; make one with "
                 "python -m dinalrm_jax.preprocess"
             )
-        self.manifest = json.loads(path.read_text())
+        try:
+            self.manifest = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise RecordsError(f"{path} is not JSON: {error}") from None
         if self.manifest.get("format") != FORMAT:
             raise RecordsError(f"{path} has format {self.manifest.get('format')!r}, this version reads {FORMAT!r}")
         self.images = _Rows(self._source("images", "rows"), ImageRecord)

@@ -29,9 +29,20 @@ COUNTS = ("one", "two", "three")
 SIDES = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 COMBINATIONS = tuple(itertools.product(COLORS, SHAPES))
-# Every colour and every shape is held out once or more, none entirely.
-HELD_OUT = (("red", "star"), ("green", "ring"), ("blue", "circle"), ("yellow", "square"), ("purple", "triangle"),
-            ("orange", "ring"))  # fmt: skip
+# Two shapes of every colour and at least two colours of every shape, so that a held-out scene can break
+# its caption in colour or shape without leaving the held-out combinations.
+HELD_OUT = tuple(
+    (color, shape)
+    for color, shapes in {
+        "red": ("star", "ring"),
+        "green": ("square", "ring"),
+        "blue": ("circle", "triangle"),
+        "yellow": ("circle", "square"),
+        "purple": ("triangle", "star"),
+        "orange": ("star", "ring"),
+    }.items()
+    for shape in shapes
+)
 TRAINED = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
 TWO_GROUPS = 0.3  # share of scenes with two groups
@@ -110,7 +121,7 @@ def draw_scene(rng: np.random.Generator, combinations: tuple[tuple[str, str], ..
 def violate(
     scene: tuple[Group, ...], kind: str, rng: np.random.Generator, combinations: tuple[tuple[str, str], ...]
 ) -> tuple[Group, ...]:
-    """The scene with one respect changed, within the allowed combinations where a group changes its look."""
+    """The scene with one respect changed; a group that changes its look stays within `combinations`."""
     if kind == "exchange":
         first, second = scene
         return dataclasses.replace(first, side=second.side), dataclasses.replace(second, side=first.side)
@@ -126,13 +137,10 @@ def violate(
         other = rng.choice([count for count in range(1, len(COUNTS) + 1) if count != group.count])
         changed = dataclasses.replace(group, count=int(other))
     elif kind == "color":
-        # Held-out combinations share few shapes; any other colour is a fair violation there.
-        same_shape = [color for color, shape in combinations if shape == group.shape and color != group.color]
-        options = same_shape or [color for color in COLORS if color != group.color]
+        options = [color for color, shape in combinations if shape == group.shape and color != group.color]
         changed = dataclasses.replace(group, color=str(rng.choice(options)))
     else:
-        same_color = [shape for color, shape in combinations if color == group.color and shape != group.shape]
-        options = same_color or [shape for shape in SHAPES if shape != group.shape]
+        options = [shape for color, shape in combinations if color == group.color and shape != group.shape]
         changed = dataclasses.replace(group, shape=str(rng.choice(options)))
     return tuple(changed if i == index else each for i, each in enumerate(scene))
 

@@ -19,7 +19,7 @@ class MetricsLog:
 
     Args:
         directory: of the run; gets `metrics.jsonl` and `tensorboard/`.
-        stage: prefix of every name.
+        stage: named in every line, and the TensorBoard run's name.
     """
 
     def __init__(self, directory: pathlib.Path, stage: str):
@@ -38,12 +38,16 @@ class MetricsLog:
         """Waits for the steps added since the last write.
 
         Raises:
-            NonFiniteLoss: naming the first step whose loss is not a number.
+            NonFiniteLoss: naming the first step whose loss, or whose new parameters, are not finite.
         """
         for step, metrics in self._pending.items():
-            if not np.isfinite(loss := float(metrics["loss"])):
+            loss = float(metrics["loss"])
+            if not np.isfinite(loss) or not metrics["finite"]:
+                what = f"the loss of step {step} is {loss}" + (
+                    "" if metrics["finite"] else ", its update is not finite"
+                )
                 raise NonFiniteLoss(
-                    f"{self.stage}: the loss of step {step} is {loss}; stopped, and the last good checkpoint is kept. "
+                    f"{self.stage}: {what}; stopped, and the last good checkpoint is kept. "
                     "Lower the learning rate, or look at the data of that step"
                 )
 
@@ -66,7 +70,8 @@ class MetricsLog:
     def write_values(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers as they are."""
         with self._path.open("a") as file:
-            file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+            # The newline stands in front too: a line torn by a kill must not swallow the next one.
+            file.write("\n" + json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -76,9 +81,12 @@ class MetricsLog:
 
 def read_metrics(directory: pathlib.Path, stage: str) -> list[dict[str, float]]:
     """The lines of a stage in step order; after a resume, the later line of a step counts."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     by_step: dict[int, dict[str, float]] = {}
-    for line in lines:
+    for text in filter(None, (directory / "metrics.jsonl").read_text().splitlines()):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # torn by a kill in the middle of a write; the resumed run wrote that step again
         if line["stage"] == stage:
             by_step[line["step"]] = {**by_step.get(line["step"], {}), **line}
     return [by_step[step] for step in sorted(by_step)]

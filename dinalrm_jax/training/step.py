@@ -48,8 +48,10 @@ def make_step(
     """Builds the jitted step; it donates the state.
 
     The batch is split along the mesh's data axis, everything else is replicated. With
-    `accumulation_steps` n, the batch passes as n consecutive parts whose gradients are averaged:
-    the same update as in one part, in less memory.
+    `accumulation_steps` n, the batch passes as n parts whose gradients are averaged: the update of
+    one part in less memory, up to the noise, which every part draws for itself.
+
+    The metric `finite` is 1 where the new parameters and their average hold no NaN or infinity.
 
     The randomness of step s depends on (seed, s) only.
     """
@@ -63,7 +65,9 @@ def make_step(
         parts = config.accumulation_steps
         if parts == 1:
             return gradient_fn(params, frozen, batch, key)
-        split = jax.tree.map(lambda x: x.reshape(parts, len(x) // parts, *x.shape[1:]), batch)
+        # Every part takes rows from all devices: rows 0, parts, 2 parts ... are part 0.
+        split = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        split = jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec(None, "data")))
 
         def add_part(total, part):
             index, rows = part
@@ -82,6 +86,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay)
         metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["finite"] = jnp.isfinite(optax.global_norm((params, ema))).astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     replicated, by_row = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))

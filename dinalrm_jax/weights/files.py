@@ -19,7 +19,7 @@ class SafetensorsDirectory(Mapping[str, np.ndarray]):
 
     Raises:
         FileNotFoundError: neither file is there, or a shard is not.
-        WeightsError: a file that is not safetensors, or an index that its shards contradict.
+        WeightsError: a file that is not safetensors, or a tensor that stands in two shards.
     """
 
     def __init__(self, directory: str | pathlib.Path, stem: str):

@@ -18,13 +18,33 @@ from dinalrm_jax.parameters import Functional, Params, functional
 from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional
 from dinalrm_jax.weights import released, rules, sd3, torch_file
 from dinalrm_jax.weights.files import SafetensorsDirectory, save_safetensors
+from dinalrm_jax.weights.rules import WeightsError
 
 FORMAT = "dinalrm_jax/1"
+CHECKPOINT_FILES = ("config.json", "checkpoint/*", "backbone.safetensors", "trained.safetensors")
+TRANSFORMER_FILES = ("transformer/*", "config.json", "backbone.safetensors")
 OURS = (rules.Rule("{}", "{}"),)
 
 
-def resolve(name: str | pathlib.Path) -> pathlib.Path:
-    """A local directory as it is, or a hub id as a downloaded snapshot.
+# What diffusers' SD3Transformer2DModel takes for a key that its config.json leaves out; not SD3.5-Medium's values.
+DIFFUSERS_DEFAULTS = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 18,
+    "attention_head_dim": 64,
+    "num_attention_heads": 18,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1152,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 96,
+    "dual_attention_layers": (),
+    "qk_norm": None,
+}
+
+
+def resolve(name: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path:
+    """A local directory as it is, or what matches `patterns` of a hub repository, downloaded.
 
     Raises:
         FileNotFoundError: neither.
@@ -37,7 +57,7 @@ def resolve(name: str | pathlib.Path) -> pathlib.Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return pathlib.Path(snapshot_download(name, ignore_patterns=["*.bin", "*.ckpt", "sd3.5_*.safetensors"]))
+            return pathlib.Path(snapshot_download(name, allow_patterns=list(patterns)))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
                 f"{name!r} is neither a directory nor a hub repository that can be downloaded: {error}"
@@ -49,7 +69,7 @@ def load_reward_model(
     checkpoint: str | pathlib.Path, base_model: str | pathlib.Path | None, execution: ExecutionConfig
 ) -> RewardModel:
     """See `RewardModel.from_pretrained`."""
-    directory = resolve(checkpoint)
+    directory = resolve(checkpoint, CHECKPOINT_FILES)
     config = _read_json(directory / "config.json")
     if "format" in config:
         if base_model is not None:
@@ -63,14 +83,16 @@ def load_reward_model(
     transformer_dir, transformer = read_diffusers_config(base_model)
     model_config = released.model_config(config, transformer)
     shapes = reward_functional(model_config, execution).shapes
-    params = _load_released(directory / "checkpoint", shapes, model_config)
-    params |= rules.load(
-        SafetensorsDirectory(transformer_dir, "diffusion_pytorch_model"),
-        sd3.rules(transformer, "backbone."),
-        {name: shape for name, shape in shapes.items() if not is_trainable(name)},
-        source=str(transformer_dir),
-        unused=sd3.unused_by_truncation(model_config.num_blocks),
-    )
+    parts = _released_parts(directory / "checkpoint", transformer_dir, model_config)
+    params, problems = {}, []
+    for source, tensors, table, belongs, unused in parts:
+        wanted = {name: shape for name, shape in shapes.items() if belongs(name)}
+        try:
+            params |= rules.load(tensors, table, wanted, source=str(source), unused=unused)
+        except WeightsError as error:
+            problems.append(str(error))
+    if problems:
+        raise WeightsError("\n".join(problems))
     return RewardModel(model_config, _to_device(params, execution), execution)
 
 
@@ -80,29 +102,33 @@ def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path,
     Raises:
         ConfigError: the config of another kind of model.
     """
-    directory = resolve(base_model)
+    directory = resolve(base_model, TRANSFORMER_FILES)
     if (directory / "transformer").is_dir():
         directory = directory / "transformer"
     config = _read_json(directory / "config.json")
     kind = config.get("_class_name")
     if kind != "SD3Transformer2DModel":
         raise ConfigError(f"{directory / 'config.json'} is of {kind!r}, expected a diffusers SD3Transformer2DModel")
-    geometry = {key: value for key, value in config.items() if not key.startswith("_")}
-    if geometry.get("out_channels") is None:
+    geometry = DIFFUSERS_DEFAULTS | {key: value for key, value in config.items() if not key.startswith("_")}
+    if "out_channels" not in geometry:
+        geometry["out_channels"] = 16
+    elif geometry["out_channels"] is None:
         geometry["out_channels"] = geometry["in_channels"]
     return directory, from_mapping(SD3Config, geometry, str(directory / "config.json"))
 
 
-def transformer_functional(config: SD3Config, execution: ExecutionConfig) -> Functional[SD3Transformer]:
+def transformer_functional(
+    config: SD3Config, execution: ExecutionConfig, *, zero_init: bool = False
+) -> Functional[SD3Transformer]:
     """The whole transformer, velocity included, as a pure function of named parameters."""
-    return functional(lambda rngs: SD3Transformer(config, execution, rngs=rngs))
+    return functional(lambda rngs: SD3Transformer(config, execution, zero_init=zero_init, rngs=rngs))
 
 
 def load_backbone(
     base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig()
 ) -> tuple[SD3Config, Params]:
     """A whole transformer from a diffusers directory or a native backbone, in the compute dtype."""
-    directory = resolve(base_model)
+    directory = resolve(base_model, TRANSFORMER_FILES)
     config = _read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     if "format" in config:
         transformer = from_mapping(SD3Config, _native(config, "backbone", directory), f"{directory}/config.json")
@@ -145,8 +171,8 @@ def export_released(model: RewardModel, output: str | pathlib.Path) -> None:
         ConfigError: a model that this layout cannot hold.
     """
     config = released.released_config(model.config)
-    lora = {name: np.asarray(array) for name, array in model.params.items() if name.endswith((".lora_A", ".lora_B"))}
-    head = {name: np.asarray(array) for name, array in model.params.items() if name.startswith("head.")}
+    lora = {name: np.asarray(array) for name, array in model.params.items() if _is_lora(name)}
+    head = {name: np.asarray(array) for name, array in model.params.items() if _is_head(name)}
     with whole_directory(output) as directory:
         (directory / "config.json").write_text(json.dumps(config, indent=1))
         checkpoint = directory / "checkpoint"
@@ -180,16 +206,31 @@ def _load_native(directory: pathlib.Path, config: dict, execution: ExecutionConf
     return RewardModel(model_config, _to_device(params, execution), execution)
 
 
-def _load_released(checkpoint: pathlib.Path, shapes, config: RewardModelConfig) -> dict[str, np.ndarray]:
-    params = rules.load(
-        torch_file.read(checkpoint / "rm_head.pt"),
-        released.HEAD,
-        {name: shape for name, shape in shapes.items() if name.startswith("head.")},
-        source=str(checkpoint / "rm_head.pt"),
-    )
-    if config.lora is None:
-        return params
-    adapter = checkpoint / "backbone_lora"
+def _released_parts(checkpoint: pathlib.Path, transformer: pathlib.Path, config: RewardModelConfig):
+    """(source, tensors, table, which of our names it holds, what it may hold beside) of every part."""
+    yield checkpoint / "rm_head.pt", torch_file.read(checkpoint / "rm_head.pt"), released.HEAD, _is_head, None
+    if config.lora is not None:
+        adapter = checkpoint / "backbone_lora"
+        _check_adapter_config(adapter, config)
+        yield adapter, SafetensorsDirectory(adapter, "adapter_model"), released.LORA, _is_lora, None
+    tensors = SafetensorsDirectory(transformer, "diffusion_pytorch_model")
+    unused = sd3.unused_by_truncation(config.num_blocks)
+    yield transformer, tensors, sd3.rules(config.transformer, "backbone."), _is_frozen, unused
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith("head.")
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def _is_frozen(name: str) -> bool:
+    return not is_trainable(name)
+
+
+def _check_adapter_config(adapter: pathlib.Path, config: RewardModelConfig) -> None:
     peft = _read_json(adapter / "adapter_config.json")
     found, expected = (peft.get("r"), peft.get("lora_alpha")), (config.lora.rank, config.lora.alpha)
     if found != expected:
@@ -197,12 +238,6 @@ def _load_released(checkpoint: pathlib.Path, shapes, config: RewardModelConfig) 
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if peft.get(key):
             raise ConfigError(f"{adapter}/adapter_config.json sets {key}, which this model does not have")
-    return params | rules.load(
-        SafetensorsDirectory(adapter, "adapter_model"),
-        released.LORA,
-        {name: shape for name, shape in shapes.items() if name.endswith((".lora_A", ".lora_B"))},
-        source=str(adapter),
-    )
 
 
 def _to_device(params: dict[str, np.ndarray], execution: ExecutionConfig) -> Params:

@@ -17,7 +17,7 @@ LORA = (
 )
 
 # Keys of the released config that cannot change a score: of training (EMA), of the hub, or read by no code.
-IGNORED = {"model_type", "backbone_model_id", "use_ema", "ema_decay", "use_text_features", "use_t_embed"}
+IGNORED = {"model_type", "backbone_model_id", "use_ema", "ema_decay", "use_t_embed"}
 IGNORED_HEAD = {"patch_size", "cfg_scale"}
 
 
@@ -41,12 +41,20 @@ def model_config(released: Mapping[str, Any], transformer: SD3Config) -> RewardM
         raise ConfigError("released config: model.reward_head.dropout must be 0, the head has no dropout")
     if model.pop("use_logistic", False):
         raise ConfigError("released config: model.use_logistic is set, but rm_head.pt does not hold eta3 and eta4")
+    if not model.pop("use_text_features", True):
+        raise ConfigError("released config: model.use_text_features is false, which this model does not have")
     width = head.pop("width", -1)
     frozen = model.pop("freeze_backbone", False)
     lora = model.pop("lora_config", None)
     use_lora = model.pop("use_lora", False) and not frozen
     if not use_lora and not frozen:
         raise ConfigError("released config: the whole backbone was trained (no LoRA, not frozen); not supported")
+    if use_lora:
+        unknown = (lora or {}).keys() - {"r", "lora_alpha", "init_lora_weights"}
+        if lora is None or "r" not in lora or "lora_alpha" not in lora or unknown:
+            raise ConfigError(
+                f"released config: model.lora_config needs r and lora_alpha and knows init_lora_weights, got {lora}"
+            )
     renamed = {"num_transformer_layers": "num_blocks", "visual_head_idx": "visual_taps", "text_head_idx": "text_taps"}
     unknown = model.keys() - renamed.keys()
     if unknown or renamed.keys() - model.keys():
@@ -70,8 +78,11 @@ def released_config(config: RewardModelConfig) -> dict[str, Any]:
     """The inverse of `model_config`: the `config.json` to write beside an exported checkpoint.
 
     Raises:
-        ConfigError: a logistic model, whose eta3 and eta4 the released layout does not hold.
+        ConfigError: a logistic model, whose eta3 and eta4 the released layout does not hold, or one
+            without text taps, which the released code cannot build.
     """
+    if not config.text_taps:
+        raise ConfigError("a model without text taps cannot be exported: the released code needs at least one")
     if config.logistic:
         raise ConfigError("a logistic model cannot be exported: the released layout does not hold eta3 and eta4")
     lora = config.lora and {
@@ -86,7 +97,7 @@ def released_config(config: RewardModelConfig) -> dict[str, Any]:
             "num_transformer_layers": config.num_blocks,
             "freeze_backbone": config.lora is None,
             "use_lora": config.lora is not None,
-            "use_text_features": bool(config.text_taps),
+            "use_text_features": True,
             "lora_config": lora,
             "use_logistic": False,
             "visual_head_idx": list(config.visual_taps),

@@ -19,14 +19,18 @@ def test_held_out_combinations_are_never_seen_in_training():
                 assert (color, shape.removesuffix("s")) in allowed
 
 
-def test_training_violations_show_trained_combinations_only():
+@pytest.mark.parametrize("combinations", [synthetic.TRAINED, synthetic.HELD_OUT], ids=["trained", "held out"])
+def test_violations_stay_within_their_combinations(combinations):
+    """Else an unseen look would give the chosen or the rejected image away."""
     rng = np.random.default_rng(0)
     for _ in range(300):
-        scene = synthetic.draw_scene(rng, synthetic.TRAINED)
+        scene = synthetic.draw_scene(rng, combinations)
         kinds = synthetic.VIOLATIONS if len(scene) == 2 else synthetic.VIOLATIONS[:-1]
         for kind in kinds:
-            for group in synthetic.violate(scene, kind, rng, synthetic.TRAINED):
-                assert (group.color, group.shape) in synthetic.TRAINED
+            broken = synthetic.violate(scene, kind, rng, combinations)
+            assert broken != scene
+            for group in broken:
+                assert (group.color, group.shape) in combinations
 
 
 def test_a_violation_breaks_exactly_what_it_says():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import ConfigError, LossConfig, MeshConfig, OptimizerConfig, SigmaConfig
+from dinalrm_jax.config import ConfigError, ExecutionConfig, LossConfig, MeshConfig, OptimizerConfig, SigmaConfig
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.objectives import flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -136,7 +136,7 @@ def test_pairs_share_level_and_noise(tiny_model, batch):
 
 def test_flow_matching_loss_of_a_known_velocity(batch):
     """A fresh transformer predicts zero: the loss is the mean of |eps - x0|^2."""
-    module = transformer_functional(TINY_SD3, dina.RewardModel.__dataclass_fields__["execution"].default)
+    module = transformer_functional(TINY_SD3, ExecutionConfig(), zero_init=True)
     params = module.init(0)
     key = jax.random.key(2)
     losses, _ = flow_matching_objective(module, SigmaConfig())(params, batch, key)

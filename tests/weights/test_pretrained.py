@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 import dinalrm_jax as dina
 from dinalrm_jax import convert
-from dinalrm_jax.config import ConfigError, ExecutionConfig
+from dinalrm_jax.config import ConfigError
 from dinalrm_jax.weights import pretrained, torch_file
 from dinalrm_jax.weights.rules import WeightsError
-from dinalrm_jax.weights.verify import VerificationError, released_scores, verify_against_released
-from tests.conftest import GOLDEN, random_inputs
+from dinalrm_jax.weights.verify import VerificationError, verify_against_released
+from tests.conftest import GOLDEN, ROOT
 
 
 @pytest.fixture
@@ -59,14 +61,22 @@ def test_sharded_base_model(golden_model, released):
 
 
 def test_all_wrong_names_are_reported_at_once(released):
+    """Of head, adapter and transformer together."""
     directory = released / "checkpoint"
+    adapter = load_file(directory / "backbone_lora" / "adapter_model.safetensors")
+    del adapter["base_model.model.transformer_blocks.1.attn2.to_k.lora_A.weight"]
+    save_file(adapter, directory / "backbone_lora" / "adapter_model.safetensors")
+    transformer = load_file(released / "transformer" / "diffusion_pytorch_model.safetensors")
+    transformer["transformer_blocks.2.attn.to_x.weight"] = np.zeros(2, np.float32)
+    transformer["norm_out.linear.weight"] = np.zeros(2, np.float32)  # beyond the kept blocks: not looked at
+    save_file(transformer, released / "transformer" / "diffusion_pytorch_model.safetensors")
     head = torch.load(directory / "rm_head.pt", weights_only=True)
     del head["agg_text.bias"], head["attn1.to_q.weight"]
     head["head.weight"] = head["head.weight"][:, :-1]
     head["extra.weight"] = torch.zeros(3)
     torch.save(head, directory / "rm_head.pt")
     with pytest.raises(WeightsError) as error:
-        load(released)
+        load(released, released)
     message = str(error.value)
     assert "rm_head.pt does not hold this model's weights, 4 problems" in message
     for line in (
@@ -74,8 +84,11 @@ def test_all_wrong_names_are_reported_at_once(released):
         "misshapen: head.weight gives (1, 63), the model takes (1, 64)",
         "missing: agg_text.bias",
         "missing: attn1.to_q.weight",
+        "missing: base_model.model.transformer_blocks.1.attn2.to_k.lora_A.weight",
+        "unknown: transformer_blocks.2.attn.to_x.weight",
     ):
         assert line in message
+    assert "norm_out" not in message
 
 
 @pytest.mark.parametrize("missing", ["rm_head.pt", "backbone_lora/adapter_model.safetensors", "backbone_lora"])
@@ -107,6 +120,9 @@ def test_truncated_files_are_errors(released):
         (lambda c: c["model"]["reward_head"].update(num_querys=3), "did you mean 'num_queries'"),
         (lambda c: c["model"]["reward_head"].update(dropout=0.1), "dropout must be 0"),
         (lambda c: c["model"].update(use_logistic=True), "does not hold eta3 and eta4"),
+        (lambda c: c["model"].update(use_text_features=False), "use_text_features is false"),
+        (lambda c: c["model"].pop("lora_config"), "model.lora_config needs r and lora_alpha"),
+        (lambda c: c["model"]["lora_config"].update(dropout=0.5), "model.lora_config needs .* got"),
         (lambda c: c["model"]["lora_config"].update(r=8), r"has \(r, lora_alpha\) \(4, 8\), config.json says \(8"),
     ],
 )
@@ -133,36 +149,6 @@ def test_other_models_are_refused(released, tmp_path, golden_model):
         dina.RewardModel.from_pretrained(tmp_path / "backbone")
 
 
-def test_export_scores_the_same_in_torch_and_peft(tiny_model, tmp_path):
-    """A model of ours, written out, is read and scored by diffusers, PEFT and torch.load."""
-    transformer = tiny_model.config.transformer
-    whole = pretrained.transformer_functional(transformer, ExecutionConfig()).init(3)
-    whole |= {
-        name.removeprefix("backbone."): array
-        for name, array in tiny_model.params.items()
-        if name.startswith("backbone.") and ".lora_" not in name
-    }
-    pretrained.export_diffusers(transformer, whole, tmp_path / "base")
-    pretrained.save_reward_model(tiny_model, tmp_path / "native")
-    run_convert("export", checkpoint=tmp_path / "native", output=tmp_path / "released")
-
-    latents, eps, prompt = random_inputs(transformer)
-    ours = tiny_model.score_latents(latents, prompt, 0.4, eps)
-    theirs = released_scores(
-        str(tmp_path / "released"),
-        str(tmp_path / "base"),
-        tiny_model.config,
-        0.6 * latents + 0.4 * eps,
-        np.array(prompt.prompt_embeds),
-        np.array(prompt.pooled_prompt_embeds),
-        0.4,
-    )
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    again = load(tmp_path / "released", tmp_path / "base")
-    assert again.config == tiny_model.config
-    jax.tree.map(np.testing.assert_array_equal, again.params, tiny_model.params)
-
-
 def run_convert(direction, *, checkpoint=None, base_model=None, output, verify=False):
     convert.convert(
         direction,
@@ -186,6 +172,41 @@ def test_convert_released_and_verify(golden_model, released, tmp_path, capsys):
     torch.save(head, released / "checkpoint" / "rm_head.pt")
     with pytest.raises(VerificationError, match="does not score as"):
         verify_against_released(str(tmp_path / "native"), str(released), str(GOLDEN))
+
+
+def test_absent_keys_of_a_diffusers_config_have_diffusers_defaults(released):
+    """SD3-Medium's and SD3.5-Large's config.json name no dual attention; SD3.5-Medium's values are not meant."""
+    from diffusers import SD3Transformer2DModel
+
+    path = released / "transformer" / "config.json"
+    path.write_text(json.dumps({"_class_name": "SD3Transformer2DModel", "num_layers": 2}))
+    _, config = pretrained.read_diffusers_config(released)
+    with torch.device("meta"):
+        expected = dict(SD3Transformer2DModel(num_layers=2).config)
+    for key, value in pretrained.to_mapping(config).items():
+        assert value == (list(expected[key]) if isinstance(expected[key], tuple) else expected[key]), key
+
+
+def test_command_line(tmp_path):
+    """The real command: a conversion, and one-message errors with status 2 for what cannot be converted."""
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "dinalrm_jax.convert", *map(str, arguments)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
+    done = command("diffusers", "--base-model", GOLDEN, "--output", tmp_path / "backbone")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "backbone" / "backbone.safetensors").exists()
+    again = command("diffusers", "--base-model", GOLDEN, "--output", tmp_path / "backbone")
+    assert again.returncode == 2
+    assert again.stderr.strip().endswith("backbone exists already; choose another output or remove it first")
+    lacking = command("released", "--checkpoint", GOLDEN, "--output", tmp_path / "x")
+    assert lacking.returncode != 0
+    assert "released needs --base-model" in lacking.stdout + lacking.stderr
 
 
 def test_convert_diffusers_and_back(tmp_path):
