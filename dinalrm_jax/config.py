@@ -129,6 +129,14 @@ class RewardModelConfig:
     def head_width(self) -> int:
         return self.head.width or self.transformer.inner_dim
 
+    @property
+    def adapts_last_text(self) -> bool:
+        """Whether the last kept block's text-side projections have adapters.
+
+        The released code leaves them out unless that block's text stream is tapped: nothing else reads it.
+        """
+        return self.text_taps[-1:] == (self.num_blocks,)
+
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:

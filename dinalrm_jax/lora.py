@@ -23,9 +23,7 @@ def add_lora(backbone: SD3Transformer, config: LoRAConfig, *, adapt_last_text: b
     Args:
         backbone: a truncated transformer.
         config: rank and alpha.
-        adapt_last_text: whether the last kept block's text-side projections are adapted. The
-            released code leaves them out unless that block's text stream is tapped: nothing after
-            it would read them.
+        adapt_last_text: see `RewardModelConfig.adapts_last_text`.
         rngs: initialises A.
     """
     last = len(backbone.transformer_blocks) - 1

@@ -26,8 +26,7 @@ class RewardModule(nnx.Module):
         self.config = config
         self.backbone = SD3Transformer(config.transformer, execution, num_blocks=config.num_blocks, rngs=rngs)
         if config.lora is not None:
-            adapt_last_text = config.text_taps[-1:] == (config.num_blocks,)
-            lora.add_lora(self.backbone, config.lora, adapt_last_text=adapt_last_text, rngs=rngs)
+            lora.add_lora(self.backbone, config.lora, adapt_last_text=config.adapts_last_text, rngs=rngs)
         self.head = RewardHead(config, rngs=rngs)
         if config.logistic:
             self.eta3 = nnx.Param(jnp.zeros(()))

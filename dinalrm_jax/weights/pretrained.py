@@ -180,7 +180,7 @@ def export_released(model: RewardModel, output: str | pathlib.Path) -> None:
         if model.config.lora is not None:
             adapter = checkpoint / "backbone_lora"
             adapter.mkdir()
-            peft = released.adapter_config(model.config.lora)
+            peft = released.adapter_config(model.config)
             (adapter / "adapter_config.json").write_text(json.dumps(peft, indent=1))
             save_safetensors(adapter / "adapter_model.safetensors", rules.dump(lora, released.LORA))
         torch_file.write(checkpoint / "rm_head.pt", rules.dump(head, released.HEAD))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dinalrm_jax.config import ConfigError, HeadConfig, LoRAConfig, RewardModelConfig, SD3Config, from_mapping
+from dinalrm_jax.lora import IMAGE_TARGETS, TEXT_TARGETS
 from dinalrm_jax.weights.rules import Rule
 
 HEAD = (Rule("{}", "head.{}"),)
@@ -116,29 +117,21 @@ def released_config(config: RewardModelConfig) -> dict[str, Any]:
     }
 
 
-def adapter_config(config: LoRAConfig) -> dict[str, Any]:
-    """PEFT's `adapter_config.json` for an exported adapter."""
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+def adapter_config(config: RewardModelConfig) -> dict[str, Any]:
+    """PEFT's `adapter_config.json` for the exported adapters of a model that has them."""
+    alpha = config.lora.alpha
+    unread = [f"transformer_blocks.{config.num_blocks - 1}.attn.{name}" for name in TEXT_TARGETS]
     return {
         "peft_type": "LORA",
-        "r": config.rank,
-        "lora_alpha": alpha,
+        "r": config.lora.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian",
         "inference_mode": True,
-        "target_modules": [
-            "to_q",
-            "to_k",
-            "to_v",
-            "to_out.0",
-            "add_q_proj",
-            "add_k_proj",
-            "add_v_proj",
-            "to_add_out",
-        ],
-        "exclude_modules": None,
+        "target_modules": [*IMAGE_TARGETS, *TEXT_TARGETS],
+        "exclude_modules": None if config.adapts_last_text else unread,
         "use_dora": False,
         "use_rslora": False,
     }
