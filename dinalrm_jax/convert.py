@@ -11,14 +11,14 @@ checkpoint or backbone. An output that exists is never overwritten.
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from dinalrm_jax.config import ConfigError, ExecutionConfig
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.weights import pretrained
 from dinalrm_jax.weights.rules import WeightsError
 from dinalrm_jax.weights.torch_file import TorchFileError
-from dinalrm_jax.weights.verify import VerificationError, verify_against_released
+from dinalrm_jax.weights.verify import VerificationError, check_torch, verify_against_released
 
 NEEDED = {
     "released": ("checkpoint", "base-model", "output"),
@@ -40,23 +40,27 @@ def convert(
 
     Raises:
         ConfigError, WeightsError, TorchFileError, FileNotFoundError, FileExistsError: before anything is written.
-        VerificationError: the converted model and the released code disagree; the output is kept for study.
+        VerificationError: our model and PyTorch disagree about the released files; nothing is written.
     """
     if pathlib.Path(output).exists():
         raise FileExistsError(f"{output} exists already; choose another output or remove it first")
+    if verify:
+        check_torch()
     execution = ExecutionConfig(dtype=dtype)
     if direction == "released":
-        pretrained.save_reward_model(pretrained.load_reward_model(checkpoint, base_model, execution), output)
+        model = pretrained.load_reward_model(checkpoint, base_model, execution)
+        if verify:
+            print(verify_against_released(model, checkpoint, base_model))
+        pretrained.save_reward_model(model, output)
     elif direction == "export":
         pretrained.export_released(RewardModel.from_pretrained(checkpoint, dtype="float32"), output)
     else:
         pretrained.save_backbone(*pretrained.load_backbone(base_model, execution), output)
     print(f"wrote {output}")
-    if verify:
-        print(verify_against_released(output, checkpoint, base_model))
 
 
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
     if len(argv) != 2 or argv[1] not in NEEDED:
         raise app.UsageError(f"expected one of {', '.join(NEEDED)}, got {argv[1:]}")

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -92,6 +92,7 @@ def _read_image(path: pathlib.Path, size: int, left_out: Counter) -> np.ndarray 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
     try:
         counts = preprocess_hpdv2(

@@ -114,7 +114,7 @@ class RewardModel:
     """
 
     config: RewardModelConfig
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     execution: ExecutionConfig = ExecutionConfig()
 
     @classmethod

@@ -4,13 +4,14 @@
 
 A run reads its records (the quickstart draws them first), takes or trains a backbone, freezes it,
 trains LoRA and head on preference pairs, saves the model with its averaged weights to
-WORKDIR/model, and reports. Started again on the same workdir it continues where it was. SIGTERM
-saves, then stops.
+WORKDIR/model, and reports. Started again on the same workdir it continues where it was. SIGTERM and
+Ctrl-C save, then stop.
 """
 
 import dataclasses
 import json
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,12 @@ REPORT_SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 class Stopped(Exception):
-    """SIGTERM arrived and the state is saved."""
+    """A signal asked to stop, and the state is saved; `number` is the signal's."""
+
+    def __init__(self, number: int, stage: str, step: int):
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} after {stage} step {step}; the same command continues from there")
+        self.number = number
 
 
 def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
@@ -60,12 +66,12 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
 
     Raises:
         ConfigError, RecordsError, WeightsError: before anything is computed.
-        Stopped: on SIGTERM, after saving.
+        Stopped: on SIGTERM or Ctrl-C, after saving.
         NonFiniteLoss: with the step; the last good checkpoint is kept.
     """
     mesh = make_mesh(config.mesh)
     check_stages(config, mesh)
-    claim_workdir(workdir, config)
+    check_workdir(workdir, config)
     data = workdir / "data" if config.data is None else pathlib.Path(config.data)
     if config.scenes is not None and not data.exists():
         write_scene_records(data, config.scenes)
@@ -73,6 +79,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
     check_records(records, config)
     module = reward_functional(config.model, config.execution)
     evaluator = Evaluator(module, records, "eval", config.evaluation)
+    claim_workdir(workdir, config)
 
     # The backbone: loaded, or random; then, where asked for, trained as a flow-matching generator.
     backbone = make_backbone(config, records, workdir, mesh)
@@ -164,14 +171,14 @@ def fit(
     first = int(state.step)
     trained = sum(array.size for array in params.values())
     print(f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps; the first compiles")
-    with TermSignal() as term, tqdm(total=stage.steps, initial=first, desc=name, unit="step") as bar:
+    with StopSignals() as stop, tqdm(total=stage.steps, initial=first, desc=name, unit="step") as bar:
         for step in range(first + 1, stage.steps + 1):
             batch = put_batch(next(batches), mesh)
             jax.block_until_ready(state.step)  # at most one step in flight: the next batch overlaps with it
             state, metrics = step_fn(state, frozen, batch)
             log.add(step, metrics, stage.batch_size)
             bar.update()
-            stopping, last = term.received, step == stage.steps
+            stopping, last = stop.number is not None, step == stage.steps
             if step % stage.log_every == 0 or last:
                 values = log.write(step, {"learning_rate": float(learning_rate(step - 1))})
                 bar.set_postfix({key: f"{values[key]:.3f}" for key in ("loss", "accuracy") if key in values})
@@ -180,7 +187,7 @@ def fit(
                 checkpoints.save(state, batches.get_state())
             if stopping:
                 checkpoints.close()
-                raise Stopped(f"stopped by SIGTERM after {name} step {step}; the same command continues from there")
+                raise Stopped(stop.number, name, step)
             if evaluate is not None and (step % stage.evaluate_every == 0 or last):
                 log.write_values(step, evaluate(state))
     checkpoints.close()
@@ -188,19 +195,24 @@ def fit(
     return state
 
 
-class TermSignal:
-    """While open, SIGTERM only sets `received`."""
+class StopSignals:
+    """While open, the first SIGTERM or Ctrl-C only sets `number`; a second one acts as ever."""
 
-    def __enter__(self) -> "TermSignal":
-        self.received = False
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+    def __enter__(self) -> "StopSignals":
+        self.number: int | None = None
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _receive(self, number, frame) -> None:
-        self.received = True
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def __exit__(self, *exception) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        self._restore()
 
 
 # --------------------------------------------------------------------------- before work starts
@@ -244,26 +256,26 @@ def check_records(records: Records, config: TrainConfig) -> None:
         raise RecordsError(f"{records.directory}: {error}") from None
 
 
-def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
-    """Makes the run's directory, or checks that it holds the same run.
-
-    Raises:
-        ConfigError: it holds a run of another configuration.
-    """
+def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
+    """Raises ConfigError if the directory holds a run of another configuration."""
     path = workdir / "config.json"
-    current = json.loads(json.dumps(to_mapping(config)))
     if path.exists():
+        current = json.loads(json.dumps(to_mapping(config)))
         changed = ", ".join(_differences(json.loads(path.read_text()), current))
         if changed:
             raise ConfigError(
                 f"{workdir} holds a run of another configuration; changed: {changed}. Choose another --workdir, or "
                 "restore these values to continue that run"
             )
-        return
+
+
+def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
+    """Makes the run's directory and writes its configuration there; see `check_workdir`."""
+    check_workdir(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(current, indent=1) + "\n")
-    partial.replace(path)
+    partial = workdir / "config.partial"
+    partial.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
+    partial.replace(workdir / "config.json")
 
 
 def _differences(old, new, path: str = "") -> list[str]:
@@ -330,8 +342,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        message = error.args[0] if error.args else error
-        print(f"error: {message}", file=sys.stderr)
+        meant = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
+        print(
+            f"error: unknown key {meant[2]!r}; did you mean {meant[1]!r}?" if meant else f"error: {error}",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
@@ -340,8 +355,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every file they touch
     enable_compilation_cache()
-    values = flags.FLAGS.config
     try:
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        if not pathlib.Path(file.split(":")[0]).is_file():
+            raise FileNotFoundError(f"no config file {file}")
+        values = flags.FLAGS.config
         config = from_mapping(SweepConfig if "runs" in values else TrainConfig, values)
         workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}")
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -349,7 +367,7 @@ def main(argv: list[str]) -> None:
         (run_sweep if isinstance(config, SweepConfig) else run)(config, workdir)
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + stop.number)
     except (ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

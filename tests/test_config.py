@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 from configs import ablation, hpdv2, quickstart
 from dinalrm_jax.config import (
     ConfigError,
+    ExecutionConfig,
     RewardModelConfig,
     SD3Config,
     StageConfig,
@@ -77,6 +78,13 @@ def test_defaults_are_the_published_model():
     assert config.transformer == SD3Config()
     assert (config.transformer.inner_dim, config.num_blocks, config.visual_taps) == (1536, 12, (4, 8, 12))
     assert config.lora.scale == 2.0
+
+
+def test_execution_is_checked_where_it_is_made():
+    with pytest.raises(ConfigError, match="remat is 'blocks'; did you mean 'block'"):
+        ExecutionConfig(remat="blocks")
+    with pytest.raises(ConfigError, match="dtype is 'fp16'; expected one of 'float32', 'bfloat16'"):
+        ExecutionConfig(dtype="fp16")
 
 
 def test_last_text_stream_cannot_be_tapped():

@@ -41,7 +41,7 @@ def wait_for_step(process, workdir, stage, step, limit=120):
     while time.monotonic() < deadline:
         if (workdir / "metrics.jsonl").exists():
             whole, _, _ = (workdir / "metrics.jsonl").read_text().rpartition("\n")
-            lines = map(json.loads, filter(None, whole.splitlines()))
+            lines = map(json.loads, whole.splitlines())
             if any(line["stage"] == stage and line["step"] >= step for line in lines):
                 return
         assert process.poll() is None, process.communicate()
@@ -67,6 +67,8 @@ def test_what_a_run_leaves(finished):
         with Image.open(workdir / "report" / f"{name}.png") as image:
             assert np.asarray(image.convert("L")).std() > 5, f"{name}.png is blank"
     assert len(list((workdir / "tensorboard").rglob("events.*"))) == 2
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"generator", "reward"}
     history = read_metrics(workdir, "reward")
     assert [row["step"] for row in history if "loss" in row] == list(range(5, 301, 5))
     assert sum("eval_accuracy" in row for row in history) == 12
@@ -156,7 +158,11 @@ def test_records_of_other_encoders_are_refused(config, finished, tmp_path):
     with pytest.raises(RecordsError, match=r"made by other encoders.*\(16, 64, 64\), the model takes \(16, 4096, 64\)"):
         train.run(other, tmp_path / "run")
     with pytest.raises(RecordsError, match="no manifest.json"):
-        train.run(dataclasses.replace(config, data=str(tmp_path / "nothing"), scenes=None), tmp_path / "run2")
+        train.run(dataclasses.replace(config, data=str(tmp_path / "nothing"), scenes=None), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "a refused start must not claim the workdir"
+    scenes = dataclasses.replace(config.scenes, seed=9)
+    with pytest.raises(RecordsError, match="holds other scenes than the config asks for"):
+        train.run(dataclasses.replace(config, scenes=scenes), tmp_path / "run")
 
 
 def test_a_base_model_of_another_geometry_is_refused(config, finished, tmp_path):
@@ -198,7 +204,8 @@ def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
     [
         ("--config.reward.batch_size=0", "error: config.reward: batch_size must be at least 1, got 0"),
         ("--config.evaluation.ensemble=(0.2,1.5)", "levels must lie in [0, 1], got 0.4 and (0.2, 1.5)"),
-        ("--config.reward.optimizer.learning_rte=1e-3", "learning_rate"),
+        ("--config.reward.optimizer.learning_rte=1e-3", "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
+        ("--config=configs/nothing.py", "error: no config file configs/nothing.py"),
     ],
 )
 def test_command_line_errors_are_one_message(tmp_path, flag, message):

@@ -25,6 +25,9 @@ class MetricsLog:
     def __init__(self, directory: pathlib.Path, stage: str):
         self.stage = stage
         self._path = directory / "metrics.jsonl"
+        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
+            with self._path.open("a") as file:
+                file.write("\n")  # ends a line that a kill tore, which must not swallow the next one
         self._board = SummaryWriter(str(directory / "tensorboard" / stage))
         self._pending: dict[int, Mapping[str, jax.Array]] = {}
         self._rows, self._since = 0, time.perf_counter()
@@ -70,8 +73,7 @@ class MetricsLog:
     def write_values(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers as they are."""
         with self._path.open("a") as file:
-            # The newline stands in front too: a line torn by a kill must not swallow the next one.
-            file.write("\n" + json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+            file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -82,7 +84,7 @@ class MetricsLog:
 def read_metrics(directory: pathlib.Path, stage: str) -> list[dict[str, float]]:
     """The lines of a stage in step order; after a resume, the later line of a step counts."""
     by_step: dict[int, dict[str, float]] = {}
-    for text in filter(None, (directory / "metrics.jsonl").read_text().splitlines()):
+    for text in (directory / "metrics.jsonl").read_text().splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

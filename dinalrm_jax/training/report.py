@@ -74,7 +74,7 @@ def write_report(directory: pathlib.Path, records: Records, scores: PairScores, 
         sections.append(kind_table(scores, best))
     file_size = file_size_accuracy(records, scores)
     if file_size is not None:
-        sections.append(f"The image file's size as a score: {100 * file_size:.1f} %")
+        sections.append(f"Baseline without a model, the larger image file wins: {100 * file_size:.1f} %")
     text = "\n\n".join(sections) + "\n"
     (directory / "report.md").write_text(text)
     results = {

@@ -6,11 +6,14 @@ configuration (taps, depth, heads) is ours, so an agreement says that the conver
 torch, diffusers and peft (the `test` extra).
 """
 
+import importlib.util
+
 import jax
 import numpy as np
 
-from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
+from dinalrm_jax.config import RewardModelConfig
 from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.weights import pretrained
 
 SIGMAS = (0.1, 0.4, 0.7)
@@ -18,11 +21,18 @@ TOLERANCE = 1e-4  # design: absolute, on scores of order 1, in float32
 
 
 class VerificationError(RuntimeError):
-    """The converted model scores differently from the released files."""
+    """The converted model scores differently from the released files, or they cannot be compared."""
 
 
-def verify_against_released(output: str, checkpoint: str, base_model: str) -> str:
-    """Compares the native checkpoint `output` with the released files on random inputs, in float32.
+def check_torch() -> None:
+    """Raises VerificationError unless what the PyTorch side needs is installed."""
+    missing = [name for name in ("torch", "diffusers", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise VerificationError(f"--verify needs {', '.join(missing)}: pip install torch diffusers peft")
+
+
+def verify_against_released(model: RewardModel, checkpoint: str, base_model: str) -> str:
+    """Compares a float32 model of ours with the released files it came from, on random inputs.
 
     Returns:
         What was compared, and the largest difference, to print.
@@ -30,7 +40,6 @@ def verify_against_released(output: str, checkpoint: str, base_model: str) -> st
     Raises:
         VerificationError: a difference above 1e-4 times the larger of 1 and the largest score.
     """
-    model = pretrained.load_reward_model(output, None, ExecutionConfig(dtype="float32"))
     transformer = model.config.transformer
     rng = np.random.default_rng(0)
     side = min(16, transformer.pos_embed_max_size * transformer.patch_size)
@@ -45,7 +54,7 @@ def verify_against_released(output: str, checkpoint: str, base_model: str) -> st
     difference, limit = np.abs(ours - theirs).max(), TOLERANCE * max(1.0, np.abs(theirs).max())
     report = f"largest difference {difference:.2e} (limit {limit:.1e}) over {ours.size} scores at sigma {SIGMAS}"
     if not difference <= limit:
-        raise VerificationError(f"{output} does not score as {checkpoint} does in PyTorch: {report}")
+        raise VerificationError(f"the model does not score as {checkpoint} does in PyTorch: {report}")
     return f"verified against PyTorch: {report}"
 
 

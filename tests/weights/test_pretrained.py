@@ -171,7 +171,7 @@ def test_convert_released_and_verify(golden_model, released, tmp_path, capsys):
     head["attn2.to_k_vis.weight"] = head["attn2.to_k_vis.weight"].T.contiguous()
     torch.save(head, released / "checkpoint" / "rm_head.pt")
     with pytest.raises(VerificationError, match="does not score as"):
-        verify_against_released(str(tmp_path / "native"), str(released), str(GOLDEN))
+        verify_against_released(model, str(released), str(GOLDEN))
 
 
 def test_absent_keys_of_a_diffusers_config_have_diffusers_defaults(released):
@@ -207,6 +207,22 @@ def test_command_line(tmp_path):
     lacking = command("released", "--checkpoint", GOLDEN, "--output", tmp_path / "x")
     assert lacking.returncode != 0
     assert "released needs --base-model" in lacking.stdout + lacking.stderr
+
+
+def test_scoring_needs_no_torch():
+    """Released weights load and score, and training imports, where torch, diffusers and peft are not installed."""
+    program = f"""
+import sys
+for name in ("torch", "diffusers", "peft", "transformers", "tensorflow"):
+    sys.modules[name] = None  # importing it raises ImportError
+import numpy as np, dinalrm_jax as dina, dinalrm_jax.train, dinalrm_jax.convert, dinalrm_jax.preprocess
+model = dina.RewardModel.from_pretrained({str(GOLDEN)!r}, {str(GOLDEN)!r}, dtype="float32")
+prompt = dina.PromptEmbeds(np.ones((1, 3, 48), np.float32), np.ones((1, 40), np.float32))
+print(model.score_latents(np.ones((1, 4, 4, 16), np.float32), prompt)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.isfinite(float(done.stdout))
 
 
 def test_convert_diffusers_and_back(tmp_path):
