@@ -67,10 +67,23 @@ def shell(command, checkout, timeout=300):
     )
 
 
-SHORT = (
-    " --config.generator.steps=2 --config.reward.steps=2 --config.generator.batch_size=4 --config.reward.batch_size=4"
+# One block and two steps: what is tested is that the command runs, on the configuration it names.
+SHORT = " ".join(
+    f"--config.{override}"
+    for override in (
+        "generator.steps=2",
+        "generator.batch_size=4",
+        "reward.steps=2",
+        "reward.batch_size=4",
+        "evaluation.batch_size=4",
+        "model.transformer.num_layers=2",
+        "model.transformer.dual_attention_layers='(0,)'",
+        "model.num_blocks=1",
+        "model.visual_taps='(1,)'",
+        "model.text_taps='(1,)'",
+    )
 )
-SHORT_SCENES = SHORT + " --config.scenes.train_pairs=8 --config.scenes.eval_pairs=4"
+SHORT_SCENES = f"{SHORT} --config.scenes.train_pairs=8 --config.scenes.eval_pairs=4"
 
 
 def test_commands(checkout):
@@ -83,7 +96,7 @@ def test_commands(checkout):
         command = with_stand_ins(command, {"path/to/HPDv2": str(checkout / "HPDv2")})
         command = command.removeprefix("pip install -r requirements.txt && ")
         if "dinalrm_jax.train" in command:
-            command += SHORT if "hpdv2" in command else SHORT_SCENES
+            command = f"{command} {SHORT if 'hpdv2' in command else SHORT_SCENES}"
         result = shell(command, checkout)
         assert result.returncode == 0, (command, result.stderr)
         ran += 1
@@ -100,7 +113,7 @@ def test_commands(checkout):
 
 
 def test_launch_script(checkout):
-    command = "CONFIG=configs/quickstart.py WORKDIR=runs/launched launch/one_host.sh" + SHORT_SCENES
+    command = "CONFIG=configs/quickstart.py WORKDIR=runs/launched launch/one_host.sh " + SHORT_SCENES
     result = shell(command, checkout)
     assert result.returncode == 0, result.stderr
     assert (checkout / "runs" / "launched" / "model" / "trained.safetensors").exists()

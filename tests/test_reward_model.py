@@ -46,12 +46,12 @@ def test_reward_fn_composes(tiny_model, inputs, sigma):
     expected = tiny_model.score_latents(latents, prompt, sigma, seed=0)
     jitted = jax.jit(reward)
     np.testing.assert_allclose(jitted(tiny_model.params, latents, prompt, key), expected, atol=1e-5)
-    given = reward(tiny_model.params, latents, prompt, key, noise=eps)
+    given = jitted(tiny_model.params, latents, prompt, key, noise=eps)
     np.testing.assert_allclose(given, tiny_model.score_latents(latents, prompt, sigma, eps), atol=1e-5)
 
     # vmap over candidates for the same prompts
     candidates = jnp.stack([latents, 0.5 * latents])
-    mapped = jax.vmap(lambda x: reward(tiny_model.params, x, prompt, key))(candidates)
+    mapped = jax.jit(jax.vmap(lambda x: reward(tiny_model.params, x, prompt, key)))(candidates)
     np.testing.assert_allclose(mapped[0], expected, atol=1e-5)
 
     # The gradient says what a small step does, in latents and in parameters.
@@ -61,9 +61,8 @@ def test_reward_fn_composes(tiny_model, inputs, sigma):
     by_params, by_latents = jax.jit(jax.grad(total, argnums=(0, 1)))(tiny_model.params, jnp.asarray(latents))
     direction = np.random.default_rng(0).standard_normal(latents.shape).astype(np.float32)
     step = 1e-2
-    difference = total(tiny_model.params, latents + step * direction) - total(
-        tiny_model.params, latents - step * direction
-    )
+    ahead, behind = (jitted(tiny_model.params, latents + s * direction, prompt, key).sum() for s in (step, -step))
+    difference = ahead - behind
     # Central differences in float32 at this step carry about a per cent of rounding and curvature.
     assert float(difference) / (2 * step) == pytest.approx(float(jnp.vdot(by_latents, direction)), rel=0.05)
     assert by_params.keys() == tiny_model.params.keys()
@@ -72,7 +71,7 @@ def test_reward_fn_composes(tiny_model, inputs, sigma):
 
 def test_keys_per_row_draw_noise_per_row(tiny_model, inputs):
     latents, _, prompt = inputs
-    reward = tiny_model.reward_fn(0.5)
+    reward = jax.jit(tiny_model.reward_fn(0.5))
     keys = jax.random.split(jax.random.key(1), 4)
     rows = reward(tiny_model.params, latents, prompt, keys)
     for i in range(4):

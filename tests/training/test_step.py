@@ -129,7 +129,7 @@ def test_pairs_share_level_and_noise(tiny_model, batch):
     module = reward_functional(TINY, tiny_model.execution)
     objective = reward_objective(module, LossConfig(), SigmaConfig("uniform"))
     same = dataclasses.replace(batch, rejected=batch.chosen)
-    losses, metrics = objective(tiny_model.params, same, jax.random.key(4))
+    losses, metrics = jax.jit(objective)(tiny_model.params, same, jax.random.key(4))
     np.testing.assert_allclose(metrics["margin"], 0, atol=1e-5)
     np.testing.assert_allclose(losses, 1 - np.sqrt(0.5), atol=1e-5)
 
@@ -139,11 +139,12 @@ def test_flow_matching_loss_of_a_known_velocity(batch):
     module = transformer_functional(TINY_SD3, ExecutionConfig(), zero_init=True)
     params = module.init(0)
     key = jax.random.key(2)
-    losses, _ = flow_matching_objective(module, SigmaConfig())(params, batch, key)
+    objective = jax.jit(flow_matching_objective(module, SigmaConfig()))
+    losses, _ = objective(params, batch, key)
     eps = jax.random.normal(jax.random.split(key)[1], batch.chosen.shape)
     np.testing.assert_allclose(losses, np.mean(np.square(eps - batch.chosen), axis=(1, 2, 3)), rtol=1e-5)
     trained = randomized(params)
-    assert np.abs(flow_matching_objective(module, SigmaConfig())(trained, batch, key)[0] - losses).max() > 1e-2
+    assert np.abs(objective(trained, batch, key)[0] - losses).max() > 1e-2
 
 
 def test_schedules():
