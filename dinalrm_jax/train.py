@@ -8,6 +8,7 @@ WORKDIR/model, and reports. Started again on the same workdir it continues where
 Ctrl-C save, then stop.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -171,7 +172,12 @@ def fit(
     first = int(state.step)
     trained = sum(array.size for array in params.values())
     print(f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps; the first compiles")
-    with StopSignals() as stop, tqdm(total=stage.steps, initial=first, desc=name, unit="step") as bar:
+    with (
+        contextlib.closing(checkpoints),  # whatever happens, a save that was started is finished
+        contextlib.closing(log),
+        StopSignals() as stop,
+        tqdm(total=stage.steps, initial=first, desc=name, unit="step") as bar,
+    ):
         for step in range(first + 1, stage.steps + 1):
             batch = put_batch(next(batches), mesh)
             jax.block_until_ready(state.step)  # at most one step in flight: the next batch overlaps with it
@@ -186,12 +192,9 @@ def fit(
                 log.check_finite()
                 checkpoints.save(state, batches.get_state())
             if stopping:
-                checkpoints.close()
                 raise Stopped(stop.number, name, step)
             if evaluate is not None and (step % stage.evaluate_every == 0 or last):
                 log.write_values(step, evaluate(state))
-    checkpoints.close()
-    log.close()
     return state
 
 

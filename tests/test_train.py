@@ -195,7 +195,7 @@ def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
     for path in (copy / latest.name / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match="is damaged or of another model.*Remove that directory"):
+    with pytest.raises(CheckpointError, match="(?s)is damaged or of another model.*Remove that directory"):
         Checkpoints(copy).restore_latest(state, make_mesh(MeshConfig(data=1)))
 
 
