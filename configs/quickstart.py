@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
             "text_taps": taps,
             "lora": {"rank": 16, "alpha": 32.0},
             "head": {"num_attn_heads": 4},
+            "encoders": {"kind": "tiny", "text_length": 16},
         },
         "generator": {
             "steps": 500,

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from dinalrm_jax.data.buckets import BUCKETS, bucket_name, parse_bucket
+
 if TYPE_CHECKING:
     from ml_collections import ConfigDict  # needed by training only
 
@@ -207,6 +209,22 @@ class HeadConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EncodersConfig:
+    """What makes a model's latents and prompt embeddings (`dinalrm_jax.encoders`).
+
+    kind: "sd3" for the VAE and text encoders of an SD3 pipeline, "tiny" for the built-in formulas.
+    text_length: T5 tokens (DiNa-LRM: 128; diffusers' own default is 256); words for "tiny".
+    """
+
+    kind: Literal["sd3", "tiny"] = "sd3"
+    text_length: int = 128
+
+    def __post_init__(self):
+        if self.text_length < 1:
+            raise ConfigError(f"text_length must be at least 1, got {self.text_length}")
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardModelConfig:
     """A truncated SD3 backbone, its taps, adapters and head. The defaults are the published model.
 
@@ -220,6 +238,7 @@ class RewardModelConfig:
     lora: LoRAConfig | None = LoRAConfig()
     head: HeadConfig = HeadConfig()
     logistic: bool = False
+    encoders: EncodersConfig = EncodersConfig()
 
     def __post_init__(self):
         if not 1 <= self.num_blocks <= self.transformer.num_layers:
@@ -271,6 +290,67 @@ class ExecutionConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             _convert(typing.get_type_hints(type(self))[field.name], getattr(self, field.name), field.name)
+
+
+# ------------------------------------------------------------------------------------- records
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparationConfig:
+    """How a preference dataset becomes records (`dinalrm_jax.data.preparation`).
+
+    dataset: the source's format.
+    encoders: what makes latents and embeddings.
+    buckets: image sizes, height x width in pixels; the defaults are the paper's.
+    fit: "stretch" resizes an image to a bucket whose log aspect is within `aspect_tolerance` and
+        drops it where there is none (the paper's way); "crop" cuts it at the centre to the nearest.
+    min_area: pixels below which an image is dropped.
+    min_vote_share, min_confidence, max_rows_per_prompt: `data.preferences.PreferenceFilter`.
+    holdout: prompts to hold out where the source has no split of its own.
+    benchmark_split: of GenAI-Bench, "test" or "test_v1".
+    eval_pairs: keep at most so many held-out pairs; 0: all.
+    seed: of what is picked at random.
+    images_per_shard, prompts_per_shard: what a killed run can lose of each process's work.
+    batch_size, prompt_batch_size: of the encoders.
+    threads: that read and decode images.
+    """
+
+    dataset: Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl"]
+    encoders: EncodersConfig = EncodersConfig()
+    buckets: tuple[str, ...] = tuple(map(bucket_name, BUCKETS))
+    fit: Literal["stretch", "crop"] = "stretch"
+    aspect_tolerance: float = 0.03
+    min_area: int = 65536
+    min_vote_share: float = 0.0
+    min_confidence: float = 0.0
+    max_rows_per_prompt: int = 0
+    holdout: int = 10
+    benchmark_split: Literal["test", "test_v1"] = "test"
+    eval_pairs: int = 0
+    seed: int = 42
+    images_per_shard: int = 512
+    prompts_per_shard: int = 1024
+    batch_size: int = 8
+    prompt_batch_size: int = 32
+    threads: int = 8
+
+    def __post_init__(self):
+        for name in ("images_per_shard", "prompts_per_shard", "batch_size", "prompt_batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("min_area", "max_rows_per_prompt", "eval_pairs", "aspect_tolerance"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("min_vote_share", "min_confidence"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not self.buckets:
+            raise ConfigError("buckets is empty: name at least one, height x width, for instance 512x512")
+        for name in self.buckets:
+            try:
+                parse_bucket(name)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------- training
@@ -371,29 +451,75 @@ class ScenesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RehearsalConfig:
+    """The whole path on inputs made from nothing (`dinalrm_jax.data.rehearsal`).
+
+    A random, tiny SD3 pipeline is written to WORKDIR/base_model and HPDv3-layout data to
+    WORKDIR/source; that source is preprocessed with that pipeline into WORKDIR/data.
+    """
+
+    train_pairs: int = 96
+    eval_pairs: int = 24
+    preparation: PreparationConfig = PreparationConfig("hpdv3")
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps that JAX's profiler records into WORKDIR/profile: `steps` of them after step `start`."""
+
+    start: int
+    steps: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out evaluation: the single level that stands for a run, the ensemble, and the noise's seed."""
+    """Held-out evaluation.
+
+    sigma: the single level that stands for a run.
+    levels: single levels evaluated while training, beside `sigma`.
+    ensemble: the levels of the ensemble; evaluated while training where `levels` is not empty.
+    max_pairs: at most so many held-out pairs, spread evenly; 0: all.
+    batch_size: images a batch.
+    seed: of the noise.
+    """
 
     sigma: float = 0.4
+    levels: tuple[float, ...] = ()
+    max_pairs: int = 0
     ensemble: tuple[float, ...] = (0.2, 0.5, 0.7)
     batch_size: int = 32
     seed: int = 0
 
     def __post_init__(self):
-        levels = (self.sigma, *self.ensemble)
+        levels = (self.sigma, *self.levels, *self.ensemble)
         if not self.ensemble or not all(0 <= level <= 1 for level in levels):
             raise ConfigError(
                 f"sigma and the ensemble's levels must lie in [0, 1], got {self.sigma} and {self.ensemble}"
             )
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.batch_size < 1 or self.max_pairs < 0:
+            raise ConfigError(
+                f"batch_size must be at least 1 and max_pairs at least 0, got {self.batch_size}, {self.max_pairs}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what the others leave."""
+    """Devices along each mesh axis; -1 takes what the others leave.
+
+    data: rows of a batch are split, parameters repeated.
+    fsdp: rows are split and parameters too; each is gathered where it is used.
+    tensor: heads and hidden units are split, within a block's matrix products.
+    """
 
     data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ConfigError(f"mesh axes must be positive, at most one of them -1 (the rest), got {sizes}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,9 +528,12 @@ class TrainConfig:
 
     data: directory of records (`dinalrm_jax.data.records`); None: WORKDIR/data.
     scenes: draw the quickstart's scenes into `data` where it does not exist; None: it must exist.
+    rehearsal: make base model and data from nothing, instead of `data`, `scenes` and `base_model`.
     base_model: a diffusers directory or a native backbone to start from; None: random weights.
     generator: a flow-matching stage that trains the whole backbone first; None: skip it.
     reward: the stage that trains LoRA and head on preference pairs.
+    wandb_project: log to this Weights & Biases project too; needs `wandb` installed.
+    profile: record a few steps of the reward stage with JAX's profiler.
     """
 
     name: str
@@ -419,6 +548,13 @@ class TrainConfig:
     execution: ExecutionConfig = ExecutionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
+    rehearsal: RehearsalConfig | None = None
+    wandb_project: str | None = None
+    profile: ProfileConfig | None = None
+
+    def __post_init__(self):
+        if self.rehearsal is not None and (self.scenes is not None or self.data or self.base_model):
+            raise ConfigError("a rehearsal makes its own data and base model; leave scenes, data and base_model out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
 Initializer = jax.nn.initializers.Initializer
+
+ROW_AXES = ("data", "fsdp")  # mesh axes that split the rows of a batch
 
 
 class Linear(nnx.Module):
@@ -23,13 +26,21 @@ class Linear(nnx.Module):
     code starts.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, kernel_init: Initializer | None = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rngs: nnx.Rngs,
+        kernel_init: Initializer | None = None,
+        use_bias: bool = True,
+    ):
         if kernel_init is None:
             weight_init = bias_init = _uniform(in_features**-0.5)
         else:
             weight_init, bias_init = kernel_init, jax.nn.initializers.zeros
         self.weight = nnx.Param(weight_init(rngs.params(), (out_features, in_features), jnp.float32))
-        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), jnp.float32))
+        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), jnp.float32)) if use_bias else None
         self.lora_A = nnx.data(None)  # (rank, in_features), attached by dinalrm_jax.lora
         self.lora_B = nnx.data(None)  # (out_features, rank)
         self.lora_scale = 0.0
@@ -39,7 +50,80 @@ class Linear(nnx.Module):
         y = _project(x, self.weight[...])
         if self.lora_A is not None:
             y += self.lora_scale * _project(_project(x, self.lora_A[...]), self.lora_B[...])
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors; `weight` is (entries, dim)."""
+
+    def __init__(self, entries: int, dim: int, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (entries, dim), jnp.float32))
+
+    def __call__(self, indices: jax.Array) -> jax.Array:
+        """(...) integers -> (..., dim)."""
+        return self.weight[...][indices]
+
+
+class Conv2d(nnx.Module):
+    """A 2-D convolution of channels-last images; `weight` is PyTorch's (out, in, k, k).
+
+    `padding` is ((top, bottom), (left, right)).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+        rngs: nnx.Rngs,
+    ):
+        init = _uniform((in_channels * kernel**2) ** -0.5)
+        self.weight = nnx.Param(init(rngs.params(), (out_channels, in_channels, kernel, kernel)))
+        self.bias = nnx.Param(init(rngs.params(), (out_channels,)))
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, in_channels) -> (B, H', W', out_channels), in x's dtype."""
+        y = lax.conv_general_dilated(
+            x,
+            self.weight[...].astype(x.dtype),
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        )
         return y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis with learned scale and shift; statistics in float32."""
+
+    def __init__(self, dim: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = layer_norm(x.astype(jnp.float32), self.eps)
+        return (x32 * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalisation of channels-last images over space and each of `groups` runs of channels; in float32."""
+
+    def __init__(self, groups: int, channels: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32).reshape(len(x), -1, self.groups, x.shape[-1] // self.groups)
+        x32 = x32 - jnp.mean(x32, axis=(1, 3), keepdims=True)
+        x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=(1, 3), keepdims=True) + self.eps)
+        x32 = x32.reshape(x.shape) * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return x32.astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -60,6 +144,17 @@ def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     return (x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """`x`, its rows split over the mesh that training runs under, or as it is where there is none.
+
+    Where parameters are split too, XLA could as well leave rows whole and add up partial products;
+    saying it between blocks makes it gather the parameters instead, which is what saves memory.
+    """
+    if not set(ROW_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))
 
 
 def _project(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -1,119 +1,156 @@
 """Turns a preference dataset into records to train on.
 
-    python -m dinalrm_jax.preprocess --dataset hpdv2 --source DIR --output DIR [--size 128] [--holdout 10]
+    python -m dinalrm_jax.preprocess --dataset hpdv3 --source DIR --output DIR --base-model ID
 
-Images are cropped at the centre to a square, resized (Lanczos) and encoded by the tiny linear codec;
-prompts by the tiny frozen text embedding (dinalrm_jax.data.tiny_encoders). A missing or unreadable
-image is skipped with its pairs, and counted. The output appears whole or not at all.
+Images go to resolution buckets and through the VAE, once each; prompts through the text encoders,
+once each. What cannot be used is skipped and counted by reason. The work can be killed at any
+moment: the same command goes on with it, and the output appears whole or not at all. On several
+hosts (--distributed) each process takes its share; all of them see one file system.
 """
 
 import pathlib
 import sys
-from collections import Counter
 
-import numpy as np
 from absl import app, flags, logging
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from dinalrm_jax.data import hpdv2, records, tiny_encoders
+from dinalrm_jax import distributed
+from dinalrm_jax.compilation_cache import enable_compilation_cache
+from dinalrm_jax.config import ConfigError, PreparationConfig, from_mapping
+from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
+from dinalrm_jax.data.preferences import Source
+from dinalrm_jax.data.preparation import prepare
 from dinalrm_jax.data.records import RecordsError
-from dinalrm_jax.data.scene_records import prompt_records, tiny_manifest
+from dinalrm_jax.encoders import load_image_codec, load_prompt_encoder
+from dinalrm_jax.weights.rules import WeightsError
+
+DEFAULTS = PreparationConfig("hpdv3")
 
 
-def preprocess_hpdv2(
-    source: str | pathlib.Path, output: str | pathlib.Path, *, size: int, text_length: int, holdout: int
-) -> dict[str, int]:
-    """Writes HPDv2 records with the tiny encoders.
+def preprocess(
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    config: PreparationConfig,
+    base_model: str | pathlib.Path | None = None,
+    dtype: str = "float32",
+) -> dict:
+    """Writes the records of a dataset directory; see `data.preparation.prepare`.
 
     Args:
-        source: an HPDv2 directory (`dinalrm_jax.data.hpdv2`).
+        source: the dataset's directory.
         output: record directory to write; must not exist.
-        size: side of the square images in pixels, a multiple of 16.
-        text_length: prompt tokens.
-        holdout: prompts to hold out where the source has no train.json.
-
-    Returns:
-        Counts: pairs by split, and what was left out by reason.
-
-    Raises:
-        RecordsError: the source is not what it claims; FileExistsError: the output exists.
+        config: which dataset it is, what to keep, how to encode it.
+        base_model: the SD3 pipeline whose VAE and text encoders are used.
+        dtype: compute dtype of the text encoders.
     """
-    if size <= 0 or size % 16:
-        raise RecordsError(f"size must be a positive multiple of 16 pixels, got {size}")
     if pathlib.Path(output).exists():
         raise FileExistsError(f"{output} exists already; choose another output or remove it first")
-    preferences, left_out = hpdv2.read_preferences(source, holdout)
-    paths = sorted({path for rows in preferences.values() for row in rows for path in (row.chosen, row.rejected)})
-    images: list[records.ImageRecord] = []
-    index_of: dict[pathlib.Path, int] = {}
-    for path in tqdm(paths, desc="encoding images", unit="image"):
-        pixels = _read_image(path, size, left_out)
-        if pixels is not None:
-            index_of[path] = len(images)
-            latents = tiny_encoders.encode_image(pixels)
-            images.append(records.ImageRecord(latents, str(path.relative_to(source)), path.stat().st_size))
-    prompts: dict[str, int] = {}
-    pairs: dict[str, list[records.PairRecord]] = {}
-    for split, rows in preferences.items():
-        pairs[split] = []
-        for row in rows:
-            if row.chosen not in index_of or row.rejected not in index_of:
-                left_out["pair of a skipped image"] += 1
-                continue
-            prompt = prompts.setdefault(row.prompt, len(prompts))
-            pairs[split].append(records.PairRecord(index_of[row.chosen], index_of[row.rejected], prompt, "human"))
-    empty = [split for split, rows in pairs.items() if not rows]
-    if empty:
-        raise RecordsError(f"{source} leaves no pairs for {', '.join(empty)}; left out: {dict(left_out)}")
-    counts = {**{f"{split} pairs": len(rows) for split, rows in pairs.items()}, **dict(sorted(left_out.items()))}
-    records.write(
+    return prepare(
+        read_source(pathlib.Path(source), config),
         output,
-        images=images,
-        prompts=prompt_records(list(prompts), text_length),
-        pairs=pairs,
-        manifest=tiny_manifest(text_length, dataset="hpdv2", size=size, holdout=holdout, counts=counts),
+        config,
+        lambda: load_image_codec(config.encoders, base_model),
+        lambda: load_prompt_encoder(config.encoders, base_model, dtype),
     )
-    return counts
 
 
-def _read_image(path: pathlib.Path, size: int, left_out: Counter) -> np.ndarray | None:
-    """(size, size, 3) uint8, or None after counting why not."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
-    except FileNotFoundError:
-        left_out["missing image"] += 1
-    except OSError:
-        left_out["unreadable image"] += 1
-    return None
+def read_source(source: pathlib.Path, config: PreparationConfig) -> Source:
+    """The preferences of a dataset directory.
+
+    Raises:
+        RecordsError: the directory is not what `config.dataset` says.
+    """
+    match config.dataset:
+        case "hpdv3":
+            return hpdv3.read(source)
+        case "hpdv2":
+            return hpdv2.read(source, config.holdout)
+        case "imagereward":
+            return imagereward.read(source)
+        case "genai_bench":
+            return genai_bench.read(source, config.benchmark_split)
+        case "jsonl":
+            return json_pairs.read(source, config.holdout)
+
+
+def report(manifest: dict) -> str:
+    """What was written and what was left out, as lines for people."""
+    lines = []
+    for split, by_bucket in sorted(manifest["pairs"].items()):
+        sizes = ", ".join(f"{bucket}: {count}" for bucket, count in by_bucket.items())
+        lines.append(f"{sum(by_bucket.values()):>9} {split} pairs ({sizes})")
+    images, error = manifest["images"], manifest["images"]["float16_error"]
+    stored = f"float16 changes latents by {error['largest']:.1e} at most, {error['root_mean_square']:.1e} rms"
+    lines.append(f"{images['count']:>9} images ({stored})")
+    lines.append(f"{manifest['prompts']:>9} prompts")
+    notes = {name: count for name, count in manifest["left_out"].items() if name.startswith("note: ")}
+    left_out = {name: count for name, count in manifest["left_out"].items() if name not in notes and count}
+    lines.append("left out:" if left_out else "nothing was left out")
+    lines += [f"{count:>9} {name}" for name, count in left_out.items()]
+    if notes:
+        lines.append("of note, and kept:")
+        lines += [f"{count:>9} {name.removeprefix('note: ')}" for name, count in notes.items()]
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
+    enable_compilation_cache()
     values = flags.FLAGS
     try:
-        counts = preprocess_hpdv2(
-            values.source,
-            values.output,
-            size=values.size,
-            text_length=values["text-length"].value,
-            holdout=values.holdout,
+        names = ("fit", "min_area", "min_vote_share", "min_confidence", "max_rows_per_prompt", "holdout")
+        names += ("benchmark_split", "eval_pairs", "images_per_shard", "prompts_per_shard", "batch_size", "threads")
+        config = from_mapping(
+            PreparationConfig,
+            {
+                "dataset": values.dataset,
+                "encoders": {"kind": values.encoders, "text_length": values["text-length"].value},
+                "buckets": values.buckets,
+                **{name: values[name.replace("_", "-")].value for name in names},
+            },
+            "preprocess",
         )
-    except (RecordsError, FileExistsError) as error:
+        distributed.initialize(values.distributed)
+        manifest = preprocess(
+            values.source, values.output, config, values["base-model"].value, values["text-dtype"].value
+        )
+    except (RecordsError, ConfigError, WeightsError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {values.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    except OSError as error:
+        print(f"error: {error}\nWhat is finished is kept; the same command goes on from there", file=sys.stderr)
+        sys.exit(2)
+    if distributed.is_first():
+        print(f"wrote {values.output}:\n{report(manifest)}")
+
+
+def define_flags() -> None:
+    datasets = ["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl"]
+    flags.DEFINE_enum("dataset", None, datasets, "Format of the source.")
+    flags.DEFINE_string("source", None, "The dataset's directory.")
+    flags.DEFINE_string("output", None, "Record directory to write; must not exist.")
+    flags.DEFINE_string("base-model", None, "SD3 pipeline with VAE and text encoders; directory or hub id.")
+    flags.DEFINE_enum("encoders", "sd3", ["sd3", "tiny"], "The base model's, or built-in formulas without weights.")
+    flags.DEFINE_integer("text-length", DEFAULTS.encoders.text_length, "T5 tokens (words for --encoders tiny).")
+    flags.DEFINE_enum("text-dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype of the text encoders.")
+    flags.DEFINE_list("buckets", list(DEFAULTS.buckets), "Image sizes, HEIGHTxWIDTH.")
+    flags.DEFINE_enum("fit", DEFAULTS.fit, ["stretch", "crop"], "How an image is brought to its bucket.")
+    flags.DEFINE_integer("min-area", DEFAULTS.min_area, "Drop images of fewer pixels.")
+    flags.DEFINE_float("min-vote-share", DEFAULTS.min_vote_share, "Keep rows above this share of votes.")
+    flags.DEFINE_float("min-confidence", DEFAULTS.min_confidence, "Keep rows of at least this confidence.")
+    flags.DEFINE_integer("max-rows-per-prompt", DEFAULTS.max_rows_per_prompt, "Keep so many rows a prompt; 0: all.")
+    flags.DEFINE_integer("holdout", DEFAULTS.holdout, "Prompts held out where the source has no split.")
+    flags.DEFINE_enum("benchmark-split", DEFAULTS.benchmark_split, ["test", "test_v1"], "Of GenAI-Bench.")
+    flags.DEFINE_integer("eval-pairs", DEFAULTS.eval_pairs, "Keep at most so many held-out pairs; 0: all.")
+    flags.DEFINE_integer("images-per-shard", DEFAULTS.images_per_shard, "What a kill can lose, a process.")
+    flags.DEFINE_integer("prompts-per-shard", DEFAULTS.prompts_per_shard, "What a kill can lose, a process.")
+    flags.DEFINE_integer("batch-size", DEFAULTS.batch_size, "Images a VAE call.")
+    flags.DEFINE_integer("threads", DEFAULTS.threads, "That read and decode images.")
+    flags.DEFINE_bool("distributed", False, distributed.HELP)
+    flags.mark_flags_as_required(["dataset", "source", "output"])
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("dataset", None, ["hpdv2"], "Format of the source.")
-    flags.DEFINE_string("source", None, "The dataset's directory.")
-    flags.DEFINE_string("output", None, "Record directory to write; must not exist.")
-    flags.DEFINE_integer("size", 128, "Side of the square images, pixels.")
-    flags.DEFINE_integer("text-length", 32, "Prompt tokens.")
-    flags.DEFINE_integer("holdout", 10, "Prompts held out where the source has no train.json.")
-    flags.mark_flags_as_required(["dataset", "source", "output"])
+    define_flags()
     app.run(main)

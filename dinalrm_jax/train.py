@@ -5,42 +5,70 @@
 A run reads its records (the quickstart draws them first), takes or trains a backbone, freezes it,
 trains LoRA and head on preference pairs, saves the model with its averaged weights to
 WORKDIR/model, and reports. Started again on the same workdir it continues where it was. SIGTERM and
-Ctrl-C save, then stop.
+Ctrl-C save, then stop. With --distributed the processes of a job train together; all of them see
+one file system.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
 import pathlib
 import re
-import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from dinalrm_jax import noise
+from dinalrm_jax import distributed
 from dinalrm_jax.compilation_cache import enable_compilation_cache
-from dinalrm_jax.config import ConfigError, StageConfig, SweepConfig, TrainConfig, from_mapping, to_mapping
-from dinalrm_jax.data.batch import validate_latents
-from dinalrm_jax.data.loader import training_batches
+from dinalrm_jax.config import (
+    ConfigError,
+    ExecutionConfig,
+    ProfileConfig,
+    RehearsalConfig,
+    StageConfig,
+    SweepConfig,
+    TrainConfig,
+    from_mapping,
+    to_mapping,
+)
+from dinalrm_jax.data import rehearsal
+from dinalrm_jax.data.batch import PreferenceBatch
+from dinalrm_jax.data.loader import JoinedPairs, TrainingBatches
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.scene_records import write_scene_records
-from dinalrm_jax.parameters import Params
+from dinalrm_jax.encoders import ImageCodec, load_image_codec
+from dinalrm_jax.parameters import Functional, Params
+from dinalrm_jax.preprocess import preprocess
 from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, store
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.evaluation import Evaluator, PairScores
 from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
 from dinalrm_jax.training.objectives import Objective, flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dinalrm_jax.training.preflight import check_records, check_stages, check_workdir, claim_workdir
 from dinalrm_jax.training.report import level_name, write_report
-from dinalrm_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicate
-from dinalrm_jax.training.step import TrainState, make_step
+from dinalrm_jax.training.sharding import (
+    gather,
+    like_parameters,
+    local_rows,
+    make_mesh,
+    parameter_shardings,
+    place,
+    put_rows,
+    row_sharded,
+)
+from dinalrm_jax.training.step import TrainState, make_step, model_flops
+from dinalrm_jax.training.stopping import Stopped, StopSignals
 from dinalrm_jax.weights.pretrained import (
     load_backbone,
     save_backbone,
@@ -51,15 +79,6 @@ from dinalrm_jax.weights.pretrained import (
 from dinalrm_jax.weights.rules import WeightsError
 
 REPORT_SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-
-
-class Stopped(Exception):
-    """A signal asked to stop, and the state is saved; `number` is the signal's."""
-
-    def __init__(self, number: int, stage: str, step: int):
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after {stage} step {step}; the same command continues from there")
-        self.number = number
 
 
 def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
@@ -73,219 +92,282 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
     mesh = make_mesh(config.mesh)
     check_stages(config, mesh)
     check_workdir(workdir, config)
-    data = workdir / "data" if config.data is None else pathlib.Path(config.data)
-    if config.scenes is not None and not data.exists():
-        write_scene_records(data, config.scenes)
+    data, base_model = make_inputs(config, workdir)
     records = Records(data)
     check_records(records, config)
     module = reward_functional(config.model, config.execution)
-    evaluator = Evaluator(module, records, "eval", config.evaluation)
+    shardings = parameter_shardings(module.shapes, mesh)
+    evaluator = Evaluator(module, records, "eval", config.evaluation, mesh)
     claim_workdir(workdir, config)
 
     # The backbone: loaded, or random; then, where asked for, trained as a flow-matching generator.
-    backbone = make_backbone(config, records, workdir, mesh)
+    backbone = make_backbone(config, base_model, records, workdir, mesh)
 
     # LoRA and head learn the reward on the frozen backbone's features.
-    initial = store(module.init(config.seed), config.execution)
-    trainable = {name: array for name, array in initial.items() if is_trainable(name)}
-    frozen = replicate(store(truncate(backbone, config.model), config.execution), mesh)
-    sigma = config.evaluation.sigma
+    frozen = place(store(truncate(backbone, config.model), config.execution), shardings)
+    del backbone
+    trainable = {name: array for name, array in draw(module, config.seed).items() if is_trainable(name)}
+    levels = tuple(dict.fromkeys((config.evaluation.sigma, *config.evaluation.levels)))
+    if config.evaluation.levels:
+        levels += (config.evaluation.ensemble,)
 
     def held_out_accuracy(state: TrainState) -> dict[str, float]:
-        accuracy = evaluator.run({**frozen, **state.ema}, [sigma]).accuracy(sigma)
-        return {"eval_accuracy": accuracy, "eval_sigma": sigma}
+        scores = evaluator.run({**frozen, **state.ema}, levels)
+        values = {"eval_accuracy": scores.accuracy(levels[0]), "eval_sigma": levels[0]}
+        return values | {f"eval_accuracy/{level_name(level)}": scores.accuracy(level) for level in levels[1:]}
 
+    plain = reward_functional(config.model, ExecutionConfig(dtype=config.execution.dtype))
     state = fit(
         "reward",
         config.reward,
         reward_objective(module, config.loss, config.reward.sigma),
+        reward_objective(plain, config.loss, config.reward.sigma),
         trainable,
         frozen,
         records,
+        config,
         workdir=workdir,
         mesh=mesh,
-        seed=config.seed,
         evaluate=held_out_accuracy,
+        profile=config.profile,
     )
-    model = RewardModel(config.model, {**frozen, **state.ema}, config.execution)
+    params = {**frozen, **state.ema}
     if not (workdir / "model").exists():
-        save_reward_model(model, workdir / "model")
+        whole = gather(params)
+        if distributed.is_first():
+            save_reward_model(RewardModel(config.model, whole, config.execution), workdir / "model")
+        del whole
 
-    levels = (*sorted({*REPORT_SIGMAS, sigma}), config.evaluation.ensemble)
-    with tqdm(total=len(levels) * evaluator.row_count(), desc="held-out pairs", unit="image") as bar:
-        scores = evaluator.run(model.params, levels, bar.update)
-    print("\n" + write_report(workdir / "report", records, scores, read_metrics(workdir, "reward")))
-    print(f"model: {workdir / 'model'}   report and plots: {workdir / 'report'}")
+    singles = sorted({*REPORT_SIGMAS, config.evaluation.sigma, *config.evaluation.levels})
+    report_levels = (*singles, config.evaluation.ensemble)
+    total = len(report_levels) * evaluator.row_count()
+    with progress(total=total, desc="held-out pairs", unit="image") as bar:
+        scores = evaluator.run(params, report_levels, bar.update)
+    if distributed.is_first():
+        history = read_metrics(workdir, "reward")
+        text = write_report(workdir / "report", records, scores, history, report_codec(records, base_model))
+        print(f"\n{text}\nmodel: {workdir / 'model'}   report and plots: {workdir / 'report'}")
+    barrier("report")
     return scores
 
 
-def make_backbone(config: TrainConfig, records: Records, workdir: pathlib.Path, mesh: Mesh) -> Params:
+def make_inputs(config: TrainConfig, workdir: pathlib.Path) -> tuple[pathlib.Path, str | None]:
+    """The run's records and base model; scenes and rehearsals are made where they are not there yet."""
+    data = workdir / "data" if config.data is None else pathlib.Path(config.data)
+    if config.rehearsal is not None:
+        make_rehearsal(config, config.rehearsal, workdir)
+        return data, str(workdir / "base_model")
+    if config.scenes is not None and not data.exists():
+        if distributed.is_first():
+            write_scene_records(data, config.scenes, config.model.encoders)
+        barrier("scenes")
+    return data, config.base_model
+
+
+def make_rehearsal(config: TrainConfig, wanted: RehearsalConfig, workdir: pathlib.Path) -> None:
+    """Pipeline, source and records from nothing; see `RehearsalConfig`."""
+    source, base_model = workdir / "source", workdir / "base_model"
+    if distributed.is_first() and not base_model.exists():
+        rehearsal.write_pipeline(base_model, wanted.seed, config.model.transformer)
+    if distributed.is_first() and not source.exists():
+        rehearsal.write_hpdv3(source, wanted.train_pairs, wanted.eval_pairs, wanted.seed)
+    barrier("rehearsal")
+    if not (workdir / "data").exists():
+        preprocess(source, workdir / "data", wanted.preparation, base_model)
+
+
+def make_backbone(
+    config: TrainConfig, base_model: str | None, records: Records, workdir: pathlib.Path, mesh: Mesh
+) -> Mapping[str, np.ndarray | jax.Array]:
     """A whole transformer's parameters: a finished generator stage's, else loaded or random, then trained."""
     finished = workdir / "generator" / "backbone"
     if finished.exists():
         return load_backbone(finished)[1]
     transformer = config.model.transformer
     # Blocks that will be trained start as the identity; frozen random ones would teach LoRA nothing that way.
-    module = transformer_functional(transformer, config.execution, zero_init=config.generator is not None)
-    if config.base_model is None:
-        params = module.init(config.seed)
+    zero_init = config.generator is not None
+    module = transformer_functional(transformer, config.execution, zero_init=zero_init)
+    if base_model is None:
+        params = draw(module, config.seed)
     else:
-        found, params = load_backbone(config.base_model)
+        found, params = load_backbone(base_model, config.execution)
         if found != transformer:
-            raise ConfigError(f"base_model {config.base_model} has geometry {found}, the config says {transformer}")
+            raise ConfigError(f"base_model {base_model} has geometry {found}, the config says {transformer}")
     if config.generator is None:
         return params
-    objective = flow_matching_objective(module, config.generator.sigma)
+    plain = transformer_functional(transformer, ExecutionConfig(dtype=config.execution.dtype), zero_init=zero_init)
     state = fit(
-        "generator", config.generator, objective, params, {}, records, workdir=workdir, mesh=mesh, seed=config.seed
+        "generator",
+        config.generator,
+        flow_matching_objective(module, config.generator.sigma),
+        flow_matching_objective(plain, config.generator.sigma),
+        {name: np.asarray(array, np.float32) for name, array in params.items()},
+        {},
+        records,
+        config,
+        workdir=workdir,
+        mesh=mesh,
     )
-    save_backbone(transformer, state.ema, finished)
-    return state.ema
+    whole = gather(state.ema)
+    if distributed.is_first():
+        save_backbone(transformer, whole, finished)
+    barrier("generator")
+    return whole
 
 
 def fit(
     name: str,
     stage: StageConfig,
     objective: Objective,
+    plain_objective: Objective,
     params: Params,
     frozen: Params,
     records: Records,
+    config: TrainConfig,
     *,
     workdir: pathlib.Path,
     mesh: Mesh,
-    seed: int,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    profile: ProfileConfig | None = None,
 ) -> TrainState:
-    """Trains one stage to its last step, continuing from its latest checkpoint."""
+    """Trains one stage to its last step, continuing from its latest checkpoint.
+
+    `plain_objective` is the objective without rematerialisation or scan: its FLOPs are the model's.
+    """
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     learning_rate = learning_rate_schedule(stage.optimizer, stage.steps)
-    step_fn = make_step(objective, optimizer, stage.optimizer, mesh, seed)
-    state = replicate(TrainState.create(params, optimizer), mesh)
-    batches = training_batches(records, stage.batch_size, seed)
+    shardings = parameter_shardings(params, mesh)
+    create = lambda params: TrainState.create(params, optimizer)  # noqa: E731
+    state_shardings = like_parameters(jax.eval_shape(create, params), shardings, mesh)
+    state = jax.jit(create, out_shardings=state_shardings)(place(params, shardings))
+    frozen_shardings = {key: array.sharding for key, array in frozen.items()}
+    step_fn = make_step(objective, optimizer, stage.optimizer, mesh, config.seed, state_shardings, frozen_shardings)
+    batches = TrainingBatches(records, stage.batch_size, config.seed, local_rows(stage.batch_size, mesh))
     checkpoints = Checkpoints(workdir / name / "checkpoints")
-    if (restored := checkpoints.restore_latest(state, mesh)) is not None:
+    if (restored := checkpoints.restore_latest(state)) is not None:
         state, loader_state = restored
         batches.set_state(loader_state)
-        print(f"{name}: continuing from the checkpoint of step {int(state.step)}")
+        say(f"{name}: continuing from the checkpoint of step {int(state.step)}")
 
-    log = MetricsLog(workdir, name)
     first = int(state.step)
     trained = sum(array.size for array in params.values())
-    print(f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps; the first compiles")
+    say(f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps of {stage.batch_size} pairs")
+    compiled = flops = {}
+    if first < stage.steps:
+        shapes = batch_shapes(records, stage.batch_size, mesh)
+        compiled = compile_ahead(step_fn, state, frozen, shapes, mesh)
+        flops = {shape: model_flops(plain_objective, params, frozen, batch) for shape, batch in shapes.items()}
+    log = MetricsLog(workdir, name, config.wandb_project, to_mapping(config))
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save that was started is finished
         contextlib.closing(log),
         StopSignals() as stop,
-        tqdm(total=stage.steps, initial=first, desc=name, unit="step") as bar,
+        progress(total=stage.steps, initial=first, desc=name, unit="step") as bar,
     ):
+        queue = on_device(batches, stage.batch_size, mesh)
         for step in range(first + 1, stage.steps + 1):
-            batch = put_batch(next(batches), mesh)
-            jax.block_until_ready(state.step)  # at most one step in flight: the next batch overlaps with it
-            state, metrics = step_fn(state, frozen, batch)
-            log.add(step, metrics, stage.batch_size)
+            started = time.perf_counter()
+            batch, loader_state = next(queue)
+            waited = time.perf_counter() - started
+            if profile is not None and step == profile.start + 1:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            jax.block_until_ready(state.step)  # at most one step in flight
+            shape = batch.chosen.shape
+            state, metrics = compiled[shape](state, frozen, batch)
+            log.add(step, metrics, stage.batch_size, waited=waited, flops=flops[shape] / mesh.size)
+            if profile is not None and step == profile.start + profile.steps:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                say(f"profile of steps {profile.start + 1} to {step}: {workdir / 'profile'}")
             bar.update()
-            stopping, last = stop.number is not None, step == stage.steps
+            asked, last = stop.asked(step), step == stage.steps
             if step % stage.log_every == 0 or last:
                 values = log.write(step, {"learning_rate": float(learning_rate(step - 1))})
                 bar.set_postfix({key: f"{values[key]:.3f}" for key in ("loss", "accuracy") if key in values})
-            if step % stage.checkpoint_every == 0 or last or stopping:
+            if step % stage.checkpoint_every == 0 or last or asked:
                 log.check_finite()
-                checkpoints.save(state, batches.get_state())
-            if stopping:
-                raise Stopped(stop.number, name, step)
+                checkpoints.save(state, loader_state)
+            if asked:
+                raise Stopped(asked, name, step)
             if evaluate is not None and (step % stage.evaluate_every == 0 or last):
+                started = time.perf_counter()
                 log.write_values(step, evaluate(state))
+                log.pause(time.perf_counter() - started)
     return state
 
 
-class StopSignals:
-    """While open, the first SIGTERM or Ctrl-C only sets `number`; a second one acts as ever."""
-
-    def __enter__(self) -> "StopSignals":
-        self.number: int | None = None
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _receive(self, number, frame) -> None:
-        self.number = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception) -> None:
-        self._restore()
+def draw(module: Functional, seed: int) -> dict[str, np.ndarray]:
+    """Freshly drawn parameters on the host: the same on every process, and no device has to hold them whole."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return {name: np.asarray(array) for name, array in module.init(seed).items()}
 
 
-# --------------------------------------------------------------------------- before work starts
+def batch_shapes(records: Records, batch_size: int, mesh: Mesh) -> dict[tuple[int, ...], PreferenceBatch]:
+    """An abstract batch of every training bucket, by the shape of its latents."""
+    pairs = JoinedPairs(records, "train")
+    firsts = [pairs[rows.start] for rows in records.buckets("train").values()]
+    shapes = {}
+    for pair in firsts:
+        batch = jax.tree.map(lambda x: row_sharded((batch_size, *x.shape), x.dtype, mesh), pair)
+        shapes[batch.chosen.shape] = batch
+    return shapes
 
 
-def check_stages(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ConfigError for a stage that cannot run on this mesh or samples levels that do not exist."""
-    for stage in (config.generator, config.reward):
-        if stage is not None:
-            check_batch_size(stage.batch_size, stage.optimizer.accumulation_steps, mesh)
-            noise.sampler(stage.sigma)
+def compile_ahead(
+    step_fn: jax.stages.Wrapped,
+    state: TrainState,
+    frozen: Params,
+    shapes: Mapping[tuple[int, ...], PreferenceBatch],
+    mesh: Mesh,
+) -> dict[tuple[int, ...], jax.stages.Compiled]:
+    """The step compiled for every bucket before the first one runs, several at a time."""
+    with (
+        jax.set_mesh(mesh),
+        progress(total=len(shapes), desc="compiling buckets", unit="bucket") as bar,
+        ThreadPoolExecutor(4) as pool,
+    ):
+
+        def compile_one(lowered):
+            compiled = lowered.compile()
+            bar.update()
+            return compiled
+
+        lowered = {shape: step_fn.lower(state, frozen, batch) for shape, batch in shapes.items()}
+        # In order on several processes, which must agree on the programs' numbering.
+        workers = pool.map if jax.process_count() == 1 else map
+        return dict(zip(lowered, workers(compile_one, lowered.values())))
 
 
-def check_records(records: Records, config: TrainConfig) -> None:
-    """Raises RecordsError unless the records were made for a model of this geometry."""
-    scenes = records.manifest.get("source", {}).get("scenes")
-    if config.scenes is not None and scenes != to_mapping(config.scenes):
-        raise RecordsError(
-            f"{records.directory} holds other scenes than the config asks for: {scenes} there, "
-            f"{to_mapping(config.scenes)} here; remove it, or choose another `data`"
-        )
-    for name, stage in (("generator", config.generator), ("reward", config.reward)):
-        if stage is not None and len(records.pairs("train")) < stage.batch_size:
-            raise RecordsError(
-                f"{records.directory} has {len(records.pairs('train'))} training pairs, a batch of the {name} stage "
-                f"takes {stage.batch_size}"
-            )
-    transformer = config.model.transformer
-    prompt, latents = records.prompts[0], records.images[0].latents
-    found = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
-    expected = (transformer.in_channels, transformer.joint_attention_dim, transformer.pooled_projection_dim)
-    if found != expected:
-        raise RecordsError(
-            f"{records.directory} was made by other encoders than this model's: latent channels, prompt and pooled "
-            f"widths are {found}, the model takes {expected}; its manifest says {records.manifest.get('codec')} and "
-            f"{records.manifest.get('text')}"
-        )
-    try:
-        validate_latents(latents[None], latents.shape[-1], transformer.patch_size, transformer.pos_embed_max_size)
-    except ValueError as error:
-        raise RecordsError(f"{records.directory}: {error}") from None
+def on_device(batches: TrainingBatches, batch_size: int, mesh: Mesh) -> Iterator[tuple[PreferenceBatch, dict]]:
+    """Batches on the mesh, the next one on its way while one is used; with the loader's state after each."""
+    waiting = collections.deque()
+    for rows in batches:
+        waiting.append((put_rows(rows, batch_size, mesh), batches.get_state()))
+        if len(waiting) == 2:
+            yield waiting.popleft()
 
 
-def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
-    """Raises ConfigError if the directory holds a run of another configuration."""
-    path = workdir / "config.json"
-    if path.exists():
-        current = json.loads(json.dumps(to_mapping(config)))
-        changed = ", ".join(_differences(json.loads(path.read_text()), current))
-        if changed:
-            raise ConfigError(
-                f"{workdir} holds a run of another configuration; changed: {changed}. Choose another --workdir, or "
-                "restore these values to continue that run"
-            )
+def report_codec(records: Records, base_model: str | None) -> ImageCodec | None:
+    """What can draw the records' images; None where that needs a pipeline and the run has none."""
+    if records.encoders.kind == "sd3" and not (base_model and (pathlib.Path(base_model) / "vae").is_dir()):
+        return None
+    return load_image_codec(records.encoders, base_model)
 
 
-def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
-    """Makes the run's directory and writes its configuration there; see `check_workdir`."""
-    check_workdir(workdir, config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.partial"
-    partial.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
-    partial.replace(workdir / "config.json")
+def progress(**options) -> tqdm:
+    """A bar, shown by the first process."""
+    return tqdm(**options, disable=not distributed.is_first(), dynamic_ncols=True)
 
 
-def _differences(old, new, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
-    return [] if old == new else [f"{path} ({old!r} -> {new!r})"]
+def say(text: str) -> None:
+    if distributed.is_first():
+        print(text, flush=True)
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 # ------------------------------------------------------------------------------------- sweeps
@@ -316,11 +398,10 @@ def with_shared_generator(config: TrainConfig, shared: pathlib.Path) -> TrainCon
     if not backbone.exists():
         mesh = make_mesh(config.mesh)
         check_stages(config, mesh)
-        if config.scenes is not None and not pathlib.Path(config.data).exists():
-            write_scene_records(config.data, config.scenes)
-        records = Records(config.data)
+        data, base_model = make_inputs(config, shared)
+        records = Records(data)
         check_records(records, config)
-        make_backbone(config, records, shared, mesh)
+        make_backbone(config, base_model, records, shared, mesh)
     return dataclasses.replace(config, generator=None, base_model=str(backbone))
 
 
@@ -365,8 +446,10 @@ def main(argv: list[str]) -> None:
         values = flags.FLAGS.config
         config = from_mapping(SweepConfig if "runs" in values else TrainConfig, values)
         workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}")
+        distributed.initialize(flags.FLAGS.distributed)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        print(f"{config.name}: jax {jax.__version__} on {devices}, writing to {workdir}")
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        say(f"{config.name}: jax {jax.__version__} on {devices}{processes}, writing to {workdir}")
         (run_sweep if isinstance(config, SweepConfig) else run)(config, workdir)
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -379,5 +462,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The experiment, e.g. configs/quickstart.py.")
     flags.DEFINE_string("workdir", None, "Everything the run writes; runs/<config name> if not given.")
+    flags.DEFINE_bool("distributed", False, distributed.HELP)
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -13,6 +13,9 @@ CACHE = ROOT / ".jax_cache"
 
 # Subprocesses inherit the cache; four devices are for this process only.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+# The suite compiles hundreds of small programs and runs each for milliseconds.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_num_cpu_devices", 4)

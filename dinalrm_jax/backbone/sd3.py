@@ -12,7 +12,7 @@ from dinalrm_jax.backbone.features import Features
 from dinalrm_jax.backbone.mmdit import ZEROS, AdaLayerNorm, JointTransformerBlock
 from dinalrm_jax.config import ExecutionConfig, SD3Config
 from dinalrm_jax.data.batch import PromptEmbeds, validate_latents
-from dinalrm_jax.layers import Linear, layer_norm
+from dinalrm_jax.layers import Linear, layer_norm, split_rows
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -204,7 +204,8 @@ class SD3Transformer(nnx.Module):
         """One block as a pure function of (state, image, text, temb), rematerialised as configured."""
 
         def apply(state, image, text, temb):
-            return nnx.merge(graphdef, state)(image, text, temb)
+            image, text = nnx.merge(graphdef, state)(split_rows(image), split_rows(text), temb)
+            return split_rows(image), text if text is None else split_rows(text)
 
         if self.execution.remat == "none":
             return apply

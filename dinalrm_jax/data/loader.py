@@ -1,6 +1,14 @@
-"""From records to batches of preference pairs, in an order that depends on (seed, step) only."""
+"""From records to batches of preference pairs, in an order that depends on (seed, step) only.
 
-from collections.abc import Sequence
+Every batch holds one bucket. A bucket's pairs are one endless stream of permutations, cut into
+batches: each pair comes once in every permutation, and none is dropped where a batch straddles two.
+An epoch is as many batches of each bucket as bring its pairs once, in shuffled order.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -14,7 +22,6 @@ class JoinedPairs:
 
     def __init__(self, records: Records, split: str):
         self.records, self.rows = records, records.pairs(split)
-        self.latent_shape = records.images[0].latents.shape
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -33,27 +40,141 @@ class JoinedPairs:
             raise RecordsError(
                 f"{self.records.directory}: pair {index} refers to {error}, which is not there"
             ) from None
-        if chosen.shape != self.latent_shape or rejected.shape != self.latent_shape:
+        if chosen.shape != rejected.shape:
             raise RecordsError(
-                f"{self.records.directory}: pair {index} has latents {chosen.shape} and {rejected.shape}, the first "
-                f"image {self.latent_shape}; training takes records of one size"
+                f"{self.records.directory}: pair {index} has latents of different sizes, {chosen.shape} and "
+                f"{rejected.shape}; preprocess the dataset again"
             )
         return PreferenceBatch(chosen, rejected, PromptEmbeds(prompt.prompt_embeds, prompt.pooled_prompt_embeds))
 
 
-def training_batches(records: Records, batch_size: int, seed: int) -> grain.DatasetIterator:
-    """Endless batches of the training pairs, each epoch a new permutation of all of them.
+class Schedule:
+    """Which pairs make batch `step`: a pure function of (seed, step).
 
-    The iterator's `get_state()` is JSON; `set_state()` continues exactly there.
+    Args:
+        buckets: each bucket's rows.
+        batch_size: pairs a batch.
+        seed: of all permutations.
+    """
+
+    def __init__(self, buckets: Mapping[str, range], batch_size: int, seed: int):
+        self.buckets = {name: rows for name, rows in buckets.items() if len(rows)}
+        self.batch_size, self.seed = batch_size, seed
+        self._names = tuple(self.buckets)
+        self._permutation = functools.lru_cache(2 * len(self._names) + 2)(self._draw_permutation)
+        self._order = functools.lru_cache(4)(self._draw_order)
+
+    def batch(self, step: int) -> tuple[str, np.ndarray]:
+        """The bucket of batch `step` (from 0), and the indices of its pairs."""
+        epoch, start = self._epoch(step)
+        number, position = self._order(epoch)[step - start]
+        name = self._names[number]
+        rows = self.buckets[name]
+        stream = np.arange(self.batch_size) + position * self.batch_size
+        picked = [self._permutation(number, int(place) // len(rows))[place % len(rows)] for place in stream]
+        return name, rows.start + np.array(picked)
+
+    def _batches_until(self, epoch: int) -> np.ndarray:
+        """Batches of each bucket in all epochs before `epoch`."""
+        return np.array([epoch * len(self.buckets[name]) // self.batch_size for name in self._names])
+
+    def _epoch(self, step: int) -> tuple[int, int]:
+        """The epoch that batch `step` is in, and the epoch's first batch."""
+        pairs = sum(map(len, self.buckets.values()))
+        epoch = step * self.batch_size // pairs
+        while int(self._batches_until(epoch + 1).sum()) <= step:
+            epoch += 1
+        while int(self._batches_until(epoch).sum()) > step:
+            epoch -= 1
+        return epoch, int(self._batches_until(epoch).sum())
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        """(batches of the epoch, 2): the bucket's number and the batch's place in its stream, shuffled."""
+        first, last = self._batches_until(epoch), self._batches_until(epoch + 1)
+        order = [(number, place) for number in range(len(first)) for place in range(first[number], last[number])]
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(np.array(order).reshape(-1, 2))
+
+    def _draw_permutation(self, number: int, turn: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 1, number, turn]).permutation(len(self.buckets[self._names[number]]))
+
+
+class TrainingBatches:
+    """Endless batches of the training pairs; `next` gives this process's rows of a batch.
+
+    Args:
+        records: with a split "train".
+        batch_size: pairs of a whole batch, over all processes.
+        seed: of the order.
+        rows: this process's rows of every batch; None: all.
 
     Raises:
         RecordsError: fewer pairs than a batch.
     """
-    pairs = JoinedPairs(records, "train")
-    if len(pairs) < batch_size:
-        raise RecordsError(f"{records.directory} has {len(pairs)} training pairs, a batch takes {batch_size}")
-    dataset = grain.MapDataset.source(pairs).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+    def __init__(self, records: Records, batch_size: int, seed: int, rows: Sequence[int] | None = None):
+        pairs = JoinedPairs(records, "train")
+        if len(pairs) < batch_size:
+            raise RecordsError(f"{records.directory} has {len(pairs)} training pairs, a batch takes {batch_size}")
+        self.schedule = Schedule(records.buckets("train"), batch_size, seed)
+        self._rows = tuple(range(batch_size) if rows is None else rows)
+        self._identity = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "pairs": {name: len(bucket) for name, bucket in self.schedule.buckets.items()},
+        }
+        source = _Rows(pairs, self.schedule, self._rows)
+        dataset = grain.MapDataset.source(source).batch(len(self._rows), drop_remainder=True)
+        # Reading releases the GIL, so threads overlap; two batches ahead hide the slowest read.
+        threads = min(16, 2 * len(self._rows))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * len(self._rows))
+        self._dataset = dataset.to_iter_dataset(options)
+        self.set_state({**self._identity, "step": 0})
+
+    def __iter__(self) -> "TrainingBatches":
+        return self
+
+    def __next__(self) -> PreferenceBatch:
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON that `set_state` continues from, whatever the number of processes then is."""
+        return {**self._identity, "step": self._step}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues after batch `state["step"]`.
+
+        Raises:
+            RecordsError: the state is of another order: other pairs, batch size or seed.
+        """
+        if {**state, "step": 0} != {**self._identity, "step": 0}:
+            changed = [key for key in self._identity if state.get(key) != self._identity[key]]
+            raise RecordsError(
+                f"the checkpoint's order of pairs is another one, {', '.join(changed)} changed: "
+                + "; ".join(f"{key} was {state.get(key)}, is {self._identity[key]}" for key in changed)
+                + ". Train on the records it was made with, or start in another --workdir"
+            )
+        self._step = state["step"]
+        self._iterator = iter(self._dataset)
+        self._iterator.set_state({"next_index": self._step})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Endless sequence of the rows of batch 0, then of batch 1, and so on."""
+
+    pairs: JoinedPairs
+    schedule: Schedule
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return 2**40 // len(self.rows) * len(self.rows)
+
+    def __getitem__(self, index: int) -> PreferenceBatch:
+        step, place = divmod(index, len(self.rows))
+        _, batch = self.schedule.batch(step)
+        return self.pairs[int(batch[self.rows[place]])]
 
 
 def distinct_rows(pairs: Sequence[PairRecord]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

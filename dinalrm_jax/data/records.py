@@ -1,25 +1,27 @@
 """Records on disk: three TFDS datasets in ArrayRecord files, written and read without TensorFlow.
 
-    DIRECTORY/manifest.json     what made the records: codec, text encoder, their parameters
-    DIRECTORY/images/           split "rows": clean, scaled latents, once per distinct image
+    DIRECTORY/manifest.json     what made the records, and how many pairs of each bucket there are
+    DIRECTORY/images/           split "rows": clean, scaled latents, once per distinct image; a shard holds one size
     DIRECTORY/prompts/          split "rows": embeddings, once per distinct prompt
     DIRECTORY/pairs/            splits "train", "eval": indices of the chosen and the rejected image and of the prompt
 
-A pair is read by joining the three by index.
+A pair is read by joining the three by index. Pairs of one bucket (image size) stand together.
 """
 
 import dataclasses
-import functools
 import json
+import os
 import pathlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dinalrm_jax.config import EncodersConfig, from_mapping, to_mapping
 from dinalrm_jax.disk import whole_directory
 
-FORMAT = "dinalrm_jax/records/1"
+FORMAT = "dinalrm_jax/records/2"
 
 
 class RecordsError(ValueError):
@@ -60,61 +62,198 @@ def write(
     images: Iterable[ImageRecord],
     prompts: Sequence[PromptRecord],
     pairs: Mapping[str, Sequence[PairRecord]],
-    manifest: Mapping[str, Any],
+    encoders: EncodersConfig,
+    downsampling: int,
+    source: Mapping[str, Any],
 ) -> None:
-    """Writes a whole record directory, or nothing.
+    """Writes a whole record directory of one shard each, or nothing.
 
     Args:
         directory: must not exist.
         images: in index order; consumed once.
         prompts: in index order, all with embeddings of one shape.
         pairs: by split.
-        manifest: JSON values that say which codec and text encoder made the records, from what.
+        encoders: what made latents and embeddings.
+        downsampling: pixels along a side of one latent.
+        source: JSON values that say what the records were made of.
     """
+    buckets: list[str] = []
+
+    def noting_buckets():
+        for image in images:
+            buckets.append(bucket_of(image.latents, downsampling))
+            yield image
+
+    with whole_directory(directory) as partial:
+        for name in ("images", "prompts", "pairs"):
+            (partial / name).mkdir()
+        image_shard = write_shard(shard_path(partial, "images", "rows", 0, 1), image_features(), noting_buckets())
+        features = prompt_features(prompts[0])
+        prompt_shard = write_shard(shard_path(partial, "prompts", "rows", 0, 1), features, prompts)
+        finish(
+            partial,
+            image_shards=[image_shard],
+            prompt_shards=[prompt_shard],
+            prompt_features=features,
+            pairs={split: [(buckets[pair.chosen], pair) for pair in rows] for split, rows in pairs.items()},
+            manifest={"encoders": to_mapping(encoders), "source": source},
+        )
+
+
+def finish(
+    directory: pathlib.Path,
+    *,
+    image_shards: Sequence["Shard"],
+    prompt_shards: Sequence["Shard"],
+    prompt_features: Any,
+    pairs: Mapping[str, Sequence[tuple[str, PairRecord]]],
+    manifest: Mapping[str, Any],
+) -> None:
+    """Completes a directory whose image and prompt shards are written: pairs, metadata, manifest.
+
+    `pairs` gives each pair with its bucket; they are put in order of their buckets.
+    """
+    (directory / "pairs").mkdir(exist_ok=True)
+    pair_shards, counts = {}, {}
+    for split, rows in pairs.items():
+        ordered = sorted(rows, key=lambda row: row[0])
+        counts[split] = dict(Counter(bucket for bucket, _ in ordered))
+        path = shard_path(directory, "pairs", split, 0, 1)
+        pair_shards[split] = [write_shard(path, pair_features(), (pair for _, pair in ordered))]
+    _write_metadata(directory / "images", image_features(), {"rows": image_shards})
+    _write_metadata(directory / "prompts", prompt_features, {"rows": prompt_shards})
+    _write_metadata(directory / "pairs", pair_features(), pair_shards)
+    text = json.dumps({"format": FORMAT, "pairs": counts, **manifest}, indent=1, sort_keys=True)
+    (directory / "manifest.json").write_text(text + "\n")
+
+
+def bucket_of(latents: np.ndarray, downsampling: int) -> str:
+    """The bucket (pixels, height first) of latents (H, W, C)."""
+    return f"{latents.shape[0] * downsampling}x{latents.shape[1] * downsampling}"
+
+
+# ------------------------------------------------------------------------------------- shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A written file: how many records it holds, of how many bytes."""
+
+    records: int
+    num_bytes: int
+
+
+def shard_path(directory: pathlib.Path, dataset: str, split: str, index: int, count: int) -> pathlib.Path:
+    """TFDS's name of shard `index` of `count`."""
+    return directory / dataset / f"{dataset}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def write_shard(path: pathlib.Path, features, rows: Iterable[Any]) -> Shard:
+    """Writes one ArrayRecord file, whole or not at all; arrays are stored in float16.
+
+    Raises:
+        OSError: the file could not be written, a full disk among the reasons.
+        ValueError: a number that float16 cannot hold.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    count = size = 0
+    try:
+        # One record a group: a random read touches nothing but what was asked for. Float16 noise does
+        # not compress.
+        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+        for row in rows:
+            data = features.serialize_example(_half(row))
+            writer.write(data)
+            count, size = count + 1, size + len(data)
+        writer.close()
+        reader = ArrayRecordReader(str(partial))
+        found = reader.num_records()
+        reader.close()
+        if found != count:
+            raise OSError(f"{path} took {found} of {count} records")
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # what the rename publishes is on disk
+        partial.replace(path)
+    except RuntimeError as error:  # what ArrayRecord raises for a failed write
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return Shard(count, size)
+
+
+def image_features():
     import tensorflow_datasets as tfds
 
-    tokens, pooled = prompts[0].prompt_embeds.shape, prompts[0].pooled_prompt_embeds.shape
-    half = functools.partial(tfds.features.Tensor, dtype=np.float16, encoding="bytes")
-    image_features = {"latents": half(shape=(None, None, None)), "name": tfds.features.Text(), "file_bytes": np.int64}
-    prompt_features = {
-        "text": tfds.features.Text(),
-        "prompt_embeds": half(shape=tokens),
-        "pooled_prompt_embeds": half(shape=pooled),
-    }
-    pair_features = {"chosen": np.int64, "rejected": np.int64, "prompt": np.int64, "kind": tfds.features.Text()}
-    with whole_directory(directory) as partial:
-        _write_dataset(partial / "images", image_features, {"rows": map(_half, images)})
-        _write_dataset(partial / "prompts", prompt_features, {"rows": map(_half, prompts)})
-        _write_dataset(partial / "pairs", pair_features, {split: map(_half, rows) for split, rows in pairs.items()})
-        text = json.dumps({"format": FORMAT, **manifest}, indent=1, sort_keys=True)
-        (partial / "manifest.json").write_text(text + "\n")
+    return _features(latents=_half_tensor((None, None, None)), name=tfds.features.Text(), file_bytes=np.int64)
+
+
+def prompt_features(like: PromptRecord):
+    """For embeddings of the shapes of `like`."""
+    import tensorflow_datasets as tfds
+
+    return _features(
+        text=tfds.features.Text(),
+        prompt_embeds=_half_tensor(like.prompt_embeds.shape),
+        pooled_prompt_embeds=_half_tensor(like.pooled_prompt_embeds.shape),
+    )
+
+
+def pair_features():
+    import tensorflow_datasets as tfds
+
+    return _features(chosen=np.int64, rejected=np.int64, prompt=np.int64, kind=tfds.features.Text())
+
+
+def _features(**features):
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(features)
+
+
+def _half_tensor(shape: tuple[int | None, ...]):
+    import tensorflow_datasets as tfds
+
+    return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes")
+
+
+def to_half(name: str, array: np.ndarray) -> np.ndarray:
+    """The array as records hold it, in float16.
+
+    Raises:
+        ValueError: a number that is not finite, or becomes infinite.
+    """
+    half = np.asarray(array).astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError(
+            f"{name} holds numbers that are not finite in float16 (largest {np.abs(array).max():g}); the encoder that "
+            "made them is broken, or its compute dtype overflows: try float32"
+        )
+    return half
 
 
 def _half(record) -> dict[str, Any]:
     values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return {key: value.astype(np.float16) if isinstance(value, np.ndarray) else value for key, value in values.items()}
+    return {key: to_half(key, value) if isinstance(value, np.ndarray) else value for key, value in values.items()}
 
 
-def _write_dataset(directory: pathlib.Path, features, splits: Mapping[str, Iterable[dict]]) -> None:
+def _write_metadata(directory: pathlib.Path, features, splits: Mapping[str, Sequence[Shard]]) -> None:
     import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
 
-    directory.mkdir()
-    features = tfds.features.FeaturesDict(features)
     infos = []
-    for split, rows in splits.items():
+    for split, shards in splits.items():
         template = tfds.core.ShardedFileTemplate(
             data_dir=directory, dataset_name=directory.name, filetype_suffix="array_record", split=split
         )
-        # One record a group: a random read decodes nothing but what was asked for.
-        writer = ArrayRecordWriter(str(template.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
-        count = size = 0
-        for row in rows:
-            data = features.serialize_example(row)
-            writer.write(data)
-            count, size = count + 1, size + len(data)
-        writer.close()
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=size, filename_template=template))
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[shard.records for shard in shards],
+                num_bytes=sum(shard.num_bytes for shard in shards),
+                filename_template=template,
+            )
+        )
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
         features=features,
@@ -124,11 +263,15 @@ def _write_dataset(directory: pathlib.Path, features, splits: Mapping[str, Itera
     )
 
 
+# ------------------------------------------------------------------------------------ reading
+
+
 class Records:
     """A record directory, open for random access.
 
     Attributes:
         manifest: what made the records.
+        encoders: the encoders among it.
         images, prompts: sequences of `ImageRecord` and `PromptRecord`.
 
     Raises:
@@ -149,12 +292,21 @@ class Records:
             raise RecordsError(f"{path} is not JSON: {error}") from None
         if self.manifest.get("format") != FORMAT:
             raise RecordsError(f"{path} has format {self.manifest.get('format')!r}, this version reads {FORMAT!r}")
+        self.encoders = from_mapping(EncodersConfig, self.manifest["encoders"], str(path))
         self.images = _Rows(self._source("images", "rows"), ImageRecord)
         self.prompts = _Rows(self._source("prompts", "rows"), PromptRecord)
 
     def pairs(self, split: str) -> Sequence[PairRecord]:
         """The pairs of a split, "train" or "eval"."""
         return _Rows(self._source("pairs", split), PairRecord)
+
+    def buckets(self, split: str) -> dict[str, range]:
+        """The rows of a split's pairs by bucket, in order."""
+        out, start = {}, 0
+        for bucket, count in self.manifest["pairs"].get(split, {}).items():
+            out[bucket] = range(start, start + count)
+            start += count
+        return out
 
     def _source(self, name: str, split: str):
         import tensorflow_datasets as tfds

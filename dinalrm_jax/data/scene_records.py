@@ -4,23 +4,18 @@ import pathlib
 
 from tqdm import tqdm
 
-from dinalrm_jax.config import ScenesConfig, to_mapping
+from dinalrm_jax.config import ConfigError, EncodersConfig, ScenesConfig, to_mapping
 from dinalrm_jax.data import records, synthetic, tiny_encoders
 
-TEXT_LENGTH, TEXT_WIDTH = 16, 64
 
+def write_scene_records(directory: str | pathlib.Path, config: ScenesConfig, encoders: EncodersConfig) -> None:
+    """Draws, encodes and writes the training and held-out pairs; whole or not at all.
 
-def tiny_manifest(length: int, **source) -> dict:
-    """What `records.write` puts down for the tiny encoders."""
-    return {
-        "codec": {"name": "tiny_dct", "channels": tiny_encoders.CHANNELS},
-        "text": {"name": "hashed_words", "length": length, "width": TEXT_WIDTH},
-        "source": source,
-    }
-
-
-def write_scene_records(directory: str | pathlib.Path, config: ScenesConfig) -> None:
-    """Draws, encodes and writes the training and held-out pairs; whole or not at all."""
+    Raises:
+        ConfigError: encoders other than the tiny ones.
+    """
+    if encoders.kind != "tiny":
+        raise ConfigError(f"scenes are encoded by the tiny encoders; model.encoders.kind is {encoders.kind!r}")
     images: list[records.ImageRecord] = []
     prompts: dict[str, int] = {}
     pairs: dict[str, list[records.PairRecord]] = {}
@@ -34,16 +29,14 @@ def write_scene_records(directory: str | pathlib.Path, config: ScenesConfig) -> 
                 prompt = prompts.setdefault(pair.caption, len(prompts))
                 pairs[split].append(records.PairRecord(len(images) - 2, len(images) - 1, prompt, pair.kind))
                 bar.update()
+    texts = list(prompts)
+    embeds, pooled = tiny_encoders.encode_prompts(texts, encoders.text_length, tiny_encoders.TEXT_WIDTH)
     records.write(
         directory,
         images=images,
-        prompts=prompt_records(list(prompts), TEXT_LENGTH),
+        prompts=[records.PromptRecord(text, embeds[i], pooled[i]) for i, text in enumerate(texts)],
         pairs=pairs,
-        manifest=tiny_manifest(TEXT_LENGTH, scenes=to_mapping(config)),
+        encoders=encoders,
+        downsampling=tiny_encoders.BLOCK,
+        source={"scenes": to_mapping(config)},
     )
-
-
-def prompt_records(prompts: list[str], length: int) -> list[records.PromptRecord]:
-    """Texts with their tiny embeddings."""
-    embeds, pooled = tiny_encoders.encode_prompts(prompts, length, TEXT_WIDTH)
-    return [records.PromptRecord(text, embeds[i], pooled[i]) for i, text in enumerate(prompts)]

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 CHANNELS = 16
-BLOCK = 8
+BLOCK = 8  # pixels along a side of one latent
+TEXT_WIDTH = 64
 # DCT frequencies (row, column), lowest first.
 ZIGZAG = ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0))
 KEPT = (10, 3, 3)  # of luma, Cb, Cr

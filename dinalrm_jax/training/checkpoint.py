@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dinalrm_jax.training.step import TrainState
 
@@ -45,8 +44,10 @@ class Checkpoints:
             ),
         )
 
-    def restore_latest(self, like: TrainState, mesh: Mesh) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The latest whole checkpoint's state and loader position, or None where there is none.
+
+        Arrays come back as those of `like` lie, on whatever mesh the checkpoint was written.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of a model with other parameters.
@@ -54,8 +55,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        sharding = NamedSharding(mesh, PartitionSpec())
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         try:
             restored = self._manager.restore(
                 step,

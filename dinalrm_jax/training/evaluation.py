@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from dinalrm_jax.config import EvaluationConfig
 from dinalrm_jax.data.batch import PromptEmbeds
@@ -12,6 +13,7 @@ from dinalrm_jax.data.loader import distinct_rows
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.parameters import Functional, Params
 from dinalrm_jax.reward_model import RewardModule, draw_noise
+from dinalrm_jax.training.sharding import WHOLE, local_rows, put_rows
 
 Level = float | tuple[float, ...]
 
@@ -43,26 +45,42 @@ class PairScores:
 class Evaluator:
     """Scores a split's distinct (image, prompt) rows once each, in batches of one size.
 
-    The last batch is padded, so there is one compilation per kind of level and latent size. The
-    noise of a level is drawn from `config.seed` and is the same for every image of a size.
+    The last batch of a bucket is padded, so there is one compilation per kind of level and bucket.
+    The noise of a level is drawn from `config.seed` and is the same for every image of a bucket.
+    Every process gets all scores and reads its own rows only.
     """
 
-    def __init__(self, module: Functional[RewardModule], records: Records, split: str, config: EvaluationConfig):
-        self.pairs = list(records.pairs(split))
-        if not self.pairs:
+    def __init__(
+        self,
+        module: Functional[RewardModule],
+        records: Records,
+        split: str,
+        config: EvaluationConfig,
+        mesh: Mesh,
+    ):
+        pairs, by_bucket = records.pairs(split), records.buckets(split)
+        total = sum(map(len, by_bucket.values()))
+        if not total:
             raise RecordsError(f"{records.directory} has no pairs in split {split!r} to evaluate on")
-        self.config = config
+        count = min(total, config.max_pairs or total)
+        chosen = np.linspace(0, total - 1, count).round().astype(int)
+        self.pairs = [pairs[int(index)] for index in chosen]
+        ends = np.cumsum([len(rows) for rows in by_bucket.values()])
+        pair_buckets = np.searchsorted(ends, chosen, side="right")
+        self.config, self._records, self._mesh = config, records, mesh
         self._rows, self._chosen, self._rejected = distinct_rows(self.pairs)
-        self._latents = [records.images[int(image)].latents for image, _ in self._rows]
-        prompts = {int(prompt): records.prompts[int(prompt)] for _, prompt in self._rows}
-        self._prompts = [prompts[int(prompt)] for _, prompt in self._rows]
-        self._score = jax.jit(lambda params, *inputs: module.bind(params).score(*inputs))
+        self._bucket = np.empty(len(self._rows), int)
+        self._bucket[self._chosen] = self._bucket[self._rejected] = pair_buckets
+        self._local = local_rows(config.batch_size, mesh)
+        self._score = jax.jit(
+            lambda params, *inputs: module.bind(params).score(*inputs), out_shardings=NamedSharding(mesh, WHOLE)
+        )
 
     def run(self, params: Params, levels: Sequence[Level], progress: Callable[[int], None] | None = None) -> PairScores:
         """Scores all pairs at all levels.
 
         Args:
-            params: of the whole reward model.
+            params: of the whole reward model, on the mesh.
             levels: single levels and tuples (ensembles).
             progress: called with the number of rows after every batch.
         """
@@ -82,23 +100,25 @@ class Evaluator:
     def _score_rows(self, params: Params, level: Level, progress) -> np.ndarray:
         scores = np.empty(len(self._rows), np.float32)
         size = self.config.batch_size
-        shapes = np.array([latents.shape for latents in self._latents])
-        for shape in np.unique(shapes, axis=0):
-            same = np.flatnonzero((shapes == shape).all(axis=1))
+        for bucket in np.unique(self._bucket):
+            same = np.flatnonzero(self._bucket == bucket)
             for start in range(0, len(same), size):
                 rows = same[start : start + size]
-                padded = np.resize(rows, size)
-                scored = self._score(params, *self._batch(padded, level))
+                with jax.set_mesh(self._mesh):
+                    scored = self._score(params, *self._batch(np.resize(rows, size), level))
                 scores[rows] = np.asarray(scored)[: len(rows)]
                 if progress is not None:
                     progress(len(rows))
         return scores
 
-    def _batch(self, rows: np.ndarray, level: Level) -> tuple[np.ndarray, PromptEmbeds, np.ndarray, jax.Array]:
-        latents = np.stack([self._latents[row] for row in rows])
+    def _batch(self, rows: np.ndarray, level: Level) -> tuple[jax.Array, PromptEmbeds, np.ndarray, jax.Array]:
+        local = self._rows[rows[self._local]]
+        latents = np.stack([self._records.images[int(image)].latents for image, _ in local])
+        prompts = [self._records.prompts[int(prompt)] for _, prompt in local]
         prompt = PromptEmbeds(
-            np.stack([self._prompts[row].prompt_embeds for row in rows]),
-            np.stack([self._prompts[row].pooled_prompt_embeds for row in rows]),
+            np.stack([row.prompt_embeds for row in prompts]), np.stack([row.pooled_prompt_embeds for row in prompts])
         )
-        eps = draw_noise(jax.random.key(self.config.seed), latents.shape)
+        size = self.config.batch_size
+        eps = np.asarray(draw_noise(jax.random.key(self.config.seed), latents.shape))
+        latents, prompt, eps = put_rows((latents, prompt, eps), size, self._mesh)
         return latents, prompt, np.asarray(level, np.float32), eps

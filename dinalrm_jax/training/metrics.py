@@ -1,13 +1,27 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, and the progress bar."""
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard and, where asked for, wandb."""
 
 import json
 import pathlib
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+import psutil
 from tensorboardX import SummaryWriter
+
+# Dense bfloat16 peak of one device, FLOP/s, as its maker states it; for utilisation.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
 
 
 class NonFiniteLoss(RuntimeError):
@@ -17,25 +31,57 @@ class NonFiniteLoss(RuntimeError):
 class MetricsLog:
     """Averages metrics between two writes, and refuses a loss that is not finite.
 
+    Every process keeps one, so that all stop where a loss is not finite; the first one writes.
+
     Args:
         directory: of the run; gets `metrics.jsonl` and `tensorboard/`.
         stage: named in every line, and the TensorBoard run's name.
+        wandb_project: also log to this Weights & Biases project; None: do not.
+        config: what wandb shows as the run's configuration.
     """
 
-    def __init__(self, directory: pathlib.Path, stage: str):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        stage: str,
+        wandb_project: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
         self.stage = stage
+        self._pending: dict[int, Mapping[str, jax.Array]] = {}
+        self._rows, self._waited, self._flops, self._since = 0, 0.0, 0.0, time.perf_counter()
+        self._writes, self._wandb = jax.process_index() == 0, None
+        if not self._writes:
+            return
         self._path = directory / "metrics.jsonl"
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             with self._path.open("a") as file:
                 file.write("\n")  # ends a line that a kill tore, which must not swallow the next one
         self._board = SummaryWriter(str(directory / "tensorboard" / stage))
-        self._pending: dict[int, Mapping[str, jax.Array]] = {}
-        self._rows, self._since = 0, time.perf_counter()
+        if wandb_project is not None:
+            import wandb  # optional, and only where it is asked for
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array], rows: int) -> None:
-        """Takes one step's metrics without waiting for the device."""
+            name = f"{directory.name}/{stage}"
+            self._wandb = wandb.init(
+                project=wandb_project, name=name, id=name.replace("/", "-"), resume="allow", config=dict(config or {})
+            )
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array], rows: int, *, waited: float, flops: float) -> None:
+        """Takes one step's metrics without waiting for the device.
+
+        Args:
+            step: optimizer steps done.
+            metrics: of the step.
+            rows: pairs in the batch.
+            waited: seconds the step waited for its data.
+            flops: of the compiled step, over all devices; 0 where unknown.
+        """
         self._pending[step] = metrics
-        self._rows += rows
+        self._rows, self._waited, self._flops = self._rows + rows, self._waited + waited, self._flops + flops
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time that was not training (an evaluation, a save) out of the rates."""
+        self._since += seconds
 
     def check_finite(self) -> None:
         """Waits for the steps added since the last write.
@@ -62,23 +108,72 @@ class MetricsLog:
         """
         self.check_finite()
         pending = jax.device_get(list(self._pending.values()))
-        values = {name: float(np.mean([row[name] for row in pending])) for name in pending[0]}
-        now = time.perf_counter()
-        values["pairs_per_second"] = self._rows / (now - self._since)
-        self._pending, self._rows, self._since = {}, 0, now
+        means = {name: np.mean([row[name] for row in pending], axis=0) for name in pending[0]}
+        values = {name: float(mean) for name, mean in means.items() if mean.ndim == 0} | _by_sigma(means)
+        seconds, steps = time.perf_counter() - self._since, len(pending)
+        values |= {
+            "pairs_per_second": self._rows / seconds,
+            "images_per_second": 2 * self._rows / seconds,
+            "step_seconds": seconds / steps,
+            "data_wait_seconds": self._waited / steps,
+        }
+        if self._flops:
+            values["tflops_per_second_per_device"] = self._flops / seconds / jax.device_count() / 1e12
+            if (peak := peak_flops(jax.devices()[0].device_kind)) is not None:
+                values["model_flop_utilisation"] = self._flops / seconds / jax.device_count() / peak
+        values |= memory()
+        self._pending, self._rows, self._waited, self._flops = {}, 0, 0.0, 0.0
+        self._since = time.perf_counter()
         values |= extra
         self.write_values(step, values)
         return values
 
     def write_values(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers as they are."""
+        if not self._writes:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._board.close()
+        if self._writes:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _by_sigma(means: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means within each bin of the noise level that rows fell into: "accuracy/sigma_0.1_0.2"."""
+    if "share_by_sigma" not in means:
+        return {}
+    share = means["share_by_sigma"]
+    edges = np.linspace(0, 1, len(share) + 1)
+    return {
+        f"{name.removesuffix('_by_sigma')}/sigma_{edges[i]:.1f}_{edges[i + 1]:.1f}": float(mean[i] / share[i])
+        for name, mean in means.items()
+        if name.endswith("_by_sigma") and name != "share_by_sigma"
+        for i in np.flatnonzero(share)
+    }
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The stated bfloat16 peak of a device, FLOP/s; None for one that is not in the table, a CPU among them."""
+    if device_kind in PEAK_FLOPS:
+        return PEAK_FLOPS[device_kind]
+    return next((peak for name, peak in PEAK_FLOPS.items() if name.startswith("NVIDIA") and name in device_kind), None)
+
+
+def memory() -> dict[str, float]:
+    """Peak bytes in use on the first local device, where it says, and the process's resident bytes; GiB."""
+    values = {"host_memory_gib": psutil.Process().memory_info().rss / 2**30}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        values["device_peak_memory_gib"] = stats["peak_bytes_in_use"] / 2**30
+    return values
 
 
 def read_metrics(directory: pathlib.Path, stage: str) -> list[dict[str, float]]:

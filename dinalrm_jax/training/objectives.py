@@ -16,13 +16,16 @@ from dinalrm_jax.data.batch import PreferenceBatch
 from dinalrm_jax.parameters import Functional, Params
 from dinalrm_jax.reward_model import RewardModule
 
+SIGMA_BINS = 10  # of equal width, for metrics by noise level
+
 Objective = Callable[[Params, PreferenceBatch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def reward_objective(module: Functional[RewardModule], loss: LossConfig, sigma: SigmaConfig) -> Objective:
     """The preference loss of both images of a pair, noised with one sigma and one eps (method: training).
 
-    Both images of all pairs run as one batch.
+    Both images of all pairs run as one batch. A metric named `*_by_sigma` has one number a bin of
+    the noise level: `share_by_sigma` says how many rows fell into it, the others are zero outside of it.
     """
     sample_sigma = noise.sampler(sigma)
 
@@ -37,11 +40,16 @@ def reward_objective(module: Functional[RewardModule], loss: LossConfig, sigma: 
         latents = jnp.concatenate([batch.chosen, batch.rejected])
         scores = module.bind(params)(latents, twice(batch.prompt), twice(levels), twice(eps))
         chosen, rejected = jnp.split(scores, 2)
+        correct, margin = (chosen > rejected).astype(jnp.float32), chosen - rejected
+        in_bin = jax.nn.one_hot(jnp.minimum(levels * SIGMA_BINS, SIGMA_BINS - 1).astype(jnp.int32), SIGMA_BINS)
         metrics = {
-            "accuracy": (chosen > rejected).astype(jnp.float32),
-            "margin": chosen - rejected,
+            "accuracy": correct,
+            "margin": margin,
             "score_chosen": chosen,
             "score_rejected": rejected,
+            "share_by_sigma": in_bin,
+            "accuracy_by_sigma": in_bin * correct[:, None],
+            "margin_by_sigma": in_bin * margin[:, None],
         }
         return preference.pair_loss(chosen, rejected, levels, loss), metrics
 

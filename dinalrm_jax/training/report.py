@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from dinalrm_jax.data import tiny_encoders  # noqa: E402
 from dinalrm_jax.data.records import Records  # noqa: E402
+from dinalrm_jax.encoders import ImageCodec  # noqa: E402
 from dinalrm_jax.training.evaluation import Level, PairScores  # noqa: E402
 
 INK, CHOSEN, REJECTED, ENSEMBLE = "#222222", "#1b7f4b", "#b3372f", "#2c5aa0"
@@ -58,7 +58,9 @@ def file_size_accuracy(records: Records, scores: PairScores) -> float | None:
     return float(np.mean([sizes[int(chosen)] > sizes[int(rejected)] for chosen, rejected, _ in scores.records]))
 
 
-def write_report(directory: pathlib.Path, records: Records, scores: PairScores, history: list[dict]) -> str:
+def write_report(
+    directory: pathlib.Path, records: Records, scores: PairScores, history: list[dict], codec: ImageCodec | None
+) -> str:
     """Writes tables, results.json and plots into `directory`; returns the text that `report.md` holds.
 
     Args:
@@ -66,6 +68,7 @@ def write_report(directory: pathlib.Path, records: Records, scores: PairScores, 
         records: what was evaluated on, for the contact sheet and the file-size baseline.
         scores: single levels in increasing order, then ensembles.
         history: the reward stage's lines of metrics.jsonl.
+        codec: what draws the contact sheet's images; None: no sheet.
     """
     directory.mkdir(parents=True, exist_ok=True)
     best = scores.levels[-1]
@@ -85,8 +88,8 @@ def write_report(directory: pathlib.Path, records: Records, scores: PairScores, 
     (directory / "results.json").write_text(json.dumps({**results, **baseline}, indent=1) + "\n")
     plot_learning_curve(directory / "learning_curve.png", history)
     plot_accuracy_by_sigma(directory / "accuracy_by_sigma.png", scores)
-    if records.manifest.get("codec", {}).get("name") == "tiny_dct":
-        plot_pairs(directory / "pairs.png", records, scores, best)
+    if codec is not None:
+        plot_pairs(directory / "pairs.png", records, scores, best, codec)
     return text
 
 
@@ -129,7 +132,9 @@ def plot_accuracy_by_sigma(path: pathlib.Path, scores: PairScores) -> None:
     _save(figure, path)
 
 
-def plot_pairs(path: pathlib.Path, records: Records, scores: PairScores, level: Level, count: int = 12) -> None:
+def plot_pairs(
+    path: pathlib.Path, records: Records, scores: PairScores, level: Level, codec: ImageCodec, count: int = 12
+) -> None:
     """A contact sheet: held-out pairs, chosen left, with their scores; wrong orders in red."""
     row = scores.levels.index(level)
     shown = np.linspace(0, len(scores.kinds) - 1, min(count, len(scores.kinds))).round().astype(int)
@@ -142,7 +147,7 @@ def plot_pairs(path: pathlib.Path, records: Records, scores: PairScores, level: 
         right = scores.chosen[row, pair] > scores.rejected[row, pair]
         halves = cells[place // columns, place % columns].subgridspec(1, 2, wspace=0.06).subplots()
         for axis, index, score in zip(halves, (chosen, rejected), (scores.chosen, scores.rejected)):
-            axis.imshow(tiny_encoders.decode_latents(records.images[int(index)].latents))
+            axis.imshow(codec.decode(records.images[int(index)].latents[None])[0])
             axis.set_title(f"{score[row, pair]:+.2f}", fontsize=10, color=CHOSEN if right else REJECTED, pad=2)
             axis.set_axis_off()
         lines = [*textwrap.wrap(records.prompts[int(prompt)].text, 52)[:2], f"({scores.kinds[pair]})"]

@@ -1,7 +1,7 @@
 """One optimizer step as a pure, jitted function of (state, frozen parameters, batch)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dinalrm_jax.config import OptimizerConfig
 from dinalrm_jax.data.batch import PreferenceBatch
+from dinalrm_jax.layers import ROW_AXES
 from dinalrm_jax.parameters import Params
 from dinalrm_jax.training.objectives import Objective
+from dinalrm_jax.training.sharding import BY_ROW, WHOLE
 
 
 @jax.tree_util.register_dataclass
@@ -44,12 +46,14 @@ def make_step(
     config: OptimizerConfig,
     mesh: Mesh,
     seed: int,
+    state_shardings: TrainState,
+    frozen_shardings: Mapping[str, NamedSharding],
 ) -> Callable[[TrainState, Params, PreferenceBatch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the jitted step; it donates the state.
+    """Builds the jitted step; it donates the state. Call and lower it under `jax.set_mesh(mesh)`.
 
-    The batch is split along the mesh's data axis, everything else is replicated. With
-    `accumulation_steps` n, the batch passes as n parts whose gradients are averaged: the update of
-    one part in less memory, up to the noise, which every part draws for itself.
+    The batch is split by rows, state and frozen parameters lie as given. With `accumulation_steps` n,
+    the batch passes as n parts whose gradients are averaged: the update of one part in less memory,
+    up to the noise, which every part draws for itself.
 
     The metric `finite` is 1 where the new parameters and their average hold no NaN or infinity.
 
@@ -58,7 +62,10 @@ def make_step(
 
     def loss_and_metrics(params: Params, frozen: Params, batch: PreferenceBatch, key: jax.Array):
         losses, metrics = objective({**frozen, **params}, batch, key)
-        return jnp.mean(losses), {"loss": jnp.mean(losses), **{name: jnp.mean(m) for name, m in metrics.items()}}
+        return jnp.mean(losses), {
+            "loss": jnp.mean(losses),
+            **{name: jnp.mean(m, axis=0) for name, m in metrics.items()},
+        }
 
     def gradients(params: Params, frozen: Params, batch: PreferenceBatch, key: jax.Array):
         gradient_fn = jax.grad(loss_and_metrics, has_aux=True)
@@ -67,7 +74,7 @@ def make_step(
             return gradient_fn(params, frozen, batch, key)
         # Every part takes rows from all devices: rows 0, parts, 2 parts ... are part 0.
         split = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        split = jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec(None, "data")))
+        split = jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec(None, ROW_AXES)))
 
         def add_part(total, part):
             index, rows = part
@@ -89,10 +96,26 @@ def make_step(
         metrics["finite"] = jnp.isfinite(optax.global_norm((params, ema))).astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-    replicated, by_row = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    replicated, by_row = NamedSharding(mesh, WHOLE), NamedSharding(mesh, BY_ROW)
     return jax.jit(
         step,
-        in_shardings=(replicated, replicated, by_row),
-        out_shardings=(replicated, replicated),
+        in_shardings=(state_shardings, dict(frozen_shardings), by_row),
+        out_shardings=(state_shardings, replicated),
         donate_argnums=0,
     )
+
+
+def model_flops(objective: Objective, params: Params, frozen: Params, batch: PreferenceBatch) -> float:
+    """FLOPs of the loss and its gradient for one batch, by XLA's count of the program before optimisation.
+
+    Of an objective without rematerialisation: what is computed twice to save memory is no work of
+    the model's. Without scan: XLA counts a loop's body once.
+    """
+
+    def loss(params, frozen, batch, key):
+        return jnp.mean(objective({**frozen, **params}, batch, key)[0])
+
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, frozen, batch))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    analysis = jax.jit(jax.grad(loss)).lower(*arguments, key).cost_analysis()
+    return float((analysis or {}).get("flops", 0.0))

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dinalrm_jax.config import ConfigError
 from dinalrm_jax.weights.rules import WeightsError
 
 
@@ -56,3 +57,39 @@ def save_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> N
     """Writes one safetensors file, with the metadata PyTorch's readers expect."""
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, {"format": "pt"})
     path.chmod(0o644)  # safetensors creates files that only their owner can read
+
+
+def resolve(name: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path:
+    """A local directory as it is, or what matches `patterns` of a hub repository, downloaded.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return pathlib.Path(snapshot_download(name, allow_patterns=list(patterns)))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"{name!r} is neither a directory nor a hub repository that can be downloaded: {error}"
+            ) from error
+    raise FileNotFoundError(f"no directory {path}")
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """A model's JSON file.
+
+    Raises:
+        FileNotFoundError, ConfigError: it is not there, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {path.parent} is not a model directory") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None

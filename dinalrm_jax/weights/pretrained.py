@@ -17,7 +17,7 @@ from dinalrm_jax.disk import whole_directory
 from dinalrm_jax.parameters import Functional, Params, functional
 from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional
 from dinalrm_jax.weights import released, rules, sd3, torch_file
-from dinalrm_jax.weights.files import SafetensorsDirectory, save_safetensors
+from dinalrm_jax.weights.files import SafetensorsDirectory, read_json, resolve, save_safetensors
 from dinalrm_jax.weights.rules import WeightsError
 
 FORMAT = "dinalrm_jax/1"
@@ -43,34 +43,12 @@ DIFFUSERS_DEFAULTS = {
 }
 
 
-def resolve(name: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path:
-    """A local directory as it is, or what matches `patterns` of a hub repository, downloaded.
-
-    Raises:
-        FileNotFoundError: neither.
-    """
-    path = pathlib.Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return pathlib.Path(snapshot_download(name, allow_patterns=list(patterns)))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"{name!r} is neither a directory nor a hub repository that can be downloaded: {error}"
-            ) from error
-    raise FileNotFoundError(f"no directory {path}")
-
-
 def load_reward_model(
     checkpoint: str | pathlib.Path, base_model: str | pathlib.Path | None, execution: ExecutionConfig
 ) -> RewardModel:
     """See `RewardModel.from_pretrained`."""
     directory = resolve(checkpoint, CHECKPOINT_FILES)
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     if "format" in config:
         if base_model is not None:
             raise ConfigError(f"{directory} is a native checkpoint, which holds its backbone; drop base_model")
@@ -105,7 +83,7 @@ def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path,
     directory = resolve(base_model, TRANSFORMER_FILES)
     if (directory / "transformer").is_dir():
         directory = directory / "transformer"
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     kind = config.get("_class_name")
     if kind != "SD3Transformer2DModel":
         raise ConfigError(f"{directory / 'config.json'} is of {kind!r}, expected a diffusers SD3Transformer2DModel")
@@ -126,10 +104,10 @@ def transformer_functional(
 
 def load_backbone(
     base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig()
-) -> tuple[SD3Config, Params]:
-    """A whole transformer from a diffusers directory or a native backbone, in the compute dtype."""
+) -> tuple[SD3Config, dict[str, np.ndarray]]:
+    """A whole transformer from a diffusers directory or a native backbone, on the host in the compute dtype."""
     directory = resolve(base_model, TRANSFORMER_FILES)
-    config = _read_json(directory / "config.json") if (directory / "config.json").exists() else {}
+    config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     if "format" in config:
         transformer = from_mapping(SD3Config, _native(config, "backbone", directory), f"{directory}/config.json")
         tensors, table = SafetensorsDirectory(directory, "backbone"), OURS
@@ -138,7 +116,7 @@ def load_backbone(
         tensors, table = SafetensorsDirectory(directory, "diffusion_pytorch_model"), sd3.rules(transformer)
     shapes = transformer_functional(transformer, execution).shapes
     params = rules.load(tensors, table, shapes, source=str(directory))
-    return transformer, {name: jnp.asarray(array, execution.dtype) for name, array in params.items()}
+    return transformer, {name: array.astype(jnp.dtype(execution.dtype)) for name, array in params.items()}
 
 
 def truncate(backbone: Params, config: RewardModelConfig) -> Params:
@@ -231,7 +209,7 @@ def _is_frozen(name: str) -> bool:
 
 
 def _check_adapter_config(adapter: pathlib.Path, config: RewardModelConfig) -> None:
-    peft = _read_json(adapter / "adapter_config.json")
+    peft = read_json(adapter / "adapter_config.json")
     found, expected = (peft.get("r"), peft.get("lora_alpha")), (config.lora.rank, config.lora.alpha)
     if found != expected:
         raise ConfigError(f"{adapter}/adapter_config.json has (r, lora_alpha) {found}, config.json says {expected}")
@@ -258,12 +236,3 @@ def _native(config: dict, kind: str, directory: pathlib.Path) -> dict:
     if config.get("kind") != kind:
         raise ConfigError(f"{directory} holds a {config.get('kind')}, expected a {kind}")
     return config["config"]
-
-
-def _read_json(path: pathlib.Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: {path.parent} is not a model directory") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,57 @@
+"""GenAI-Bench, image generation (TIGER-Lab/GenAI-Bench): pairwise votes in parquet files with the images.
+
+SOURCE/[image_generation/]SPLIT-*.parquet    prompt, left_image, right_image, vote_type; SPLIT is test or test_v1
+"""
+
+import functools
+import pathlib
+from collections import Counter
+
+from dinalrm_jax.data.preferences import Preference, Source
+from dinalrm_jax.data.records import RecordsError
+
+COLUMNS = ("prompt", "left_image", "right_image", "vote_type")
+WINNER = {"leftvote": ("left_image", "right_image"), "rightvote": ("right_image", "left_image")}
+NO_WINNER = ("tievote", "bothbad_vote")
+
+
+def read(source: pathlib.Path, split: str) -> Source:
+    """The decisive votes of one of the published splits, as split "eval"; ties and "both bad" are counted.
+
+    Raises:
+        RecordsError: no such files, or files of another form.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    paths = sorted([*source.glob(f"{split}-*.parquet"), *source.glob(f"image_generation/{split}-*.parquet")])
+    if not paths:
+        raise RecordsError(f"{source} is not a directory of GenAI-Bench: it has no {split}-*.parquet")
+    counts: Counter[str] = Counter()
+    pairs = []
+    for path in paths:
+        try:
+            table = parquet.read_table(path, columns=["prompt", "vote_type"])
+            if missing := set(COLUMNS) - set(parquet.read_schema(path).names):
+                raise RecordsError(f"{path} lacks the columns {sorted(missing)} of GenAI-Bench")
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, OSError) as error:
+            raise RecordsError(f"{path} is not a parquet file of GenAI-Bench: {error}") from None
+        for index, (prompt, vote) in enumerate(zip(*(table[name].to_pylist() for name in ("prompt", "vote_type")))):
+            if vote in WINNER:
+                chosen, rejected = (f"{path.relative_to(source)}:{index}:{side}" for side in WINNER[vote])
+                pairs.append(Preference(prompt, chosen, rejected))
+            elif vote in NO_WINNER:
+                counts["tie or both bad"] += 1
+            else:
+                raise RecordsError(f"{path}, row {index}: vote_type {vote!r}, expected {(*WINNER, *NO_WINNER)}")
+
+    # Images are asked for in no order, and the whole split is some 400 MB: it is read once.
+    @functools.cache
+    def column(path: str, side: str):
+        return parquet.read_table(source / path, columns=[side])[side]
+
+    def read_image(name: str) -> bytes:
+        path, index, side = name.rsplit(":", 2)
+        return column(path, side)[int(index)].as_py()["bytes"]
+
+    return Source({"eval": pairs}, counts, read_image)

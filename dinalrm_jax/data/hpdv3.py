@@ -1,0 +1,66 @@
+"""HPDv3 (MizzenAI/HPDv3): pairs from its published files.
+
+SOURCE/train.json    [{"prompt", "path1": the preferred image, "path2", "choice_dist", "confidence", ...}]
+SOURCE/test.json     the same without votes
+SOURCE/images/*.jpg
+"""
+
+import ast
+import pathlib
+from collections import Counter
+from typing import Any
+
+from dinalrm_jax.data.preferences import Preference, Source, files_below, read_rows
+
+KEYS = ("prompt", "path1", "path2")
+
+
+def read(source: pathlib.Path) -> Source:
+    """All rows of both files; path1 is the preferred image, always.
+
+    Rows without votes or confidence (Midjourney's and HPDv2's) are kept as unknown. Where votes
+    contradict or tie the published order, the row stays and is counted.
+
+    Raises:
+        RecordsError: not an HPDv3 directory, or rows of another form, naming the row.
+    """
+    counts: Counter[str] = Counter()
+    preferences = {
+        split: [_preference(row, counts) for row in read_rows(source / f"{name}.json", KEYS, "HPDv3")]
+        for split, name in (("train", "train"), ("eval", "test"))
+    }
+    return Source(preferences, counts, files_below(source))
+
+
+def _preference(row: dict[str, Any], counts: Counter) -> Preference:
+    votes, confidence = parse_votes(row.get("choice_dist")), parse_number(row.get("confidence"))
+    if votes is None:
+        counts["note: votes unknown"] += 1
+    elif votes[0] < votes[1]:
+        counts["note: votes against the published order"] += 1
+    elif votes[0] == votes[1]:
+        counts["note: votes tied"] += 1
+    return Preference(row["prompt"], row["path1"], row["path2"], votes, confidence)
+
+
+def parse_votes(value: Any) -> tuple[int, int] | None:
+    """[12, 7] or "[12, 7]"; None for null, [null, null] and whatever else is not two counts."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return None
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    votes = tuple(parse_number(vote) for vote in value)
+    return None if None in votes else (int(votes[0]), int(votes[1]))
+
+
+def parse_number(value: Any) -> float | None:
+    """A number or its text; None for null and for other text."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, (int, float)) else None

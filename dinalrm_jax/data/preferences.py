@@ -1,0 +1,143 @@
+"""Human preferences as every source gives them, and what their readers share."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from dinalrm_jax.data.records import RecordsError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preference:
+    """One strict human preference: image `chosen` over image `rejected` for `prompt`.
+
+    Images are named within their source. Votes (for, against) and confidence are None where unknown.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    votes: tuple[int, int] | None = None
+    confidence: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A dataset, read but for its images.
+
+    Attributes:
+        preferences: by split, "train" and "eval".
+        counts: what was left out or is odd, by reason.
+        read: an image's encoded bytes by its name; raises FileNotFoundError.
+    """
+
+    preferences: Mapping[str, Sequence[Preference]]
+    counts: Counter
+    read: Callable[[str], bytes]
+
+
+def files_below(root: pathlib.Path) -> Callable[[str], bytes]:
+    """`Source.read` of image files named relative to `root`."""
+    return lambda name: (root / name).read_bytes()
+
+
+def read_rows(path: pathlib.Path, keys: Sequence[str], dataset: str) -> list[dict[str, Any]]:
+    """The rows of a JSON array, or of JSON lines, each holding at least `keys`.
+
+    Raises:
+        RecordsError: not that, naming file and row.
+    """
+    if not path.is_file():
+        raise RecordsError(f"{path.parent} is not a directory of {dataset}: it has no {path.name}")
+    text = path.read_text()
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise RecordsError(f"{path} is neither a JSON array nor JSON lines: {error}") from None
+    if not rows:
+        raise RecordsError(f"{path} holds no rows")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict) or any(key not in row for key in keys):
+            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise RecordsError(f"{path}, row {index}: expected the keys {', '.join(keys)} of {dataset}, found {found}")
+    return rows
+
+
+def ranked_pairs(prompt: str, images: Sequence[str], ranks: Sequence[float], counts: Counter) -> list[Preference]:
+    """All strict pairs of a ranking in which lower is better; ties are counted."""
+    pairs = []
+    for i, (first, rank_first) in enumerate(zip(images, ranks)):
+        for second, rank_second in zip(images[i + 1 :], ranks[i + 1 :]):
+            if rank_first == rank_second:
+                counts["tied rank"] += 1
+            elif rank_first < rank_second:
+                pairs.append(Preference(prompt, first, second))
+            else:
+                pairs.append(Preference(prompt, second, first))
+    return pairs
+
+
+def hold_out(preferences: Sequence[Preference], prompts: int, dataset: str) -> dict[str, list[Preference]]:
+    """Splits off the pairs of some prompts, the smallest by a hash of the prompt.
+
+    Raises:
+        RecordsError: no prompts would be left on one of the sides.
+    """
+    ordered = sorted({row.prompt for row in preferences}, key=stable_hash)
+    if not 0 < prompts < len(ordered):
+        raise RecordsError(
+            f"{dataset} has no split of its own, and holdout must leave prompts on both sides: "
+            f"{prompts} of {len(ordered)} prompts"
+        )
+    held = set(ordered[:prompts])
+    split: dict[str, list[Preference]] = {"train": [], "eval": []}
+    for row in preferences:
+        split["eval" if row.prompt in held else "train"].append(row)
+    return split
+
+
+def stable_hash(*parts: object) -> bytes:
+    """Bytes to order things by, the same on every machine."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceFilter:
+    """Which training rows to keep; a row whose votes or confidence are unknown passes those checks.
+
+    min_vote_share: votes for the chosen image over all votes must exceed this (released: 0.6).
+    min_confidence: the least annotator confidence (HPSv3's training uses 0.95).
+    max_rows_per_prompt: at most so many rows of one prompt, picked by a seeded hash (released: 8); 0: all.
+    """
+
+    min_vote_share: float = 0.0
+    min_confidence: float = 0.0
+    max_rows_per_prompt: int = 0
+
+    def apply(self, rows: Iterable[Preference], seed: int, counts: Counter) -> list[Preference]:
+        """The rows that pass, in their order; the others are counted by reason."""
+        kept = []
+        for row in rows:
+            if row.votes is not None and sum(row.votes) and row.votes[0] <= self.min_vote_share * sum(row.votes):
+                counts["vote share too small"] += 1
+            elif row.confidence is not None and row.confidence < self.min_confidence:
+                counts["confidence too small"] += 1
+            else:
+                kept.append(row)
+        if not self.max_rows_per_prompt:
+            return kept
+        by_prompt = defaultdict(list)
+        for index, row in enumerate(kept):
+            by_prompt[row.prompt].append(index)
+        chosen: set[int] = set()
+        for indices in by_prompt.values():
+            chosen |= set(sorted(indices, key=lambda i: stable_hash(seed, i))[: self.max_rows_per_prompt])
+        counts["beyond the rows of one prompt"] += len(kept) - len(chosen)
+        return [row for index, row in enumerate(kept) if index in chosen]

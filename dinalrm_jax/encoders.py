@@ -1,0 +1,122 @@
+"""Images to latents and prompts to embeddings, by the encoders a model was made for.
+
+`EncodersConfig.kind` chooses: "sd3" is the VAE and the three text encoders of an SD3 pipeline,
+"tiny" the fixed formulas of `dinalrm_jax.data.tiny_encoders`, which need no weights.
+"""
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dinalrm_jax.config import ConfigError, EncodersConfig
+from dinalrm_jax.data import tiny_encoders
+from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.text.prompt import SD3PromptEncoder
+from dinalrm_jax.weights.pipeline import VAE_FILES, fingerprint, load_vae, open_pipeline
+
+PromptEncoder = Callable[[Sequence[str]], PromptEmbeds]
+
+
+class ImageCodec(Protocol):
+    """Attributes:
+    downsampling: pixels along a side of one latent.
+    fingerprint: tells encoders apart whose latents must not be mixed.
+    """
+
+    downsampling: int
+    fingerprint: str
+
+    def encode(self, images: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
+        """Clean, scaled latents.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB, sides multiples of `downsampling`.
+            names: of the images; a posterior sample is drawn for each, from its name alone. None:
+                the posterior's mode.
+
+        Returns:
+            (B, H/8, W/8, C) float32.
+        """
+        ...
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """(B, H/8, W/8, C) clean, scaled latents -> (B, H, W, 3) uint8, as good as the codec can."""
+        ...
+
+
+def load_prompt_encoder(config: EncodersConfig, base_model: str | pathlib.Path | None, dtype: str) -> PromptEncoder:
+    """The text side of the encoders that `config` describes; see `SD3PromptEncoder` for the errors."""
+    if config.kind == "tiny":
+        return functools.partial(_tiny_prompts, length=config.text_length)
+    return SD3PromptEncoder(_required(base_model), config.text_length, dtype)
+
+
+def load_image_codec(config: EncodersConfig, base_model: str | pathlib.Path | None) -> ImageCodec:
+    """The image side of the encoders that `config` describes.
+
+    Raises:
+        ConfigError, WeightsError, FileNotFoundError: not an SD3 pipeline, or an incomplete one.
+    """
+    return TinyCodec() if config.kind == "tiny" else SD3Codec(_required(base_model))
+
+
+class TinyCodec:
+    """The linear codec; it has no posterior to sample."""
+
+    downsampling = tiny_encoders.BLOCK
+    fingerprint = "tiny_dct"
+
+    def encode(self, images: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
+        return np.stack([tiny_encoders.encode_image(image) for image in images])
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        return np.stack([tiny_encoders.decode_latents(row) for row in latents])
+
+
+class SD3Codec:
+    """The VAE of an SD3 pipeline, in float32: rounding to bfloat16 would cost more than the latents' storage."""
+
+    def __init__(self, base_model: str | pathlib.Path):
+        config, module, params = load_vae(open_pipeline(base_model, VAE_FILES) / "vae")
+        self.downsampling = config.downsampling
+        self.fingerprint = fingerprint(config, params)
+        self._params = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
+        self._channels = config.latent_channels
+        self._decode = jax.jit(lambda params, latents: module.bind(params).decode(latents))
+        self._encode = jax.jit(lambda params, images, noise: module.bind(params).encode(images / 127.5 - 1, noise))
+
+    def encode(self, images: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
+        noise = None
+        if names is not None:
+            height, width = (side // self.downsampling for side in images.shape[1:3])
+            noise = np.stack([_named_noise(name, (height, width, self._channels)) for name in names])
+        return np.asarray(self._encode(self._params, jnp.asarray(images, jnp.float32), noise))
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        images = np.asarray(self._decode(self._params, jnp.asarray(latents, jnp.float32)))
+        return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def _named_noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal noise that depends on the name only, so that any batching gives the same latents."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, np.float32)
+
+
+def _tiny_prompts(prompts: Sequence[str], length: int) -> PromptEmbeds:
+    return PromptEmbeds(*tiny_encoders.encode_prompts(prompts, length, tiny_encoders.TEXT_WIDTH))
+
+
+def _required(base_model: str | pathlib.Path | None) -> str | pathlib.Path:
+    if base_model is None:
+        raise ConfigError(
+            "this model's text encoders and VAE come from a Stable Diffusion 3 pipeline; name it: base_model=... "
+            "(a directory or hub id in diffusers layout)"
+        )
+    return base_model

@@ -1,0 +1,99 @@
+"""What is checked before a run computes anything."""
+
+import json
+import pathlib
+
+import jax
+from jax.sharding import Mesh
+
+from dinalrm_jax import noise
+from dinalrm_jax.config import ConfigError, SweepConfig, TrainConfig, to_mapping
+from dinalrm_jax.data.batch import validate_latents
+from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.training.sharding import check_batch_size
+
+
+def check_stages(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises ConfigError for a stage that cannot run on this mesh or samples levels that do not exist."""
+    for stage in (config.generator, config.reward):
+        if stage is not None:
+            check_batch_size(stage.batch_size, stage.optimizer.accumulation_steps, mesh)
+            noise.sampler(stage.sigma)
+    check_batch_size(config.evaluation.batch_size, 1, mesh)
+
+
+def check_records(records: Records, config: TrainConfig) -> None:
+    """Raises RecordsError unless the records were made for this model, by its encoders."""
+    scenes = records.manifest.get("source", {}).get("scenes")
+    if config.scenes is not None and scenes != to_mapping(config.scenes):
+        raise RecordsError(
+            f"{records.directory} holds other scenes than the config asks for: {scenes} there, "
+            f"{to_mapping(config.scenes)} here; remove it, or choose another `data`"
+        )
+    for name, stage in (("generator", config.generator), ("reward", config.reward)):
+        if stage is not None and len(records.pairs("train")) < stage.batch_size:
+            raise RecordsError(
+                f"{records.directory} has {len(records.pairs('train'))} training pairs, a batch of the {name} stage "
+                f"takes {stage.batch_size}"
+            )
+    if records.encoders != config.model.encoders:
+        raise RecordsError(
+            f"{records.directory} was made by other encoders than this model's: {to_mapping(records.encoders)} there, "
+            f"model.encoders is {to_mapping(config.model.encoders)}; preprocess again, or set model.encoders"
+        )
+    transformer = config.model.transformer
+    prompt, latents = records.prompts[0], records.images[0].latents
+    found = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
+    expected = (transformer.in_channels, transformer.joint_attention_dim, transformer.pooled_projection_dim)
+    if found != expected:
+        raise RecordsError(
+            f"{records.directory} does not fit this model: latent channels, prompt and pooled widths are {found}, the "
+            f"model takes {expected}"
+        )
+    for split in ("train", "eval"):
+        for rows in records.buckets(split).values():
+            latents = records.images[records.pairs(split)[rows.start].chosen].latents
+            try:
+                validate_latents(
+                    latents[None], latents.shape[-1], transformer.patch_size, transformer.pos_embed_max_size
+                )
+            except ValueError as error:
+                raise RecordsError(f"{records.directory}: {error}") from None
+
+
+def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
+    """Raises ConfigError if the directory holds a run of another configuration."""
+    path = workdir / "config.json"
+    if path.exists():
+        current = json.loads(json.dumps(_identity(config)))
+        changed = ", ".join(_differences(json.loads(path.read_text()), current))
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run of another configuration; changed: {changed}. Choose another --workdir, or "
+                "restore these values to continue that run"
+            )
+
+
+def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
+    """Makes the run's directory and writes its configuration there; see `check_workdir`."""
+    check_workdir(workdir, config)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = workdir / "config.partial"
+        partial.write_text(json.dumps(_identity(config), indent=1) + "\n")
+        partial.replace(workdir / "config.json")
+
+
+def _identity(config: TrainConfig | SweepConfig) -> dict:
+    """What a continued run must share: all but how it is computed, spread and watched."""
+    values = to_mapping(config)
+    for key in ("mesh", "execution", "wandb_project", "profile"):
+        values.pop(key, None)
+    return values
+
+
+def _differences(old, new, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    return [] if old == new else [f"{path} ({old!r} -> {new!r})"]
