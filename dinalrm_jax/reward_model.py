@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 from dinalrm_jax import lora, noise
 from dinalrm_jax.backbone.features import Features
 from dinalrm_jax.backbone.sd3 import SD3Transformer
 from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
 from dinalrm_jax.data.batch import PromptEmbeds, validate_latents
+from dinalrm_jax.encoders import load_image_codec, load_prompt_encoder
 from dinalrm_jax.head import RewardHead
 from dinalrm_jax.parameters import Functional, Params, functional
 
@@ -111,11 +113,13 @@ class RewardModel:
         config: what the model is.
         params: named arrays, a pytree; what `reward_fn` takes.
         execution: how it is computed; `dataclasses.replace(model, execution=...)` changes it.
+        base_model: where text encoders and VAE are read from when they are first used.
     """
 
     config: RewardModelConfig
     params: Params = dataclasses.field(repr=False)
     execution: ExecutionConfig = ExecutionConfig()
+    base_model: str | pathlib.Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -125,7 +129,8 @@ class RewardModel:
 
         Args:
             checkpoint: directory or hub id, native or in the released layout.
-            base_model: directory or hub id in diffusers layout; required for the released layout.
+            base_model: directory or hub id in diffusers layout; required for the released layout. Of a
+                native checkpoint, which holds its backbone, only text encoders and VAE are read from it.
             dtype: compute dtype; frozen weights are stored in it, LoRA and head in float32.
 
         Raises:
@@ -207,12 +212,69 @@ class RewardModel:
         eps = draw_noise(jax.random.key(seed), latents.shape) if noise is None else jnp.asarray(noise)
         return np.asarray(_jitted_score(self.config, self.execution)(self.params, latents, prompt, levels, eps))
 
+    def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Prompts to embeddings, by this model's text encoders (`config.encoders`).
+
+        They are loaded from `base_model` on first use and kept, in the compute dtype. Each distinct
+        number of prompts compiles once.
+
+        Raises:
+            ConfigError, WeightsError, FileNotFoundError: no base model, or one that is not an SD3 pipeline.
+        """
+        return _prompt_encoder(self.config.encoders, self.base_model, self.execution.dtype)(list(prompts))
+
+    def encode_image(
+        self, images: Sequence[Image.Image | np.ndarray | str | pathlib.Path], size: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """Images to clean, scaled latents, by this model's VAE: the mode of its posterior.
+
+        Args:
+            images: PIL images, (H, W, 3) uint8 arrays or paths; any colour mode.
+            size: (height, width) in pixels to resize to (Lanczos), multiples of 16; None: as they
+                are, which must be one size for all.
+
+        Returns:
+            (B, H/8, W/8, 16) float32.
+
+        Raises:
+            ValueError: sizes that differ, or that latents cannot have.
+            ConfigError, WeightsError, FileNotFoundError: as for `encode_prompt`.
+        """
+        pixels = [_rgb(image, size) for image in images]
+        sizes = list(dict.fromkeys(f"{array.shape[0]}x{array.shape[1]}" for array in pixels))
+        if len(sizes) > 1:
+            raise ValueError(
+                f"images have different sizes: {', '.join(sizes)}; give size=(height, width), or one call each"
+            )
+        unit = 8 * self.config.transformer.patch_size
+        if pixels[0].shape[0] % unit or pixels[0].shape[1] % unit:
+            raise ValueError(f"{sizes[0]} pixels is not a multiple of {unit} on both sides; give size=(height, width)")
+        return _image_codec(self.config.encoders, self.base_model).encode(np.stack(pixels))
+
     def merge_lora(self) -> "RewardModel":
         """The same model with its adapters added into the weights: fewer products a call, no training."""
         if self.config.lora is None:
             raise ValueError("this model has no LoRA adapters to merge")
         config = dataclasses.replace(self.config, lora=None)
-        return RewardModel(config, lora.merge(self.params, self.config.lora), self.execution)
+        return dataclasses.replace(self, config=config, params=lora.merge(self.params, self.config.lora))
+
+
+def _rgb(image: Image.Image | np.ndarray | str | pathlib.Path, size: tuple[int, int] | None) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    elif not isinstance(image, Image.Image):
+        with Image.open(image) as opened:
+            image = opened.convert("RGB")
+    image = image.convert("RGB")
+    if size is not None:
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+# Encoders are several times the size of the model, so there is one of each, shared by the models that use it.
+_prompt_encoder = functools.lru_cache(maxsize=1)(load_prompt_encoder)
+_image_codec = functools.lru_cache(maxsize=1)(load_image_codec)
 
 
 def normalize(raw):

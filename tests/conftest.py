@@ -23,6 +23,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import dinalrm_jax as dina  # noqa: E402
 from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config  # noqa: E402
+from dinalrm_jax.data import rehearsal  # noqa: E402
 from dinalrm_jax.parameters import Params  # noqa: E402
 
 TINY_SD3 = SD3Config(
@@ -91,3 +92,19 @@ def golden_model() -> dina.RewardModel:
 def tiny_model() -> dina.RewardModel:
     model = dina.RewardModel.init(TINY)
     return dina.RewardModel(TINY, randomized(model.params), model.execution)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory):
+    """A random SD3 pipeline directory."""
+    directory = tmp_path_factory.mktemp("pipeline") / "sd3"
+    rehearsal.write_pipeline(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def rehearsal_source(tmp_path_factory):
+    """A small HPDv3 directory."""
+    directory = tmp_path_factory.mktemp("hpdv3") / "source"
+    rehearsal.write_hpdv3(directory, train_pairs=9, eval_pairs=3)
+    return directory

@@ -16,13 +16,12 @@ from PIL import Image
 
 import dinalrm_jax as dina
 from dinalrm_jax import train
-from dinalrm_jax.config import ConfigError, LossConfig, MeshConfig, SweepConfig, TrainConfig, from_mapping
+from dinalrm_jax.config import ConfigError, LossConfig, SweepConfig, TrainConfig, from_mapping
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
 from dinalrm_jax.training.optimizer import make_optimizer
-from dinalrm_jax.training.sharding import make_mesh
 from dinalrm_jax.training.step import TrainState
 from tests import tiny_run
 from tests.conftest import ROOT
@@ -139,7 +138,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
     module = reward_functional(wild.model, wild.execution)
     params = {name: array for name, array in module.init(wild.seed).items() if is_trainable(name)}
     state = TrainState.create(params, make_optimizer(wild.reward.optimizer, wild.reward.steps))
-    kept = Checkpoints(tmp_path / "run" / "reward" / "checkpoints").restore_latest(state, make_mesh(wild.mesh))
+    kept = Checkpoints(tmp_path / "run" / "reward" / "checkpoints").restore_latest(state)
     assert kept is not None
     assert all(np.isfinite(array).all() for tree in (kept[0].params, kept[0].ema) for array in tree.values())
     assert not (tmp_path / "run" / "model").exists()
@@ -155,7 +154,11 @@ def test_another_configuration_needs_another_workdir(config, tmp_path):
 def test_records_of_other_encoders_are_refused(config, finished, tmp_path):
     transformer = dataclasses.replace(config.model.transformer, joint_attention_dim=4096)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=transformer))
-    with pytest.raises(RecordsError, match=r"made by other encoders.*\(16, 64, 64\), the model takes \(16, 4096, 64\)"):
+    with pytest.raises(RecordsError, match=r"widths are \(16, 64, 64\), the model takes \(16, 4096, 64\)"):
+        train.run(other, tmp_path / "run")
+    encoders = dataclasses.replace(config.model.encoders, text_length=20)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, encoders=encoders))
+    with pytest.raises(RecordsError, match="made by other encoders.*'text_length': 16} there.*'text_length': 20}"):
         train.run(other, tmp_path / "run")
     with pytest.raises(RecordsError, match="no manifest.json"):
         train.run(dataclasses.replace(config, data=str(tmp_path / "nothing"), scenes=None), tmp_path / "run")
@@ -182,7 +185,7 @@ def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
     optimizer = make_optimizer(from_mapping(TrainConfig, tiny_run.get_config()).reward.optimizer, 10)
     state = TrainState.create({"head.other": jnp.zeros(3)}, optimizer)
     with pytest.raises(CheckpointError, match=f"checkpoint .*{latest.name} is damaged or of another model"):
-        Checkpoints(source).restore_latest(state, make_mesh(MeshConfig(data=1)))
+        Checkpoints(source).restore_latest(state)
 
     config = from_mapping(TrainConfig, tiny_run.get_config())
     params = reward_functional(config.model, config.execution).init(0)
@@ -190,13 +193,13 @@ def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
     copy = shutil.copytree(source, tmp_path / "checkpoints")
     # What an interrupted save leaves is not taken for a checkpoint.
     shutil.copytree(copy / latest.name, copy / "999.orbax-checkpoint-tmp")
-    restored, _ = Checkpoints(copy).restore_latest(state, make_mesh(MeshConfig(data=1)))
+    restored, _ = Checkpoints(copy).restore_latest(state)
     assert int(restored.step) == int(latest.name)
     for path in (copy / latest.name / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="(?s)is damaged or of another model.*Remove that directory"):
-        Checkpoints(copy).restore_latest(state, make_mesh(MeshConfig(data=1)))
+        Checkpoints(copy).restore_latest(state)
 
 
 @pytest.mark.parametrize(

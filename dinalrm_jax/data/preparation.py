@@ -96,7 +96,7 @@ def prepare(
             if name not in result["failed"]:
                 index[shard.bucket, name] = len(index)
     pairs = {split: _surviving(rows, index, counts) for split, rows in wanted.items()}
-    if empty := [split for split, rows in pairs.items() if not rows]:
+    if empty := sorted(split for split, rows in pairs.items() if not rows):
         raise RecordsError(f"no pairs are left for {', '.join(empty)}; left out: {dict(sorted(counts.items()))}")
 
     prompts = sorted({row.prompt for rows in pairs.values() for _, row in rows})

@@ -156,7 +156,9 @@ def write_shard(path: pathlib.Path, features, rows: Iterable[Any]) -> Shard:
         ValueError: a number that float16 cannot hold.
     """
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+    serializer = ExampleSerializer(features.get_serialized_info())
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     count = size = 0
     try:
@@ -164,7 +166,8 @@ def write_shard(path: pathlib.Path, features, rows: Iterable[Any]) -> Shard:
         # not compress.
         writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
         for row in rows:
-            data = features.serialize_example(_half(row))
+            example = serializer.get_tf_example(features.encode_example(_half(row)))
+            data = example.SerializeToString(deterministic=True)  # a map's order depends on the process otherwise
             writer.write(data)
             count, size = count + 1, size + len(data)
         writer.close()
@@ -224,7 +227,8 @@ def to_half(name: str, array: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: a number that is not finite, or becomes infinite.
     """
-    half = np.asarray(array).astype(np.float16)
+    with np.errstate(over="ignore"):
+        half = np.asarray(array).astype(np.float16)
     if not np.isfinite(half).all():
         raise ValueError(
             f"{name} holds numbers that are not finite in float16 (largest {np.abs(array).max():g}); the encoder that "

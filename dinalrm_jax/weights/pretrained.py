@@ -5,6 +5,7 @@ names: a reward model's frozen part in `backbone.safetensors` and its trained pa
 `trained.safetensors`, or a whole transformer in `backbone.safetensors`.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -50,9 +51,7 @@ def load_reward_model(
     directory = resolve(checkpoint, CHECKPOINT_FILES)
     config = read_json(directory / "config.json")
     if "format" in config:
-        if base_model is not None:
-            raise ConfigError(f"{directory} is a native checkpoint, which holds its backbone; drop base_model")
-        return _load_native(directory, config, execution)
+        return dataclasses.replace(_load_native(directory, config, execution), base_model=base_model)
     if base_model is None:
         raise ConfigError(
             f"{directory} is in the released layout, which holds LoRA and head only; name its base model "
@@ -71,7 +70,7 @@ def load_reward_model(
             problems.append(str(error))
     if problems:
         raise WeightsError("\n".join(problems))
-    return RewardModel(model_config, _to_device(params, execution), execution)
+    return RewardModel(model_config, _to_device(params, execution), execution, base_model)
 
 
 def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path, SD3Config]:

@@ -1,14 +1,15 @@
-import json
 import shutil
 
 import numpy as np
 import pytest
 
-from dinalrm_jax.config import ScenesConfig
+from dinalrm_jax.config import ConfigError, EncodersConfig, ScenesConfig
 from dinalrm_jax.data import records
-from dinalrm_jax.data.loader import JoinedPairs, distinct_rows, training_batches
+from dinalrm_jax.data.loader import JoinedPairs, distinct_rows
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, Records, RecordsError
 from dinalrm_jax.data.scene_records import write_scene_records
+
+TINY = EncodersConfig("tiny", 6)
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +22,23 @@ def directory(tmp_path_factory):
         "train": [PairRecord(i, i + 1, i % 3, "a/b") for i in range(10)],
         "eval": [PairRecord(11, 10, 2, "human"), PairRecord(11, 0, 1, "human")],
     }
-    records.write(path, images=iter(images), prompts=prompts, pairs=pairs, manifest={"codec": {"name": "test"}})
+    records.write(
+        path,
+        images=iter(images),
+        prompts=prompts,
+        pairs=pairs,
+        encoders=EncodersConfig("tiny", 3),
+        downsampling=8,
+        source={"of": "test"},
+    )
     return path
 
 
 def test_what_was_written_is_read(directory):
     data = Records(directory)
-    assert data.manifest["codec"] == {"name": "test"}
+    assert data.manifest["source"] == {"of": "test"}
+    assert data.encoders == EncodersConfig("tiny", 3)
+    assert data.buckets("train") == {"32x48": range(10)}
     assert (len(data.images), len(data.prompts), len(data.pairs("train"))) == (12, 3, 10)
     image = data.images[7]
     assert (image.name, image.file_bytes) == ("7.jpg", 107)
@@ -43,36 +54,6 @@ def test_a_pair_joins_its_images_and_prompt(directory):
     assert (pair.rejected == 5).all()
     assert (pair.prompt.prompt_embeds == 1).all()
     assert (pair.prompt.pooled_prompt_embeds == -1).all()
-
-
-def first_values(batches, count):
-    return [next(batches).chosen[:, 0, 0, 0].astype(int).tolist() for _ in range(count)]
-
-
-def test_epochs_are_permutations_and_differ(directory):
-    order = np.concatenate(first_values(training_batches(Records(directory), 5, seed=3), 6)).reshape(3, 10)
-    for epoch in order:
-        assert sorted(epoch) == list(range(10))
-    assert not (order[0] == order[1]).all()
-    assert not (order[1] == order[2]).all()
-
-
-def test_order_depends_on_the_seed_only(directory):
-    data = Records(directory)
-    expected = first_values(training_batches(data, 4, seed=1), 8)
-    assert first_values(training_batches(data, 4, seed=1), 8) == expected
-    assert first_values(training_batches(data, 4, seed=2), 8) != expected
-
-
-def test_loader_continues_from_its_state(directory):
-    data = Records(directory)
-    batches = training_batches(data, 4, seed=1)
-    first_values(batches, 3)
-    state = json.loads(json.dumps(batches.get_state()))
-    expected = first_values(batches, 5)
-    again = training_batches(data, 4, seed=1)
-    again.set_state(state)
-    assert first_values(again, 5) == expected
 
 
 def test_rows_are_scored_once():
@@ -97,8 +78,6 @@ def test_directories_that_are_not_records(directory, tmp_path):
             Records(copy)
     with pytest.raises(RecordsError, match="has no readable split 'test'"):
         Records(directory).pairs("test")
-    with pytest.raises(RecordsError, match="has 10 training pairs, a batch takes 11"):
-        training_batches(Records(directory), 11, seed=0)
 
 
 def test_nothing_is_left_of_an_interrupted_write(tmp_path):
@@ -112,15 +91,26 @@ def test_nothing_is_left_of_an_interrupted_write(tmp_path):
             images=images(),
             prompts=[PromptRecord("a", np.zeros((1, 2)), np.zeros(2))],
             pairs={"train": []},
-            manifest={},
+            encoders=EncodersConfig("tiny", 1),
+            downsampling=8,
+            source={},
         )
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
+    rows = [ImageRecord(np.full((2, 2, 16), 1e5, np.float32), "0")]
+    with pytest.raises(ValueError, match="latents holds numbers that are not finite in float16 .largest 100000"):
+        records.write_shard(tmp_path / "shard", records.image_features(), rows)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scene_records(tmp_path):
-    write_scene_records(tmp_path / "scenes", ScenesConfig(train_pairs=8, eval_pairs=4, image_size=32, seed=1))
+    write_scene_records(tmp_path / "scenes", ScenesConfig(train_pairs=8, eval_pairs=4, image_size=32, seed=1), TINY)
     data = Records(tmp_path / "scenes")
     assert (len(data.pairs("train")), len(data.pairs("eval"))) == (8, 4)
-    assert data.manifest["text"]["name"] == "hashed_words"
+    assert data.encoders == TINY
+    with pytest.raises(ConfigError, match="scenes are encoded by the tiny encoders"):
+        write_scene_records(tmp_path / "other", ScenesConfig(), EncodersConfig("sd3"))
     assert {pair.kind.split("/")[0] for pair in data.pairs("eval")} == {"prompt", "degraded"}
     assert data.images[0].latents.shape == (4, 4, 16)

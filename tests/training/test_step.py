@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import ConfigError, ExecutionConfig, LossConfig, MeshConfig, OptimizerConfig, SigmaConfig
+from dinalrm_jax.config import ExecutionConfig, LossConfig, MeshConfig, OptimizerConfig, SigmaConfig
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.objectives import flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dinalrm_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicate
-from dinalrm_jax.training.step import TrainState, make_step
+from dinalrm_jax.training.sharding import like_parameters, make_mesh, parameter_shardings, place, put_rows
+from dinalrm_jax.training.step import TrainState, make_step, model_flops
 from dinalrm_jax.weights.pretrained import transformer_functional
 from tests.conftest import TINY, TINY_SD3, random_inputs, randomized
 
@@ -32,18 +32,24 @@ def deterministic_objective(module):
     return reward_objective(module, LossConfig(), SigmaConfig("constant", (0.0,)))
 
 
-def run_steps(tiny_model, batch, config, *, devices=1, steps=3, objective=None, optimizer=None):
+def run_steps(tiny_model, batch, config, *, mesh=MeshConfig(data=1), steps=3, objective=None, optimizer=None):
     module = reward_functional(TINY, tiny_model.execution)
-    mesh = make_mesh(MeshConfig(data=devices))
+    mesh = make_mesh(mesh)
     optimizer = optimizer or make_optimizer(config, steps)
-    trainable = {name: array for name, array in tiny_model.params.items() if is_trainable(name)}
-    frozen = replicate({n: a for n, a in tiny_model.params.items() if not is_trainable(n)}, mesh)
-    step = make_step(objective or deterministic_objective(module), optimizer, config, mesh, seed=0)
-    state = replicate(TrainState.create(trainable, optimizer), mesh)
+    shardings = parameter_shardings(module.shapes, mesh)
+    params = place(tiny_model.params, shardings)
+    frozen = {name: array for name, array in params.items() if not is_trainable(name)}
+    state = TrainState.create({name: array for name, array in params.items() if is_trainable(name)}, optimizer)
+    state_shardings = like_parameters(state, shardings, mesh)
+    state = jax.device_put(state, state_shardings)
+    frozen_shardings = {name: shardings[name] for name in frozen}
+    objective = objective or deterministic_objective(module)
+    step = make_step(objective, optimizer, config, mesh, 0, state_shardings, frozen_shardings)
     history = []
-    for _ in range(steps):
-        state, metrics = step(state, frozen, put_batch(batch, mesh))
-        history.append({name: float(value) for name, value in metrics.items()})
+    with jax.set_mesh(mesh):
+        for _ in range(steps):
+            state, metrics = step(state, frozen, put_rows(batch, BATCH, mesh))
+            history.append({name: float(value) for name, value in metrics.items() if value.ndim == 0})
     return jax.device_get(state), history, step
 
 
@@ -70,10 +76,18 @@ def assert_same_update(params, expected):
             np.testing.assert_allclose(array, expected[name], atol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(("devices", "parts"), [(4, 1), (1, 4), (2, 2)])
-def test_devices_and_accumulation_do_not_change_the_update(tiny_model, batch, plain_sgd, devices, parts):
+@pytest.mark.parametrize(
+    ("mesh", "parts"),
+    [
+        (MeshConfig(data=4), 1),
+        (MeshConfig(data=1), 4),
+        (MeshConfig(data=1, fsdp=2, tensor=2), 1),
+        (MeshConfig(data=2, fsdp=2), 2),
+    ],
+)
+def test_mesh_and_accumulation_do_not_change_the_update(tiny_model, batch, plain_sgd, mesh, parts):
     config = dataclasses.replace(CONFIG, accumulation_steps=parts)
-    state, history, _ = run_steps(tiny_model, batch, config, devices=devices, optimizer=optax.sgd(0.1))
+    state, history, _ = run_steps(tiny_model, batch, config, mesh=mesh, optimizer=optax.sgd(0.1))
     for row, expected in zip(history, plain_sgd[1]):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
     for name, array in state.params.items():
@@ -134,6 +148,28 @@ def test_pairs_share_level_and_noise(tiny_model, batch):
     np.testing.assert_allclose(losses, 1 - np.sqrt(0.5), atol=1e-5)
 
 
+def test_metrics_by_noise_level(tiny_model, batch):
+    """In every bin: the share of rows, and what these rows contribute to accuracy and margin."""
+    module = reward_functional(TINY, tiny_model.execution)
+    objective = reward_objective(module, LossConfig(), SigmaConfig("constant", (0.35,)))
+    _, metrics = jax.jit(objective)(tiny_model.params, batch, jax.random.key(4))
+    np.testing.assert_array_equal(metrics["share_by_sigma"], np.tile(np.eye(10)[3], (BATCH, 1)))
+    np.testing.assert_allclose(metrics["margin_by_sigma"][:, 3], metrics["margin"])
+    np.testing.assert_allclose(metrics["accuracy_by_sigma"].sum(axis=1), metrics["accuracy"])
+
+
+def test_flops_are_those_of_the_products():
+    """Of one dense layer: 2 m n k forward, and as much for its weights' gradient."""
+
+    def objective(params, batch, key):
+        return jnp.square(batch.chosen @ params["w"]).sum(axis=-1), {}
+
+    shape = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    pair = dina.PreferenceBatch(shape, shape, dina.PromptEmbeds(shape, shape))
+    flops = model_flops(objective, {"w": jax.ShapeDtypeStruct((128, 256), jnp.float32)}, {}, pair)
+    assert flops == pytest.approx(2 * 2 * 64 * 128 * 256, rel=0.05)
+
+
 def test_flow_matching_loss_of_a_known_velocity(batch):
     """A fresh transformer predicts zero: the loss is the mean of |eps - x0|^2."""
     module = transformer_functional(TINY_SD3, ExecutionConfig(), zero_init=True)
@@ -153,10 +189,3 @@ def test_schedules():
     cosine = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule="cosine"), 110)
     assert [float(cosine(step)) for step in (10, 60, 110)] == pytest.approx([2.0, 1.0, 0.0], abs=1e-6)
     assert isinstance(make_optimizer(OptimizerConfig(), 10), optax.GradientTransformation)
-
-
-def test_meshes_and_batches_that_do_not_fit():
-    with pytest.raises(ConfigError, match="mesh.data is 5, but there are 4 devices"):
-        make_mesh(MeshConfig(data=5))
-    with pytest.raises(ConfigError, match=r"batch_size 12 must be a multiple of .* = 2 x 4"):
-        check_batch_size(12, 2, make_mesh(MeshConfig()))

@@ -1,0 +1,210 @@
+"""Every dataset's published files: what they say, and what is refused."""
+
+import io
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dinalrm_jax.config import PreparationConfig
+from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
+from dinalrm_jax.data.preferences import Preference, PreferenceFilter
+from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.preprocess import read_source
+from tests.conftest import ROOT
+from tests.data.sources import ranking, write_hpdv2
+
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="real files lie beside the project only")
+
+
+def test_hpdv2_rankings_become_pairs_from_better_to_worse(tmp_path):
+    rows = [ranking("p", ["a.png", "b.png", "c.png"], [5, 3, 5]), ranking("q", ["d.png", "e.png"], [1, 0])]
+    source = hpdv2.read(write_hpdv2(tmp_path / "s", rows), holdout=1)
+    pairs = {(row.prompt, row.chosen, row.rejected) for split in source.preferences.values() for row in split}
+    expected = {("p", "b.png", "a.png"), ("p", "b.png", "c.png"), ("q", "e.png", "d.png")}
+    assert pairs == {(prompt, f"test/{chosen}", f"test/{rejected}") for prompt, chosen, rejected in expected}
+    assert source.counts == {"tied rank": 1}
+    prompts = [{row.prompt for row in split} for split in source.preferences.values()]
+    assert prompts[0].isdisjoint(prompts[1])
+    assert source.read("test/a.png") == (tmp_path / "s" / "test" / "a.png").read_bytes()
+
+
+def test_hpdv2_training_pairs(tmp_path):
+    directory = write_hpdv2(tmp_path / "s", [ranking("q", ["d.png", "e.png"], [1, 2])])
+    train = [{"prompt": "t", "file_path": ["x.jpg", "y.jpg"], "human_preference": [0, 1]}]
+    (directory / "train.json").write_text(json.dumps(train))
+    source = hpdv2.read(directory, holdout=1)
+    assert source.preferences["train"] == [Preference("t", "train/y.jpg", "train/x.jpg")]
+    assert source.preferences["eval"] == [Preference("q", "test/d.png", "test/e.png")]
+
+
+@needs_shared
+def test_hpdv2_subset_and_file_size(tmp_path):
+    """data_formats.md 0: JPEG size as a score gets 982 of 1539 strict pairs right (rule M1)."""
+    source = hpdv2.read(SHARED / "hpdv2_subset", holdout=10)
+    pairs = [row for split in source.preferences.values() for row in split]
+    assert len(pairs) == 1539
+    assert sum(len(source.read(row.chosen)) > len(source.read(row.rejected)) for row in pairs) == 982
+    assert len({row.prompt for row in source.preferences["eval"]}) == 10
+
+
+def write_hpdv3(directory, train, test=({"prompt": "t", "path1": "images/1.jpg", "path2": "images/2.jpg"},)):
+    directory.mkdir()
+    (directory / "train.json").write_text(json.dumps(train))
+    (directory / "test.json").write_text(json.dumps(list(test)))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("votes", "confidence", "expected"),
+    [
+        ([12, 7], 0.99, ((12, 7), 0.99)),
+        (None, None, (None, None)),
+        ([None, None], None, (None, None)),
+        ("[8, 1]", "0.98", ((8, 1), 0.98)),
+        ("[None, None]", "null", (None, None)),
+        ([], "", (None, None)),
+    ],
+)
+def test_hpdv3_votes_as_they_come(tmp_path, votes, confidence, expected):
+    row = {"prompt": "p", "path1": "images/a.jpg", "path2": "images/b.jpg"}
+    row |= {"choice_dist": votes, "confidence": confidence, "model1": "flux", "model2": "midjourney"}
+    source = hpdv3.read(write_hpdv3(tmp_path / "s", [row]))
+    assert source.preferences["train"] == [Preference("p", "images/a.jpg", "images/b.jpg", *expected)]
+    assert source.preferences["eval"] == [Preference("t", "images/1.jpg", "images/2.jpg")]
+
+
+def test_hpdv3_odd_votes_stay_and_are_counted(tmp_path):
+    rows = [
+        {"prompt": "p", "path1": "a", "path2": "b", "choice_dist": votes} for votes in ([3, 9], [4, 4], [9, 3], None)
+    ]
+    source = hpdv3.read(write_hpdv3(tmp_path / "s", rows))
+    assert [row.chosen for row in source.preferences["train"]] == 4 * ["a"], "path1 is preferred, always"
+    assert source.counts == {
+        "note: votes against the published order": 1,
+        "note: votes tied": 1,
+        "note: votes unknown": 2,
+    }
+
+
+def test_filters():
+    rows = [
+        Preference("p", "1", "x", (7, 3), 0.99),
+        Preference("p", "2", "x", (6, 4), 0.99),
+        Preference("p", "3", "x", None, None),
+        Preference("p", "4", "x", (9, 1), 0.5),
+        Preference("q", "5", "x", (9, 1), None),
+    ]
+    counts = Counter()
+    kept = PreferenceFilter(min_vote_share=0.6, min_confidence=0.9).apply(rows, 42, counts)
+    assert [row.chosen for row in kept] == ["1", "3", "5"]
+    assert counts == {"vote share too small": 1, "confidence too small": 1}
+    counts.clear()
+    few = PreferenceFilter(max_rows_per_prompt=2).apply(rows, 42, counts)
+    assert [row.prompt for row in few] == ["p", "p", "q"]
+    assert counts == {"beyond the rows of one prompt": 2}
+    assert few == PreferenceFilter(max_rows_per_prompt=2).apply(rows, 42, counts)
+    picks = {tuple(row.chosen for row in PreferenceFilter(0, 0, 2).apply(rows, seed, counts)) for seed in range(20)}
+    assert len(picks) > 1, "the seed picks"
+
+
+def test_imagereward(tmp_path):
+    directory = tmp_path / "s"
+    directory.mkdir()
+    row = {"id": "1", "prompt": "p", "generations": ["a.webp", "b.webp", "c.webp"], "ranking": [2, 1, 2]}
+    (directory / "test.json").write_text(json.dumps([row]))
+    source = imagereward.read(directory)
+    pairs = [("b.webp", "a.webp"), ("b.webp", "c.webp")]
+    assert [(pair.chosen, pair.rejected) for pair in source.preferences["eval"]] == pairs
+    assert source.counts == {"tied rank": 1}
+
+
+@needs_shared
+def test_imagereward_published_counts(tmp_path):
+    """data_formats.md 3: 6,399 strict pairs, 831 tied."""
+    source = imagereward.read(SHARED / "imagereward")
+    assert len(source.preferences["eval"]) == 6399
+    assert source.counts == {"tied rank": 831}
+
+
+def write_genai(directory, votes):
+    def picture(value):
+        Image.new("RGB", (20, 20), (value, 0, 0)).save(buffer := io.BytesIO(), "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    directory.mkdir(parents=True)
+    columns = {
+        "prompt": [f"prompt {i}" for i in range(len(votes))],
+        "left_image": [picture(10 * i) for i in range(len(votes))],
+        "right_image": [picture(10 * i + 1) for i in range(len(votes))],
+        "vote_type": votes,
+    }
+    pq.write_table(pa.table(columns), directory / "test_v1-00000-of-00001.parquet", row_group_size=2)
+
+
+def test_genai_bench(tmp_path):
+    write_genai(tmp_path / "image_generation", ["leftvote", "tievote", "rightvote", "bothbad_vote"])
+    source = genai_bench.read(tmp_path, "test_v1")
+    first, second = source.preferences["eval"]
+    assert (first.prompt, second.prompt) == ("prompt 0", "prompt 2")
+    reds = [[Image.open(io.BytesIO(source.read(name))).getpixel((0, 0))[0] for name in (row.chosen, row.rejected)]
+            for row in (first, second)]  # fmt: skip
+    assert reds == [[0, 1], [21, 20]]
+    assert source.counts == {"tie or both bad": 2}
+    with pytest.raises(RecordsError, match=r"is not a directory of GenAI-Bench: it has no test-\*.parquet"):
+        genai_bench.read(tmp_path, "test")
+    write_genai(tmp_path / "odd", ["leftvote", "none"])
+    with pytest.raises(RecordsError, match="row 1: vote_type 'none'"):
+        genai_bench.read(tmp_path / "odd", "test_v1")
+    (tmp_path / "odd" / "test-0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RecordsError, match=r"test-0.parquet is not a parquet file"):
+        genai_bench.read(tmp_path / "odd", "test")
+
+
+def test_json_lines(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "a.png", "rejected": "b.png"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    source = json_pairs.read(tmp_path, holdout=1)
+    assert {split: len(rows) for split, rows in source.preferences.items()} == {"train": 2, "eval": 1}
+    named = [row | {"split": "eval" if i else "train"} for i, row in enumerate(rows)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, named)))
+    source = json_pairs.read(tmp_path, holdout=1)
+    assert [row.prompt for row in source.preferences["eval"]] == ["p1", "p2"]
+    named[2].pop("split")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, named)))
+    with pytest.raises(RecordsError, match='row 2: split is None; .*must say "train" or "eval"'):
+        json_pairs.read(tmp_path, holdout=1)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "files", "message"),
+    [
+        ("hpdv3", {}, "is not a directory of HPDv3: it has no train.json"),
+        ("hpdv3", {"train.json": "[{"}, "train.json is neither a JSON array nor JSON lines"),
+        ("hpdv3", {"train.json": "[]"}, "train.json holds no rows"),
+        (
+            "hpdv3",
+            {"train.json": '[{"prompt": "p", "file_path": ["a", "b"], "human_preference": [1, 0]}]'},
+            "row 0: expected the keys prompt, path1, path2 of HPDv3, found .*file_path",
+        ),
+        ("hpdv2", {}, "is not a directory of HPDv2: it has no test.json"),
+        ("hpdv2", {"test.json": '[{"prompt": "p", "image_path": ["a"], "rank": [1, 2]}]'}, "1 images but 2 ranks"),
+        (
+            "hpdv2",
+            {"test.json": '[{"prompt": "p", "image_path": ["a", "b"], "rank": [1, 2]}]'},
+            "holdout must leave prompts on both sides: 10 of 1 prompts",
+        ),
+        ("imagereward", {"test.json": '{"prompt": 1}'}, "expected the keys prompt, generations, ranking"),
+        ("genai_bench", {}, "it has no test-"),
+        ("jsonl", {}, "is not a directory of pairs in JSON lines: it has no pairs.jsonl"),
+    ],
+)
+def test_directories_that_are_not_what_they_should_be(tmp_path, dataset, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RecordsError, match=message):
+        read_source(tmp_path, PreparationConfig(dataset))
