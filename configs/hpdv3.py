@@ -28,6 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "name": "hpdv3",
         "base_model": "stabilityai/stable-diffusion-3.5-medium",
         "data": "data/hpdv3",
+        "model": {},  # the published one
         "reward": {
             "steps": 25_000,
             "batch_size": 32,
