@@ -1,6 +1,7 @@
 """Real human rankings on the quickstart's tiny codec and backbone: real data through the real path.
 
-    python -m dinalrm_jax.preprocess --dataset hpdv2 --source DIR --output runs/hpdv2/data
+    python -m dinalrm_jax.preprocess --dataset hpdv2 --source DIR --output runs/hpdv2/data \\
+        --encoders tiny --text-length 32 --buckets 128x128 --fit crop --min-area 0
     python -m dinalrm_jax.train --config configs/hpdv2.py --config.data runs/hpdv2/data
 
 A model this small, without pretrained weights, cannot judge images well; what the run shows is
@@ -17,6 +18,7 @@ def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.name = "hpdv2"
     config.scenes = None
+    config.model.encoders.text_length = 32
     config.generator.steps = 300
     config.generator.batch_size = 32
     config.reward.steps = 300

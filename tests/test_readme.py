@@ -11,41 +11,74 @@ import pytest
 from PIL import Image
 
 import dinalrm_jax as dina
-from tests.conftest import GOLDEN, ROOT, random_inputs
-from tests.data.test_hpdv2 import row, write_source
+from dinalrm_jax.config import LoRAConfig, RewardModelConfig
+from dinalrm_jax.data import rehearsal
+from dinalrm_jax.weights.pretrained import export_released
+from tests.conftest import GOLDEN, ROOT, randomized
+from tests.data.sources import ranking, write_hpdv2
 
 README = (ROOT / "README.md").read_text()
-STAND_INS = {
+GOLDEN_STAND_INS = {
     "path/to/DiNa-LRM-SD35M-12layers": str(GOLDEN),
     "path/to/stable-diffusion-3.5-medium": str(GOLDEN),
 }
+
+
+SMALL_HPDV3 = """
+import configs.hpdv3 as hpdv3
+
+
+def get_config():
+    config = hpdv3.get_config("smoke")
+    config.name = "hpdv3"
+    config.rehearsal = None
+    config.reward.steps = 2
+    config.model.update(num_blocks=1, visual_taps=(1,), text_taps=(1,))
+    return config
+"""
 
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def with_stand_ins(text, extra=None):
-    for name, path in {**STAND_INS, **(extra or {})}.items():
+def with_stand_ins(text, paths):
+    for name, path in paths.items():
         text = text.replace(name, path)
     return text
 
 
-def test_python_snippets(golden_model):
-    latents, _, prompt = random_inputs(golden_model.config.transformer)
-    session = {
-        "latents": latents,
-        "prompt_embeds": np.asarray(prompt.prompt_embeds),
-        "pooled_prompt_embeds": np.asarray(prompt.pooled_prompt_embeds),
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Stand-ins for the published checkpoint and its base model, small and whole: weights, text encoders, VAE."""
+    directory = tmp_path_factory.mktemp("published")
+    rehearsal.write_pipeline(directory / "base")
+    taps = {"num_blocks": 2, "visual_taps": (1, 2), "text_taps": (1, 2)}
+    config = RewardModelConfig(rehearsal.TRANSFORMER, **taps, lora=LoRAConfig(2, 4.0))
+    params = randomized(dina.RewardModel.init(config).params)
+    export_released(dina.RewardModel(config, params), directory / "checkpoint")
+    return {
+        "path/to/DiNa-LRM-SD35M-12layers": str(directory / "checkpoint"),
+        "path/to/stable-diffusion-3.5-medium": str(directory / "base"),
     }
+
+
+def test_python_snippets(published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("fox_1.png", "fox_2.png"):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(name)
+    session = {}
     for block in blocks("python"):
-        exec(compile(with_stand_ins(block), "README.md", "exec"), session)
+        # The stand-in's position table ends at 384 pixels.
+        exec(compile(with_stand_ins(block, published).replace("1024", "64"), "README.md", "exec"), session)
+    exact = dina.RewardModel.from_pretrained(*published.values(), dtype="float32")
+    latents, prompt = session["latents"], exact.encode_prompt(2 * ["a red fox in the snow"])
     # bfloat16 by default: near the float32 scores, and the ascent raises the reward.
-    np.testing.assert_allclose(session["scores"], golden_model.score_latents(latents, prompt, 0.4), atol=0.1)
-    exact = golden_model.score_latents(latents, prompt, (0.2, 0.5, 0.7))
-    np.testing.assert_allclose(session["better"], exact, atol=0.1)
-    improved = golden_model.score_latents(session["improved"], prompt, 0.4)
-    assert improved.sum() > golden_model.score_latents(latents, prompt, 0.4).sum()
+    np.testing.assert_allclose(session["scores"], exact.score_latents(latents, prompt, 0.4), atol=0.1)
+    np.testing.assert_allclose(session["better"], exact.score_latents(latents, prompt, (0.2, 0.5, 0.7)), atol=0.1)
+    improved = exact.score_latents(session["improved"], prompt, 0.4)
+    assert improved.sum() > exact.score_latents(latents, prompt, 0.4).sum()
     assert session["model"].execution.remat == "block"
 
 
@@ -55,8 +88,11 @@ def checkout(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkout")
     for name in ("configs", "dinalrm_jax", "launch"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
-    rows = [row(f"prompt {i}", [f"{i}{j}.png" for j in range(4)], [2, 1, 4, 3]) for i in range(12)]
-    write_source(directory / "HPDv2", rows)
+    rows = [ranking(f"prompt {i}", [f"{i}{j}.png" for j in range(4)], [2, 1, 4, 3]) for i in range(12)]
+    write_hpdv2(directory / "HPDv2", rows)
+    rehearsal.write_pipeline(directory / "sd3")
+    rehearsal.write_hpdv3(directory / "HPDv3", train_pairs=12, eval_pairs=3)
+    (directory / "configs" / "hpdv3_small.py").write_text(SMALL_HPDV3)
     return directory
 
 
@@ -91,16 +127,23 @@ def test_commands(checkout):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     ran = 0
     for command in commands:
-        if command.startswith("pip install torch"):
-            continue  # .ci/run runs this one
-        command = with_stand_ins(command, {"path/to/HPDv2": str(checkout / "HPDv2")})
+        if command.startswith("pip install torch") or "local_processes.sh" in command:
+            continue  # .ci/run runs the first, tests/test_launch.py the second
+        if "hpdv3" in command and "smoke" not in command:
+            # The published data and pipeline in small; their sizes and the model's to match.
+            paths = {"path/to/HPDv3": "HPDv3", "path/to/stable-diffusion-3.5-medium": "sd3"}
+            command = with_stand_ins(command, paths).replace("configs/hpdv3.py", "configs/hpdv3_small.py")
+            command += " --buckets 64x64,96x64 --min-area 1024" if "preprocess" in command else ""
+        elif "smoke" in command:
+            command += " --config.rehearsal.train_pairs=8 --config.rehearsal.eval_pairs=4 --config.reward.steps=2"
+        elif "dinalrm_jax.train" in command:
+            command += f" {SHORT if 'hpdv2' in command else SHORT_SCENES}"
+        command = with_stand_ins(command, {**GOLDEN_STAND_INS, "path/to/HPDv2": str(checkout / "HPDv2")})
         command = command.removeprefix("pip install -r requirements.txt && ")
-        if "dinalrm_jax.train" in command:
-            command = f"{command} {SHORT if 'hpdv2' in command else SHORT_SCENES}"
         result = shell(command, checkout)
         assert result.returncode == 0, (command, result.stderr)
         ran += 1
-    assert ran == 6
+    assert ran == 9
     exported = dina.RewardModel.from_pretrained(checkout / "runs" / "released", GOLDEN, dtype="float32")
     golden = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="float32")
     for name in golden.params:
