@@ -301,22 +301,25 @@ class PreparationConfig:
 
     dataset: the source's format.
     encoders: what makes latents and embeddings.
+    text_dtype: compute dtype of the text encoders; the VAE computes in float32.
     buckets: image sizes, height x width in pixels; the defaults are the paper's.
     fit: "stretch" resizes an image to a bucket whose log aspect is within `aspect_tolerance` and
         drops it where there is none (the paper's way); "crop" cuts it at the centre to the nearest.
     min_area: pixels below which an image is dropped.
-    min_vote_share, min_confidence, max_rows_per_prompt: `data.preferences.PreferenceFilter`.
+    min_vote_share, min_confidence: `data.preferences.select`.
+    max_rows_per_prompt: keep at most so many training rows of one prompt (released: 8); 0: all.
     holdout: prompts to hold out where the source has no split of its own.
     benchmark_split: of GenAI-Bench, "test" or "test_v1".
     eval_pairs: keep at most so many held-out pairs; 0: all.
     seed: of what is picked at random.
     images_per_shard, prompts_per_shard: what a killed run can lose of each process's work.
     batch_size, prompt_batch_size: of the encoders.
-    threads: that read and decode images.
+    threads: that read and decode images; changes no byte.
     """
 
     dataset: Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl"]
     encoders: EncodersConfig = EncodersConfig()
+    text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     buckets: tuple[str, ...] = tuple(map(bucket_name, BUCKETS))
     fit: Literal["stretch", "crop"] = "stretch"
     aspect_tolerance: float = 0.03

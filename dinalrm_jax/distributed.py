@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import jax
 
@@ -32,11 +33,18 @@ def initialize(wanted: bool) -> None:
     sys.excepthook = _end
 
 
-def _end(*exception) -> None:
-    """Ends a crashed process at once: the usual way out waits minutes for the others, which wait for this one."""
-    traceback.print_exception(*exception)
+def leave(status: int) -> NoReturn:
+    """Ends this process; one of several at once, as the usual way out waits for the others, which wait for it."""
+    if jax.process_count() == 1:
+        sys.exit(status)
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)
+
+
+def _end(*exception) -> None:
+    traceback.print_exception(*exception)
+    leave(1)
 
 
 def is_first() -> bool:

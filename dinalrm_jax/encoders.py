@@ -17,8 +17,16 @@ import numpy as np
 from dinalrm_jax.config import ConfigError, EncodersConfig
 from dinalrm_jax.data import tiny_encoders
 from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.local_devices import on_local_devices, split_locally
 from dinalrm_jax.text.prompt import SD3PromptEncoder
-from dinalrm_jax.weights.pipeline import VAE_FILES, fingerprint, load_vae, open_pipeline
+from dinalrm_jax.weights.pipeline import (
+    TEXT_FILES,
+    VAE_FILES,
+    load_vae,
+    open_pipeline,
+    text_fingerprint,
+    vae_fingerprint,
+)
 
 PromptEncoder = Callable[[Sequence[str]], PromptEmbeds]
 
@@ -57,6 +65,13 @@ def load_prompt_encoder(config: EncodersConfig, base_model: str | pathlib.Path |
     return SD3PromptEncoder(_required(base_model), config.text_length, dtype)
 
 
+def prompt_fingerprint(config: EncodersConfig, base_model: str | pathlib.Path | None) -> str:
+    """Tells prompt encoders apart whose embeddings must not be mixed; cheap, and raises what loading would first."""
+    if config.kind == "tiny":
+        return "hashed_words"
+    return text_fingerprint(open_pipeline(_required(base_model), TEXT_FILES))
+
+
 def load_image_codec(config: EncodersConfig, base_model: str | pathlib.Path | None) -> ImageCodec:
     """The image side of the encoders that `config` describes.
 
@@ -80,13 +95,17 @@ class TinyCodec:
 
 
 class SD3Codec:
-    """The VAE of an SD3 pipeline, in float32: rounding to bfloat16 would cost more than the latents' storage."""
+    """The VAE of an SD3 pipeline, in float32: rounding to bfloat16 would cost more than the latents' storage.
+
+    A batch is split over this process's devices where it divides by their number.
+    """
 
     def __init__(self, base_model: str | pathlib.Path):
-        config, module, params = load_vae(open_pipeline(base_model, VAE_FILES) / "vae")
+        directory = open_pipeline(base_model, VAE_FILES) / "vae"
+        config, module, params = load_vae(directory)
         self.downsampling = config.downsampling
-        self.fingerprint = fingerprint(config, params)
-        self._params = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
+        self.fingerprint = vae_fingerprint(directory)
+        self._params = on_local_devices(params, jnp.float32)
         self._channels = config.latent_channels
         self._decode = jax.jit(lambda params, latents: module.bind(params).decode(latents))
         self._encode = jax.jit(lambda params, images, noise: module.bind(params).encode(images / 127.5 - 1, noise))
@@ -96,10 +115,10 @@ class SD3Codec:
         if names is not None:
             height, width = (side // self.downsampling for side in images.shape[1:3])
             noise = np.stack([_named_noise(name, (height, width, self._channels)) for name in names])
-        return np.asarray(self._encode(self._params, jnp.asarray(images, jnp.float32), noise))
+        return np.asarray(self._encode(self._params, *split_locally((images.astype(np.float32), noise))))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        images = np.asarray(self._decode(self._params, jnp.asarray(latents, jnp.float32)))
+        images = np.asarray(self._decode(self._params, split_locally(latents.astype(np.float32))))
         return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 

@@ -9,6 +9,7 @@ hosts (--distributed) each process takes its share; all of them see one file sys
 """
 
 import pathlib
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -20,7 +21,7 @@ from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
 from dinalrm_jax.data.preferences import Source
 from dinalrm_jax.data.preparation import prepare
 from dinalrm_jax.data.records import RecordsError
-from dinalrm_jax.encoders import load_image_codec, load_prompt_encoder
+from dinalrm_jax.encoders import load_image_codec, load_prompt_encoder, prompt_fingerprint
 from dinalrm_jax.weights.rules import WeightsError
 
 DEFAULTS = PreparationConfig("hpdv3")
@@ -31,7 +32,6 @@ def preprocess(
     output: str | pathlib.Path,
     config: PreparationConfig,
     base_model: str | pathlib.Path | None = None,
-    dtype: str = "float32",
 ) -> dict:
     """Writes the records of a dataset directory; see `data.preparation.prepare`.
 
@@ -40,7 +40,6 @@ def preprocess(
         output: record directory to write; must not exist.
         config: which dataset it is, what to keep, how to encode it.
         base_model: the SD3 pipeline whose VAE and text encoders are used.
-        dtype: compute dtype of the text encoders.
     """
     if pathlib.Path(output).exists():
         raise FileExistsError(f"{output} exists already; choose another output or remove it first")
@@ -48,8 +47,9 @@ def preprocess(
         read_source(pathlib.Path(source), config),
         output,
         config,
-        lambda: load_image_codec(config.encoders, base_model),
-        lambda: load_prompt_encoder(config.encoders, base_model, dtype),
+        load_image_codec(config.encoders, base_model),
+        lambda: load_prompt_encoder(config.encoders, base_model, config.text_dtype),
+        prompt_fingerprint(config.encoders, base_model),
     )
 
 
@@ -99,28 +99,27 @@ def main(argv: list[str]) -> None:
     enable_compilation_cache()
     values = flags.FLAGS
     try:
-        names = ("fit", "min_area", "min_vote_share", "min_confidence", "max_rows_per_prompt", "holdout")
-        names += ("benchmark_split", "eval_pairs", "images_per_shard", "prompts_per_shard", "batch_size", "threads")
+        named = ("dataset", "text_dtype", "fit", "min_area", "min_vote_share", "min_confidence", "max_rows_per_prompt")
+        named += ("holdout", "benchmark_split", "eval_pairs", "images_per_shard", "prompts_per_shard", "batch_size")
+        named += ("threads", "buckets")
         config = from_mapping(
             PreparationConfig,
             {
-                "dataset": values.dataset,
                 "encoders": {"kind": values.encoders, "text_length": values["text-length"].value},
-                "buckets": values.buckets,
-                **{name: values[name.replace("_", "-")].value for name in names},
+                **{name: values[name.replace("_", "-")].value for name in named},
             },
             "preprocess",
         )
         distributed.initialize(values.distributed)
-        manifest = preprocess(
-            values.source, values.output, config, values["base-model"].value, values["text-dtype"].value
-        )
+        if values.distributed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the preemption service's: nothing is lost by a kill
+        manifest = preprocess(values.source, values.output, config, values["base-model"].value)
     except (RecordsError, ConfigError, WeightsError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        distributed.leave(2)
     except OSError as error:
         print(f"error: {error}\nWhat is finished is kept; the same command goes on from there", file=sys.stderr)
-        sys.exit(2)
+        distributed.leave(2)
     if distributed.is_first():
         print(f"wrote {values.output}:\n{report(manifest)}")
 
@@ -133,7 +132,7 @@ def define_flags() -> None:
     flags.DEFINE_string("base-model", None, "SD3 pipeline with VAE and text encoders; directory or hub id.")
     flags.DEFINE_enum("encoders", "sd3", ["sd3", "tiny"], "The base model's, or built-in formulas without weights.")
     flags.DEFINE_integer("text-length", DEFAULTS.encoders.text_length, "T5 tokens (words for --encoders tiny).")
-    flags.DEFINE_enum("text-dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype of the text encoders.")
+    flags.DEFINE_enum("text-dtype", DEFAULTS.text_dtype, ["bfloat16", "float32"], "Compute dtype of the text encoders.")
     flags.DEFINE_list("buckets", list(DEFAULTS.buckets), "Image sizes, HEIGHTxWIDTH.")
     flags.DEFINE_enum("fit", DEFAULTS.fit, ["stretch", "crop"], "How an image is brought to its bucket.")
     flags.DEFINE_integer("min-area", DEFAULTS.min_area, "Drop images of fewer pixels.")

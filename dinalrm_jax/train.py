@@ -56,6 +56,7 @@ from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
 from dinalrm_jax.training.objectives import Objective, flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dinalrm_jax.training.preflight import check_records, check_stages, check_workdir, claim_workdir
+from dinalrm_jax.training.profiling import ProfileWindow
 from dinalrm_jax.training.report import level_name, write_report
 from dinalrm_jax.training.sharding import (
     gather,
@@ -94,7 +95,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
     check_workdir(workdir, config)
     data, base_model = make_inputs(config, workdir)
     records = Records(data)
-    check_records(records, config)
+    check_records(records, config, base_model)
     module = reward_functional(config.model, config.execution)
     shardings = parameter_shardings(module.shapes, mesh)
     evaluator = Evaluator(module, records, "eval", config.evaluation, mesh)
@@ -157,10 +158,9 @@ def make_inputs(config: TrainConfig, workdir: pathlib.Path) -> tuple[pathlib.Pat
     if config.rehearsal is not None:
         make_rehearsal(config, config.rehearsal, workdir)
         return data, str(workdir / "base_model")
-    if config.scenes is not None and not data.exists():
-        if distributed.is_first():
-            write_scene_records(data, config.scenes, config.model.encoders)
-        barrier("scenes")
+    if config.scenes is not None and not data.exists() and distributed.is_first():
+        write_scene_records(data, config.scenes, config.model.encoders)
+    barrier("scenes")
     return data, config.base_model
 
 
@@ -172,7 +172,9 @@ def make_rehearsal(config: TrainConfig, wanted: RehearsalConfig, workdir: pathli
     if distributed.is_first() and not source.exists():
         rehearsal.write_hpdv3(source, wanted.train_pairs, wanted.eval_pairs, wanted.seed)
     barrier("rehearsal")
-    if not (workdir / "data").exists():
+    missing = not (workdir / "data").exists()
+    barrier("records looked for")  # before any process makes them
+    if missing:
         preprocess(source, workdir / "data", wanted.preparation, base_model)
 
 
@@ -252,35 +254,38 @@ def fit(
     first = int(state.step)
     trained = sum(array.size for array in params.values())
     say(f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps of {stage.batch_size} pairs")
+    for bucket, rows in batches.schedule.buckets.items():
+        if len(rows) < stage.batch_size:
+            say(f"{name}: bucket {bucket} has {len(rows)} pairs, fewer than a batch, which will repeat them")
     compiled = flops = {}
-    if first < stage.steps:
-        shapes = batch_shapes(records, stage.batch_size, mesh)
-        compiled = compile_ahead(step_fn, state, frozen, shapes, mesh)
-        flops = {shape: model_flops(plain_objective, params, frozen, batch) for shape, batch in shapes.items()}
     log = MetricsLog(workdir, name, config.wandb_project, to_mapping(config))
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save that was started is finished
         contextlib.closing(log),
+        contextlib.closing(ProfileWindow(workdir / "profile", profile)) as window,
         StopSignals() as stop,
-        progress(total=stage.steps, initial=first, desc=name, unit="step") as bar,
     ):
+        if first < stage.steps:
+            shapes = batch_shapes(records, stage.batch_size, mesh)
+            compiled = compile_ahead(step_fn, state, frozen, shapes, mesh)
+            flops = {shape: model_flops(plain_objective, params, frozen, batch) for shape, batch in shapes.items()}
+        if asked := stop.asked():
+            raise Stopped(asked, name, first)
         queue = on_device(batches, stage.batch_size, mesh)
+        bar = progress(total=stage.steps, initial=first, desc=name, unit="step")
+        log.start()
         for step in range(first + 1, stage.steps + 1):
             started = time.perf_counter()
             batch, loader_state = next(queue)
             waited = time.perf_counter() - started
-            if profile is not None and step == profile.start + 1:
-                jax.profiler.start_trace(str(workdir / "profile"))
             jax.block_until_ready(state.step)  # at most one step in flight
+            window.before(step)
             shape = batch.chosen.shape
             state, metrics = compiled[shape](state, frozen, batch)
             log.add(step, metrics, stage.batch_size, waited=waited, flops=flops[shape] / mesh.size)
-            if profile is not None and step == profile.start + profile.steps:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                say(f"profile of steps {profile.start + 1} to {step}: {workdir / 'profile'}")
+            window.after(step, state)
             bar.update()
-            asked, last = stop.asked(step), step == stage.steps
+            asked, last = stop.asked(), step == stage.steps
             if step % stage.log_every == 0 or last:
                 values = log.write(step, {"learning_rate": float(learning_rate(step - 1))})
                 bar.set_postfix({key: f"{values[key]:.3f}" for key in ("loss", "accuracy") if key in values})
@@ -293,12 +298,17 @@ def fit(
                 started = time.perf_counter()
                 log.write_values(step, evaluate(state))
                 log.pause(time.perf_counter() - started)
+        bar.close()
     return state
 
 
 def draw(module: Functional, seed: int) -> dict[str, np.ndarray]:
     """Freshly drawn parameters on the host: the same on every process, and no device has to hold them whole."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        device = jax.local_devices()[0]
+    with jax.default_device(device):
         return {name: np.asarray(array) for name, array in module.init(seed).items()}
 
 
@@ -400,7 +410,7 @@ def with_shared_generator(config: TrainConfig, shared: pathlib.Path) -> TrainCon
         check_stages(config, mesh)
         data, base_model = make_inputs(config, shared)
         records = Records(data)
-        check_records(records, config)
+        check_records(records, config, base_model)
         make_backbone(config, base_model, records, shared, mesh)
     return dataclasses.replace(config, generator=None, base_model=str(backbone))
 
@@ -452,11 +462,12 @@ def main(argv: list[str]) -> None:
         say(f"{config.name}: jax {jax.__version__} on {devices}{processes}, writing to {workdir}")
         (run_sweep if isinstance(config, SweepConfig) else run)(config, workdir)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        if distributed.is_first():
+            print(stop, file=sys.stderr)
         sys.exit(128 + stop.number)
     except (ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        distributed.leave(2)
 
 
 if __name__ == "__main__":

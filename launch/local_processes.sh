@@ -6,7 +6,7 @@
 #
 # The first argument is the command's module, the rest are its flags. PYTHON, PORT and LOGS (a
 # directory for the output of all processes but the first) are taken from the environment where set.
-# A signal is passed on to all processes; one that fails ends the others.
+# A signal is passed on to all processes; one that fails or is killed ends the others.
 set -euo pipefail
 : "${1:?name a module, for instance dinalrm_jax.train}"
 cd "$(dirname "$0")/.."
@@ -27,7 +27,8 @@ for ((id = processes - 1; id >= 0; id--)); do
     fi
     children+=($!)
 done
-trap 'kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT
+stopping=
+trap 'stopping=1; kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT
 
 status=0
 running=$processes
@@ -43,7 +44,8 @@ while ((running)); do
     running=$alive
     if ((code && !status)); then
         status=$code
-        if ((code < 128 && running)); then kill -TERM "${children[@]}" 2>/dev/null || true; fi
+        # Whatever ended one ends all; those that were asked to stop take the time to save.
+        if ((running)) && [ -z "$stopping" ] && ((code != 143)); then kill -KILL "${children[@]}" 2>/dev/null || true; fi
     fi
 done
 if ((status && status < 128)); then

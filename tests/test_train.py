@@ -16,12 +16,13 @@ from PIL import Image
 
 import dinalrm_jax as dina
 from dinalrm_jax import train
-from dinalrm_jax.config import ConfigError, LossConfig, SweepConfig, TrainConfig, from_mapping
+from dinalrm_jax.config import ConfigError, LossConfig, ProfileConfig, SweepConfig, TrainConfig, from_mapping
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
 from dinalrm_jax.training.optimizer import make_optimizer
+from dinalrm_jax.training.profiling import ProfileWindow
 from dinalrm_jax.training.step import TrainState
 from tests import tiny_run
 from tests.conftest import ROOT
@@ -166,6 +167,31 @@ def test_records_of_other_encoders_are_refused(config, finished, tmp_path):
     scenes = dataclasses.replace(config.scenes, seed=9)
     with pytest.raises(RecordsError, match="holds other scenes than the config asks for"):
         train.run(dataclasses.replace(config, scenes=scenes), tmp_path / "run")
+
+
+def test_latents_of_another_vae_are_refused(config, finished, tiny_pipeline, tmp_path):
+    other = dataclasses.replace(config, base_model=str(tiny_pipeline), scenes=None)
+    data = shutil.copytree(finished[0] / "data", tmp_path / "data")
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"codec": "0123"}))
+    with pytest.raises(RecordsError, match=r"holds latents of another VAE \(0123\) than that of .*sd3"):
+        train.run(dataclasses.replace(other, data=str(data)), tmp_path / "run")
+
+
+def test_profile_window(tmp_path):
+    """Records the steps of the window that the run takes: resumed within it, and cut short."""
+    window = ProfileWindow(tmp_path / "resumed", ProfileConfig(start=2, steps=3))
+    for step in (4, 5, 6):
+        window.before(step)
+        window.after(step, jnp.ones(2) + step)
+    assert list((tmp_path / "resumed").rglob("*.xplane.pb"))
+    window = ProfileWindow(tmp_path / "cut", ProfileConfig(start=2, steps=3))
+    window.before(2)
+    assert not (tmp_path / "cut").exists()
+    window.before(3)
+    window.close()
+    window.close()
+    assert list((tmp_path / "cut").rglob("*.xplane.pb"))
 
 
 def test_a_base_model_of_another_geometry_is_refused(config, finished, tmp_path):

@@ -4,6 +4,7 @@ SOURCE/[image_generation/]SPLIT-*.parquet    prompt, left_image, right_image, vo
 """
 
 import functools
+import io
 import pathlib
 from collections import Counter
 
@@ -50,8 +51,8 @@ def read(source: pathlib.Path, split: str) -> Source:
     def column(path: str, side: str):
         return parquet.read_table(source / path, columns=[side])[side]
 
-    def read_image(name: str) -> bytes:
+    def open_image(name: str) -> io.BytesIO:
         path, index, side = name.rsplit(":", 2)
-        return column(path, side)[int(index)].as_py()["bytes"]
+        return io.BytesIO(column(path, side)[int(index)].as_py()["bytes"])
 
-    return Source({"eval": pairs}, counts, read_image)
+    return Source({"eval": pairs}, counts, open_image)

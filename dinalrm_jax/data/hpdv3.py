@@ -6,6 +6,7 @@ SOURCE/images/*.jpg
 """
 
 import ast
+import math
 import pathlib
 from collections import Counter
 from typing import Any
@@ -57,10 +58,11 @@ def parse_votes(value: Any) -> tuple[int, int] | None:
 
 
 def parse_number(value: Any) -> float | None:
-    """A number or its text; None for null and for other text."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    return float(value) if isinstance(value, (int, float)) else None
+    """A finite number or its text; None for null, for other text and for NaN."""
+    if not isinstance(value, (str, int, float)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -2,7 +2,9 @@
 
 Every batch holds one bucket. A bucket's pairs are one endless stream of permutations, cut into
 batches: each pair comes once in every permutation, and none is dropped where a batch straddles two.
-An epoch is as many batches of each bucket as bring its pairs once, in shuffled order.
+An epoch is as many whole batches of each bucket as its pairs give, the rest joining the next one's, in
+shuffled order. A bucket of fewer pairs than a batch comes once in several epochs, and then repeats its
+pairs within the batch: over many epochs every pair comes equally often.
 """
 
 import dataclasses

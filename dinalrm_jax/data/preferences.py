@@ -5,10 +5,12 @@ import hashlib
 import json
 import pathlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO
 
 from dinalrm_jax.data.records import RecordsError
+
+TEXT_KEYS = {"prompt", "path1", "path2", "chosen", "rejected"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,21 +34,23 @@ class Source:
     Attributes:
         preferences: by split, "train" and "eval".
         counts: what was left out or is odd, by reason.
-        read: an image's encoded bytes by its name; raises FileNotFoundError.
+        open: an image's encoded bytes, as a file, by its name; raises FileNotFoundError.
     """
 
     preferences: Mapping[str, Sequence[Preference]]
     counts: Counter
-    read: Callable[[str], bytes]
+    open: Callable[[str], BinaryIO]
 
 
-def files_below(root: pathlib.Path) -> Callable[[str], bytes]:
-    """`Source.read` of image files named relative to `root`."""
-    return lambda name: (root / name).read_bytes()
+def files_below(root: pathlib.Path) -> Callable[[str], BinaryIO]:
+    """`Source.open` of image files named relative to `root`."""
+    return lambda name: (root / name).open("rb")
 
 
 def read_rows(path: pathlib.Path, keys: Sequence[str], dataset: str) -> list[dict[str, Any]]:
     """The rows of a JSON array, or of JSON lines, each holding at least `keys`.
+
+    What is named "prompt", "path1", "path2", "chosen" or "rejected" must be text.
 
     Raises:
         RecordsError: not that, naming file and row.
@@ -58,7 +62,7 @@ def read_rows(path: pathlib.Path, keys: Sequence[str], dataset: str) -> list[dic
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise RecordsError(f"{path} is neither a JSON array nor JSON lines: {error}") from None
     if not rows:
@@ -108,36 +112,38 @@ def stable_hash(*parts: object) -> bytes:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
 
 
-@dataclasses.dataclass(frozen=True)
-class PreferenceFilter:
-    """Which training rows to keep; a row whose votes or confidence are unknown passes those checks.
+def select(
+    rows: Iterable[Preference], min_vote_share: float, min_confidence: float, counts: Counter
+) -> list[Preference]:
+    """The rows that people agreed on, in their order; the others are counted by reason.
 
-    min_vote_share: votes for the chosen image over all votes must exceed this (released: 0.6).
-    min_confidence: the least annotator confidence (HPSv3's training uses 0.95).
-    max_rows_per_prompt: at most so many rows of one prompt, picked by a seeded hash (released: 8); 0: all.
+    A row whose votes or confidence are unknown passes that check.
+
+    Args:
+        rows: training preferences.
+        min_vote_share: votes for the chosen image over all votes must exceed this. As in the released
+            filter (0.6), a row without any vote for the chosen image passes; 0 keeps all.
+        min_confidence: the least annotator confidence (HPSv3's training uses 0.95).
+        counts: of what is left out, by reason.
     """
+    kept = []
+    for row in rows:
+        if row.votes is not None and 0 < row.votes[0] <= min_vote_share * sum(row.votes):
+            counts["vote share too small"] += 1
+        elif row.confidence is not None and row.confidence < min_confidence:
+            counts["confidence too small"] += 1
+        else:
+            kept.append(row)
+    return kept
 
-    min_vote_share: float = 0.0
-    min_confidence: float = 0.0
-    max_rows_per_prompt: int = 0
 
-    def apply(self, rows: Iterable[Preference], seed: int, counts: Counter) -> list[Preference]:
-        """The rows that pass, in their order; the others are counted by reason."""
-        kept = []
-        for row in rows:
-            if row.votes is not None and sum(row.votes) and row.votes[0] <= self.min_vote_share * sum(row.votes):
-                counts["vote share too small"] += 1
-            elif row.confidence is not None and row.confidence < self.min_confidence:
-                counts["confidence too small"] += 1
-            else:
-                kept.append(row)
-        if not self.max_rows_per_prompt:
-            return kept
-        by_prompt = defaultdict(list)
-        for index, row in enumerate(kept):
-            by_prompt[row.prompt].append(index)
-        chosen: set[int] = set()
-        for indices in by_prompt.values():
-            chosen |= set(sorted(indices, key=lambda i: stable_hash(seed, i))[: self.max_rows_per_prompt])
-        counts["beyond the rows of one prompt"] += len(kept) - len(chosen)
-        return [row for index, row in enumerate(kept) if index in chosen]
+def pick(groups: Sequence[Hashable], at_most: int, seed: int) -> list[int]:
+    """Indices of at most so many members of each group, picked by a seeded hash, in order; 0: all."""
+    by_group = defaultdict(list)
+    for index, group in enumerate(groups):
+        by_group[group].append(index)
+    return sorted(
+        index
+        for members in by_group.values()
+        for index in (sorted(members, key=lambda i: stable_hash(seed, i))[:at_most] if at_most else members)
+    )

@@ -5,11 +5,9 @@ latents, a shard of embeddings. What a part gives depends on the source and the 
 so parts are spread over processes, a killed run leaves whole parts and goes on with the others, and
 the records end in the same bytes whatever happened on the way. All processes see one file system.
 
-    OUTPUT.unfinished/plan.json         the configuration and the source that the work is for
-    OUTPUT.unfinished/parts/            sizes, and what became of each shard; removed at the end
-    OUTPUT.unfinished/images, prompts   shards
-
-At the end the directory is renamed to OUTPUT.
+    OUTPUT.unfinished/plan.json     the configuration and the source that the work is for
+    OUTPUT.unfinished/parts/        sizes, and what became of each shard
+    OUTPUT.unfinished/records/      shards; at the end all of the records, renamed to OUTPUT
 """
 
 import collections
@@ -33,12 +31,14 @@ from tqdm import tqdm
 from dinalrm_jax.config import PreparationConfig, to_mapping
 from dinalrm_jax.data import buckets, records
 from dinalrm_jax.data.buckets import Size, bucket_name, parse_bucket
-from dinalrm_jax.data.preferences import Preference, PreferenceFilter, Source, stable_hash
+from dinalrm_jax.data.preferences import Preference, Source, pick, select, stable_hash
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, RecordsError, Shard
 from dinalrm_jax.encoders import ImageCodec, PromptEncoder
 
 SIZES_PER_PART = 4096
 MISSING, UNREADABLE = "missing", "unreadable"
+# What PIL raises for a damaged or hostile file.
+DAMAGE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -55,8 +55,9 @@ def prepare(
     source: Source,
     output: str | pathlib.Path,
     config: PreparationConfig,
-    load_image_codec: Callable[[], ImageCodec],
+    codec: ImageCodec,
     load_prompt_encoder: Callable[[], PromptEncoder],
+    prompt_fingerprint: str,
 ) -> dict[str, Any]:
     """Writes the records of a source, going on from what an earlier run left unfinished.
 
@@ -64,7 +65,9 @@ def prepare(
         source: the preferences and their images.
         output: record directory; must not exist.
         config: what to keep and how to encode it.
-        load_image_codec, load_prompt_encoder: called when there is something to encode.
+        codec: of the images.
+        load_prompt_encoder: called when there are prompts to encode.
+        prompt_fingerprint: of that encoder.
 
     Returns:
         The manifest.
@@ -78,29 +81,39 @@ def prepare(
     if output.exists():
         raise FileExistsError(f"{output} exists already; choose another output or remove it first")
     counts = Counter(source.counts)
-    preferences = {split: _select(split, rows, config, counts) for split, rows in source.preferences.items()}
+    preferences = dict(source.preferences)
+    if "train" in preferences:
+        preferences["train"] = select(preferences["train"], config.min_vote_share, config.min_confidence, counts)
     work = output.with_name(f"{output.name}.unfinished")
-    codec = load_image_codec()
-    _claim(work, config, preferences, codec.fingerprint)
+    target = work / "records"
+    _claim(work, config, preferences, {"codec": codec.fingerprint, "text": prompt_fingerprint})
 
     sizes = _sizes(work, source, preferences, config)
-    _count_images(sizes, counts)
-    wanted = {split: _bucketed(rows, sizes, config, counts) for split, rows in preferences.items()}
-    shards = _image_shards(work, wanted, config)
-    written = _encode_images(shards, source, codec, config)
+    wanted = {
+        split: _limited(split, _bucketed(rows, sizes, config, counts), config, counts)
+        for split, rows in preferences.items()
+    }
+    shards = _image_shards(target, wanted, config)
+    written = _encode_images(work, shards, source, codec, config)
 
     index: dict[tuple[str, str], int] = {}
+    problems = {name: size for name, size in sizes.items() if isinstance(size, str)}
     for shard, result in zip(shards, written):
-        counts.update(f"image {reason}" for reason in result["failed"].values())
+        problems |= result["failed"]  # an image of two buckets is one image
         for name in shard.names:
             if name not in result["failed"]:
                 index[shard.bucket, name] = len(index)
+    counts.update(f"image {problem}" for problem in problems.values())
+    counts["note: image converted to RGB"] = sum(size[2] != "RGB" for size in sizes.values() if len(size) == 3)
     pairs = {split: _surviving(rows, index, counts) for split, rows in wanted.items()}
     if empty := sorted(split for split, rows in pairs.items() if not rows):
+        _barrier("empty")
+        if jax.process_index() == 0:
+            shutil.rmtree(work)
         raise RecordsError(f"no pairs are left for {', '.join(empty)}; left out: {dict(sorted(counts.items()))}")
 
     prompts = sorted({row.prompt for rows in pairs.values() for _, row in rows})
-    prompt_shards, features = _encode_prompts(work, prompts, load_prompt_encoder, config)
+    prompt_shards, features = _encode_prompts(work, target, prompts, load_prompt_encoder, config)
     prompt_index = {prompt: i for i, prompt in enumerate(prompts)}
 
     def record(bucket: str, row: Preference) -> tuple[str, PairRecord]:
@@ -110,8 +123,9 @@ def prepare(
     manifest = {
         "encoders": to_mapping(config.encoders),
         "codec": codec.fingerprint,
-        "source": to_mapping(config),
-        "left_out": dict(sorted(counts.items())),
+        "text": prompt_fingerprint,
+        "source": _what_counts(config),
+        "left_out": {name: count for name, count in sorted(counts.items()) if count},
         "images": {
             "count": len(index),
             "by_bucket": dict(sorted(Counter(bucket for bucket, _ in index).items())),
@@ -121,18 +135,18 @@ def prepare(
     }
     if jax.process_index() == 0:
         records.finish(
-            work,
+            target,
             image_shards=[Shard(result["records"], result["num_bytes"]) for result in written],
             prompt_shards=prompt_shards,
             prompt_features=features,
             pairs={split: [record(bucket, row) for bucket, row in rows] for split, rows in pairs.items()},
             manifest=manifest,
         )
-        shutil.rmtree(work / "parts")
-        (work / "plan.json").unlink()
-        for leftover in work.rglob(".*.partial-*"):  # of killed processes
+        for leftover in target.rglob(".*.partial-*"):  # of killed processes
             leftover.unlink()
-        work.replace(output)
+        # Up to this line a killed run goes on from its parts; after it the records are whole.
+        target.replace(output)
+        shutil.rmtree(work)
     _barrier("records")
     return json.loads((output / "manifest.json").read_text())
 
@@ -140,37 +154,48 @@ def prepare(
 # ------------------------------------------------------------------------------ what to encode
 
 
-def _select(split: str, rows: Sequence[Preference], config: PreparationConfig, counts: Counter) -> list[Preference]:
+def _limited(split: str, rows, config: PreparationConfig, counts: Counter) -> list[tuple[str, Preference]]:
+    """Of the usable pairs, at most so many of one training prompt, and at most so many held-out ones."""
     if split == "train":
-        selection = PreferenceFilter(config.min_vote_share, config.min_confidence, config.max_rows_per_prompt)
-        return selection.apply(rows, config.seed, counts)
-    if config.eval_pairs and len(rows) > config.eval_pairs:
-        counts[f"held-out pair beyond {config.eval_pairs}"] += len(rows) - config.eval_pairs
-        order = sorted(range(len(rows)), key=lambda i: stable_hash(config.seed, i))
-        return [rows[i] for i in sorted(order[: config.eval_pairs])]
-    return list(rows)
+        groups, at_most, reason = (
+            [row.prompt for _, row in rows],
+            config.max_rows_per_prompt,
+            "beyond those of a prompt",
+        )
+    else:
+        groups, at_most, reason = [split for _ in rows], config.eval_pairs, "beyond the held-out ones asked for"
+    kept = pick(groups, at_most, config.seed)
+    counts[f"pair {reason}"] += len(rows) - len(kept)
+    return [rows[i] for i in kept]
 
 
-def _claim(work: pathlib.Path, config: PreparationConfig, preferences, fingerprint: str) -> None:
+def _what_counts(config: PreparationConfig) -> dict[str, Any]:
+    """The configuration without what changes no byte."""
+    values = json.loads(json.dumps(to_mapping(config)))
+    del values["threads"]
+    return values
+
+
+def _claim(work: pathlib.Path, config: PreparationConfig, preferences, encoders: dict[str, str]) -> None:
     """Makes the working directory, or checks that the one there is of the same work."""
     rows = [
         (split, row.prompt, row.chosen, row.rejected) for split in sorted(preferences) for row in preferences[split]
     ]
     plan = {
-        "config": json.loads(json.dumps(to_mapping(config))),
-        "codec": fingerprint,
+        "config": _what_counts(config),
+        **encoders,
         "preferences": stable_hash(*rows).hex(),
     }
     path = work / "plan.json"
     if jax.process_index() == 0 and not path.exists():
-        for name in ("parts", "images", "prompts"):
+        for name in ("parts", "records/images", "records/prompts"):
             (work / name).mkdir(parents=True, exist_ok=True)
         _write_json(path, plan)
     _barrier("plan")
     found = json.loads(path.read_text())
     if found != plan:
         changed = [key for key in plan["config"] if plan["config"][key] != found.get("config", {}).get(key)]
-        changed += [key for key in ("codec", "preferences") if plan[key] != found.get(key)]
+        changed += [key for key in (*encoders, "preferences") if plan[key] != found.get(key)]
         raise RecordsError(
             f"{work} holds unfinished work of another configuration (changed: {', '.join(changed)}); restore these "
             "values to go on with it, or remove it to start anew"
@@ -185,11 +210,13 @@ def _sizes(work: pathlib.Path, source: Source, preferences, config: PreparationC
 
     def size(name: str) -> list | str:
         try:
-            with Image.open(io.BytesIO(source.read(name))) as image:
-                return [image.height, image.width, image.mode]
+            file = source.open(name)
         except FileNotFoundError:
             return MISSING
-        except (OSError, Image.DecompressionBombError):
+        try:
+            with file, Image.open(file) as image:
+                return [image.height, image.width, image.mode]
+        except DAMAGE:
             return UNREADABLE
 
     jobs = list(zip(parts, paths))
@@ -200,14 +227,6 @@ def _sizes(work: pathlib.Path, source: Source, preferences, config: PreparationC
             bar.update(len(part))
     _barrier("sizes")
     return dict(zip(names, (size for path in paths for size in json.loads(path.read_text()))))
-
-
-def _count_images(sizes: dict[str, Any], counts: Counter) -> None:
-    for size in sizes.values():
-        if isinstance(size, str):
-            counts[f"image {size}"] += 1
-        elif size[2] != "RGB":
-            counts["note: image converted to RGB"] += 1
 
 
 def _bucketed(rows, sizes, config: PreparationConfig, counts: Counter) -> list[tuple[str, Preference]]:
@@ -237,7 +256,7 @@ def _bucket(size: Size, choices: Sequence[Size], config: PreparationConfig) -> S
     return buckets.nearest(size, choices, config.aspect_tolerance)
 
 
-def _image_shards(work: pathlib.Path, wanted, config: PreparationConfig) -> list[_ImageShard]:
+def _image_shards(target: pathlib.Path, wanted, config: PreparationConfig) -> list[_ImageShard]:
     """Each distinct (bucket, image) once, in order, cut where the bucket changes."""
     distinct = {
         (bucket, name) for rows in wanted.values() for bucket, row in rows for name in (row.chosen, row.rejected)
@@ -251,7 +270,7 @@ def _image_shards(work: pathlib.Path, wanted, config: PreparationConfig) -> list
         for start in range(0, len(names), config.images_per_shard)
     ]
     return [
-        _ImageShard(bucket, names, records.shard_path(work, "images", "rows", i, len(cuts)))
+        _ImageShard(bucket, names, records.shard_path(target, "images", "rows", i, len(cuts)))
         for i, (bucket, names) in enumerate(cuts)
     ]
 
@@ -267,11 +286,15 @@ def _surviving(rows, index, counts: Counter) -> list[tuple[str, Preference]]:
 
 
 def _encode_images(
-    shards: Sequence[_ImageShard], source: Source, codec: ImageCodec, config: PreparationConfig
+    work: pathlib.Path, shards: Sequence[_ImageShard], source: Source, codec: ImageCodec, config: PreparationConfig
 ) -> list[dict[str, Any]]:
     """Encodes the shards that are not written yet; what became of every one, in order."""
     features = records.image_features()
-    todo, bar = _share(shards, _result_path, lambda shard: len(shard.names), "encoding images", "image")
+
+    def result_path(shard: _ImageShard) -> pathlib.Path:
+        return work / "parts" / f"{shard.path.name}.json"
+
+    todo, bar = _share(shards, result_path, lambda shard: len(shard.names), "encoding images", "image")
     with bar, ThreadPoolExecutor(config.threads) as pool:
         # Threads decode ahead, across shards, while the encoder runs.
         decoded = _ahead(
@@ -288,13 +311,9 @@ def _encode_images(
             result = {**dataclasses.asdict(written), "failed": failed, "error": error.tolist()}
             height, width = parse_bucket(shard.bucket)
             result["numbers"] = written.records * (height * width // codec.downsampling**2)
-            _write_json(_result_path(shard), result)
+            _write_json(result_path(shard), result)
     _barrier("images")
-    return [json.loads(_result_path(shard).read_text()) for shard in shards]
-
-
-def _result_path(shard: _ImageShard) -> pathlib.Path:
-    return shard.path.parent.parent / "parts" / f"{shard.path.name}.json"
+    return [json.loads(result_path(shard).read_text()) for shard in shards]
 
 
 def _encoded(shard, decoded, codec, batch_size, failed, error, bar) -> Iterator[ImageRecord]:
@@ -323,12 +342,14 @@ def _decode(source: Source, name: str, size: Size, config: PreparationConfig) ->
     """((H, W, 3) uint8, bytes of the file), or the reason why there are no pixels."""
     height, width = size
     try:
-        data = source.read(name)
-        with Image.open(io.BytesIO(data)) as image:
-            rgb = image.convert("RGB")
+        with source.open(name) as file:
+            data = file.read()  # an error of the file system is none of the image, and ends the run
     except FileNotFoundError:
         return MISSING, 0
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError):  # PIL's kinds of damage
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            rgb = image.convert("RGB")
+    except DAMAGE:
         return UNREADABLE, 0
     if config.fit == "crop":
         rgb = ImageOps.fit(rgb, (width, height), Image.Resampling.LANCZOS)
@@ -348,12 +369,16 @@ def _error(written: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _encode_prompts(
-    work: pathlib.Path, prompts: Sequence[str], load_encoder: Callable[[], PromptEncoder], config: PreparationConfig
+    work: pathlib.Path,
+    target: pathlib.Path,
+    prompts: Sequence[str],
+    load_encoder: Callable[[], PromptEncoder],
+    config: PreparationConfig,
 ) -> tuple[list[Shard], Any]:
     """Writes the shards of embeddings that are not there yet; all shards, and the records' features."""
     size = config.prompts_per_shard
     parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    paths = [records.shard_path(work, "prompts", "rows", i, len(parts)) for i in range(len(parts))]
+    paths = [records.shard_path(target, "prompts", "rows", i, len(parts)) for i in range(len(parts))]
     results = [work / "parts" / f"{path.name}.json" for path in paths]
     jobs = list(zip(parts, paths, results))
     todo, bar = _share(jobs, lambda job: job[2], lambda job: len(job[0]), "encoding prompts", "prompt")

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,22 +168,28 @@ def write_shard(path: pathlib.Path, features, rows: Iterable[Any]) -> Shard:
         for row in rows:
             example = serializer.get_tf_example(features.encode_example(_half(row)))
             data = example.SerializeToString(deterministic=True)  # a map's order depends on the process otherwise
-            writer.write(data)
+            _writing(path, lambda data=data: writer.write(data))
             count, size = count + 1, size + len(data)
-        writer.close()
+        _writing(path, writer.close)
         reader = ArrayRecordReader(str(partial))
         found = reader.num_records()
         reader.close()
         if found != count:
-            raise OSError(f"{path} took {found} of {count} records")
+            raise OSError(f"cannot write {path}: it took {found} of {count} records")
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # what the rename publishes is on disk
         partial.replace(path)
-    except RuntimeError as error:  # what ArrayRecord raises for a failed write
-        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return Shard(count, size)
+
+
+def _writing(path: pathlib.Path, action: Callable[[], None]) -> None:
+    """ArrayRecord's failures as what they are."""
+    try:
+        action()
+    except RuntimeError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def image_features():

@@ -10,6 +10,7 @@ import numpy as np
 
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.local_devices import on_local_devices, split_locally
 from dinalrm_jax.parameters import Functional, Params
 from dinalrm_jax.weights.pipeline import TEXT_FILES, load_clip, load_t5, open_pipeline
 
@@ -52,7 +53,7 @@ class SD3PromptEncoder:
                 "which they are padded to; these encoders do not belong together"
             )
         self._params = {
-            name: jax.tree.map(lambda array: jnp.asarray(array, dtype), params)
+            name: on_local_devices(params, dtype)
             for name, params in (("clip_l", params_l), ("clip_g", params_g), ("t5", params_t5))
         }
         self._encode = jax.jit(functools.partial(_encode, self._clip_l, self._clip_g, self._t5, dtype))
@@ -61,7 +62,7 @@ class SD3PromptEncoder:
         """B prompts -> (B, 77 + text_length, 4096) and (B, 2048), float32."""
         lengths = (CLIP_TOKENS, CLIP_TOKENS, self.text_length)
         ids = [self._tokens(tokenizer, prompts, n) for tokenizer, n in zip(self._tokenizers, lengths)]
-        return self._encode(self._params, *ids)
+        return self._encode(self._params, *split_locally(ids))
 
     @staticmethod
     def _tokens(tokenizer, prompts: Sequence[str], length: int) -> np.ndarray:

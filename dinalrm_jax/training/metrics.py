@@ -74,10 +74,14 @@ class MetricsLog:
             metrics: of the step.
             rows: pairs in the batch.
             waited: seconds the step waited for its data.
-            flops: of the compiled step, over all devices; 0 where unknown.
+            flops: of the step, each device's share; 0 where unknown.
         """
         self._pending[step] = metrics
         self._rows, self._waited, self._flops = self._rows + rows, self._waited + waited, self._flops + flops
+
+    def start(self) -> None:
+        """Rates count from here."""
+        self._since = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
         """Leaves time that was not training (an evaluation, a save) out of the rates."""
@@ -118,9 +122,9 @@ class MetricsLog:
             "data_wait_seconds": self._waited / steps,
         }
         if self._flops:
-            values["tflops_per_second_per_device"] = self._flops / seconds / jax.device_count() / 1e12
+            values["tflops_per_second_per_device"] = self._flops / seconds / 1e12
             if (peak := peak_flops(jax.devices()[0].device_kind)) is not None:
-                values["model_flop_utilisation"] = self._flops / seconds / jax.device_count() / peak
+                values["model_flop_utilisation"] = self._flops / seconds / peak
         values |= memory()
         self._pending, self._rows, self._waited, self._flops = {}, 0, 0.0, 0.0
         self._since = time.perf_counter()

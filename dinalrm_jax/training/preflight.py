@@ -11,19 +11,23 @@ from dinalrm_jax.config import ConfigError, SweepConfig, TrainConfig, to_mapping
 from dinalrm_jax.data.batch import validate_latents
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.training.sharding import check_batch_size
+from dinalrm_jax.weights.pipeline import vae_fingerprint
 
 
 def check_stages(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ConfigError for a stage that cannot run on this mesh or samples levels that do not exist."""
-    for stage in (config.generator, config.reward):
+    for name, stage in (("generator", config.generator), ("reward", config.reward)):
         if stage is not None:
-            check_batch_size(stage.batch_size, stage.optimizer.accumulation_steps, mesh)
+            check_batch_size(f"{name}.batch_size", stage.batch_size, stage.optimizer.accumulation_steps, mesh)
             noise.sampler(stage.sigma)
-    check_batch_size(config.evaluation.batch_size, 1, mesh)
+    check_batch_size("evaluation.batch_size", config.evaluation.batch_size, 1, mesh)
 
 
-def check_records(records: Records, config: TrainConfig) -> None:
-    """Raises RecordsError unless the records were made for this model, by its encoders."""
+def check_records(records: Records, config: TrainConfig, base_model: str | None) -> None:
+    """Raises RecordsError unless the records were made for this model, by its encoders.
+
+    Where `base_model` is a pipeline directory, the records' latents must be of its VAE.
+    """
     scenes = records.manifest.get("source", {}).get("scenes")
     if config.scenes is not None and scenes != to_mapping(config.scenes):
         raise RecordsError(
@@ -41,6 +45,14 @@ def check_records(records: Records, config: TrainConfig) -> None:
             f"{records.directory} was made by other encoders than this model's: {to_mapping(records.encoders)} there, "
             f"model.encoders is {to_mapping(config.model.encoders)}; preprocess again, or set model.encoders"
         )
+    vae = None if base_model is None else pathlib.Path(base_model) / "vae"
+    if "codec" in records.manifest and vae is not None and (vae / "config.json").is_file():
+        expected = vae_fingerprint(vae)
+        if records.manifest["codec"] != expected:
+            raise RecordsError(
+                f"{records.directory} holds latents of another VAE ({records.manifest['codec']}) than that of "
+                f"{base_model} ({expected}); preprocess again with this base model, or train on the other one"
+            )
     transformer = config.model.transformer
     prompt, latents = records.prompts[0], records.images[0].latents
     found = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])

@@ -1,5 +1,6 @@
 """Stopping a run from outside: all processes save and stop after the same step."""
 
+import itertools
 import signal
 
 import jax
@@ -18,9 +19,12 @@ class Stopped(Exception):
 class StopSignals:
     """While open, the first SIGTERM or Ctrl-C only asks to stop; a second one acts as ever.
 
-    Among several processes SIGTERM belongs to JAX's preemption service, which finds the step after
-    which all of them stop, whichever of them was asked.
+    Among several processes SIGTERM belongs to JAX's preemption service, which finds the point at which
+    all of them stop, whichever of them was asked. Points are counted over the life of the process,
+    from 1, as the service expects them.
     """
+
+    _points = itertools.count(1)
 
     def __enter__(self) -> "StopSignals":
         self._number: int | None = None
@@ -29,11 +33,11 @@ class StopSignals:
         self._previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
-    def asked(self, step: int) -> int | None:
-        """The signal to stop for after this step, or None; call it once a step."""
+    def asked(self) -> int | None:
+        """The signal to stop for now, or None; every process calls it at the same points of its work."""
         if self._alone:
             return self._number
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(self._points)) else None
 
     def _receive(self, number, frame) -> None:
         self._number = number

@@ -75,10 +75,38 @@ def load_vae(directory: pathlib.Path) -> tuple[VAEConfig, *Loaded]:
     return config, module, _tensors(directory, "diffusion_pytorch_model", module, None)
 
 
-def fingerprint(config: VAEConfig, tensors: dict[str, np.ndarray]) -> str:
-    """Tells VAEs apart that share a geometry: a hash of scale, shift and the encoder's last convolution."""
+def vae_fingerprint(directory: pathlib.Path) -> str:
+    """Tells VAEs apart that share a geometry, by scale, shift and the encoder's weights.
+
+    Weights count in float16, so that a VAE published in both precisions is one.
+    """
+    config, tensors = _geometry(VAEConfig, directory), SafetensorsDirectory(directory, "diffusion_pytorch_model")
     digest = hashlib.sha256(json.dumps([config.scaling_factor, config.shift_factor]).encode())
-    digest.update(np.ascontiguousarray(tensors["encoder.conv_out.weight"], np.float32).tobytes())
+    for name in sorted(name for name in tensors if name.startswith("encoder.")):
+        digest.update(tensors[name].astype(np.float16).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def text_fingerprint(directory: pathlib.Path) -> str:
+    """Tells text encoders apart, by their geometry and final norms; checks that all parts are there.
+
+    Raises:
+        FileNotFoundError, ConfigError: a missing encoder or tokenizer.
+    """
+    digest = hashlib.sha256()
+    final_norms = ("text_model.final_layer_norm.weight", "text_model.final_layer_norm.weight",
+                   "encoder.final_layer_norm.weight")  # fmt: skip
+    kinds = (CLIPTextConfig, CLIPTextConfig, T5Config)
+    for number, (kind, final_norm) in enumerate(zip(kinds, final_norms)):
+        suffix = f"_{number + 1}" if number else ""
+        encoder, tokenizer = directory / f"text_encoder{suffix}", directory / f"tokenizer{suffix}"
+        digest.update(repr(_geometry(kind, encoder)).encode())
+        tensors = SafetensorsDirectory(encoder, "model")
+        if final_norm not in tensors:
+            raise ConfigError(f"{encoder} holds no {final_norm}: it is an encoder of another kind")
+        digest.update(tensors[final_norm].astype(np.float16).tobytes())
+        if not tokenizer.is_dir():
+            raise ConfigError(f"{directory} is incomplete: it has no {tokenizer.name}")
     return digest.hexdigest()[:16]
 
 

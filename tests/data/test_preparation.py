@@ -13,9 +13,10 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dinalrm_jax.config import EncodersConfig, PreparationConfig
-from dinalrm_jax.data import tiny_encoders
+from dinalrm_jax.data import records, tiny_encoders
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.encoders import SD3Codec
 from dinalrm_jax.preprocess import preprocess, report
@@ -109,6 +110,51 @@ def test_float16_error_is_measured(source, tmp_path):
     assert 0 < error["root_mean_square"] < largest
 
 
+def test_a_kill_while_finishing_loses_nothing(source, tmp_path, monkeypatch):
+    """The last moment before the records are published, and the first one after."""
+    expected = preprocess(source, tmp_path / "whole", TINY)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(source, tmp_path / "out", TINY)
+    monkeypatch.undo()
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.unfinished").rglob("*array_record*")}
+    assert len(parts) > 3
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(source, tmp_path / "out", TINY)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == expected
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+    for path, modified in parts.items():
+        moved = tmp_path / "out" / path.relative_to(tmp_path / "out.unfinished" / "records")
+        assert moved.stat().st_mtime_ns == modified or path.parent.name == "pairs", "encoded once"
+
+
+def test_an_image_of_two_buckets_is_one_image(tmp_path):
+    directory = write_hpdv3(tmp_path / "s", [pair("a", 0, 1), pair("b", 0, 2), pair("c", 1, 3)], [pair("d", 1, 3)])
+    (directory / "images").mkdir()
+    for i, side in enumerate((64, 64, 128, 64)):
+        picture(directory / "images" / f"{i}.png", side, side, seed=i)
+    data = (directory / "images" / "0.png").read_bytes()
+    (directory / "images" / "0.png").write_bytes(data[: len(data) // 2])
+    manifest = preprocess(directory, tmp_path / "out", TINY)
+    assert manifest["left_out"]["image unreadable"] == 1
+    assert manifest["left_out"]["pair of a missing or unreadable image"] == 2
+
+
+def test_a_hostile_file_costs_its_pairs_only(source, tmp_path):
+    """PIL refuses text chunks that unpack to more than 1 MB with a ValueError."""
+    info = PngInfo()
+    info.add_text("workflow", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (64, 64)).save(source / "images" / "other_shape.png", pnginfo=info)
+    manifest = preprocess(source, tmp_path / "out", TINY)
+    assert manifest["left_out"]["image unreadable"] == 2
+
+
 def test_cropping_keeps_odd_shapes(source, tmp_path):
     manifest = preprocess(source, tmp_path / "out", dataclasses.replace(TINY, fit="crop", buckets=("64x64",)))
     assert manifest["pairs"]["train"] == {"64x64": 7}
@@ -185,7 +231,7 @@ def test_latents_are_posterior_samples_that_depend_on_the_image_only(tiny_pipeli
 def test_unfinished_work_of_another_configuration(source, tmp_path):
     (tmp_path / "out.unfinished").mkdir()
     (tmp_path / "out.unfinished" / "plan.json").write_text('{"config": {"dataset": "hpdv3"}}')
-    with pytest.raises(RecordsError, match=r"unfinished work of another configuration \(changed: encoders"):
+    with pytest.raises(RecordsError, match=r"unfinished work of another configuration \(changed: encoders, text_dtype"):
         preprocess(source, tmp_path / "out", TINY)
     shutil.rmtree(tmp_path / "out.unfinished")
     preprocess(source, tmp_path / "out", TINY)
@@ -194,8 +240,10 @@ def test_unfinished_work_of_another_configuration(source, tmp_path):
 
 
 def test_nothing_left_to_keep(source, tmp_path):
+    bare = dataclasses.replace(TINY, min_area=10**6)
     with pytest.raises(RecordsError, match=r"no pairs are left for eval, train; left out: {.*'pair of an image too"):
-        preprocess(source, tmp_path / "out", dataclasses.replace(TINY, min_area=10**6))
+        preprocess(source, tmp_path / "out", bare)
+    preprocess(source, tmp_path / "out", TINY)  # nothing stands in the way of the corrected command
 
 
 def test_full_disk(rehearsal_source, tiny_pipeline, tmp_path):
@@ -231,4 +279,8 @@ def test_base_models_that_will_not_do(source, tiny_pipeline, tmp_path):
     (other / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     with pytest.raises(ConfigError, match="is a StableDiffusionXLPipeline, expected a StableDiffusion3Pipeline"):
         preprocess(source, tmp_path / "out", config, other)
+    incomplete = shutil.copytree(tiny_pipeline, tmp_path / "incomplete")
+    shutil.rmtree(incomplete / "text_encoder_3")
+    with pytest.raises(FileNotFoundError, match="text_encoder_3"):
+        preprocess(source, tmp_path / "out", config, incomplete)
     assert not list(tmp_path.glob("out*")), "refused before anything is written"

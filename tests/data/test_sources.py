@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinalrm_jax.config import PreparationConfig
 from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
-from dinalrm_jax.data.preferences import Preference, PreferenceFilter
+from dinalrm_jax.data.preferences import Preference, pick, select
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.preprocess import read_source
 from tests.conftest import ROOT
@@ -30,7 +30,7 @@ def test_hpdv2_rankings_become_pairs_from_better_to_worse(tmp_path):
     assert source.counts == {"tied rank": 1}
     prompts = [{row.prompt for row in split} for split in source.preferences.values()]
     assert prompts[0].isdisjoint(prompts[1])
-    assert source.read("test/a.png") == (tmp_path / "s" / "test" / "a.png").read_bytes()
+    assert source.open("test/a.png").read() == (tmp_path / "s" / "test" / "a.png").read_bytes()
 
 
 def test_hpdv2_training_pairs(tmp_path):
@@ -48,7 +48,7 @@ def test_hpdv2_subset_and_file_size(tmp_path):
     source = hpdv2.read(SHARED / "hpdv2_subset", holdout=10)
     pairs = [row for split in source.preferences.values() for row in split]
     assert len(pairs) == 1539
-    assert sum(len(source.read(row.chosen)) > len(source.read(row.rejected)) for row in pairs) == 982
+    assert sum(len(source.open(row.chosen).read()) > len(source.open(row.rejected).read()) for row in pairs) == 982
     assert len({row.prompt for row in source.preferences["eval"]}) == 10
 
 
@@ -67,6 +67,7 @@ def write_hpdv3(directory, train, test=({"prompt": "t", "path1": "images/1.jpg",
         ([None, None], None, (None, None)),
         ("[8, 1]", "0.98", ((8, 1), 0.98)),
         ("[None, None]", "null", (None, None)),
+        ([float("nan"), 3], "nan", (None, None)),
         ([], "", (None, None)),
     ],
 )
@@ -98,18 +99,22 @@ def test_filters():
         Preference("p", "3", "x", None, None),
         Preference("p", "4", "x", (9, 1), 0.5),
         Preference("q", "5", "x", (9, 1), None),
+        Preference("q", "6", "x", (0, 9), None),  # the released filter keeps it, like its "votes unknown"
     ]
     counts = Counter()
-    kept = PreferenceFilter(min_vote_share=0.6, min_confidence=0.9).apply(rows, 42, counts)
-    assert [row.chosen for row in kept] == ["1", "3", "5"]
+    assert [row.chosen for row in select(rows, 0.6, 0.9, counts)] == ["1", "3", "5", "6"]
     assert counts == {"vote share too small": 1, "confidence too small": 1}
-    counts.clear()
-    few = PreferenceFilter(max_rows_per_prompt=2).apply(rows, 42, counts)
-    assert [row.prompt for row in few] == ["p", "p", "q"]
-    assert counts == {"beyond the rows of one prompt": 2}
-    assert few == PreferenceFilter(max_rows_per_prompt=2).apply(rows, 42, counts)
-    picks = {tuple(row.chosen for row in PreferenceFilter(0, 0, 2).apply(rows, seed, counts)) for seed in range(20)}
-    assert len(picks) > 1, "the seed picks"
+    assert select(rows, 0.0, 0.0, counts) == rows
+
+
+def test_rows_of_a_prompt_are_picked_by_the_seed():
+    prompts = ["p", "q", "p", "p", "q", "p"]
+    kept = pick(prompts, 2, seed=42)
+    assert kept == sorted(kept)
+    assert Counter(prompts[i] for i in kept) == {"p": 2, "q": 2}
+    assert kept == pick(prompts, 2, seed=42)
+    assert len({tuple(pick(prompts, 2, seed)) for seed in range(20)}) > 1
+    assert pick(prompts, 0, seed=42) == list(range(6))
 
 
 def test_imagereward(tmp_path):
@@ -151,7 +156,7 @@ def test_genai_bench(tmp_path):
     source = genai_bench.read(tmp_path, "test_v1")
     first, second = source.preferences["eval"]
     assert (first.prompt, second.prompt) == ("prompt 0", "prompt 2")
-    reds = [[Image.open(io.BytesIO(source.read(name))).getpixel((0, 0))[0] for name in (row.chosen, row.rejected)]
+    reds = [[Image.open(source.open(name)).getpixel((0, 0))[0] for name in (row.chosen, row.rejected)]
             for row in (first, second)]  # fmt: skip
     assert reds == [[0, 1], [21, 20]]
     assert source.counts == {"tie or both bad": 2}
@@ -166,14 +171,14 @@ def test_genai_bench(tmp_path):
 
 
 def test_json_lines(tmp_path):
-    rows = [{"prompt": f"p{i}", "chosen": "a.png", "rejected": "b.png"} for i in range(3)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    rows = [{"prompt": f"p{i}\u2028", "chosen": "a.png", "rejected": "b.png"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
     source = json_pairs.read(tmp_path, holdout=1)
     assert {split: len(rows) for split, rows in source.preferences.items()} == {"train": 2, "eval": 1}
     named = [row | {"split": "eval" if i else "train"} for i, row in enumerate(rows)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, named)))
     source = json_pairs.read(tmp_path, holdout=1)
-    assert [row.prompt for row in source.preferences["eval"]] == ["p1", "p2"]
+    assert [row.prompt for row in source.preferences["eval"]] == ["p1\u2028", "p2\u2028"]
     named[2].pop("split")
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, named)))
     with pytest.raises(RecordsError, match='row 2: split is None; .*must say "train" or "eval"'):
@@ -198,6 +203,7 @@ def test_json_lines(tmp_path):
             {"test.json": '[{"prompt": "p", "image_path": ["a", "b"], "rank": [1, 2]}]'},
             "holdout must leave prompts on both sides: 10 of 1 prompts",
         ),
+        ("jsonl", {"pairs.jsonl": '{"prompt": null, "chosen": "a", "rejected": "b"}'}, "prompt must be text, got None"),
         ("imagereward", {"test.json": '{"prompt": 1}'}, "expected the keys prompt, generations, ranking"),
         ("genai_bench", {}, "it has no test-"),
         ("jsonl", {}, "is not a directory of pairs in JSON lines: it has no pairs.jsonl"),

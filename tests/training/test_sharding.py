@@ -109,5 +109,5 @@ def test_meshes_and_batches_that_do_not_fit():
             make_mesh(wrong)
     with pytest.raises(ConfigError, match="at most one of them -1"):
         MeshConfig(data=-1, fsdp=-1)
-    with pytest.raises(ConfigError, match=r"batch_size 12 must be a multiple of .* = 2 x 2 x 2"):
-        check_batch_size(12, 2, make_mesh(MeshConfig(data=2, fsdp=2)))
+    with pytest.raises(ConfigError, match=r"reward.batch_size 12 must be a multiple of .* = 2 x 2 x 2"):
+        check_batch_size("reward.batch_size", 12, 2, make_mesh(MeshConfig(data=2, fsdp=2)))

@@ -1,0 +1,31 @@
+"""Encoders on all devices of this process: weights on each, rows split between them."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.local_devices()), ("rows",), axis_types=(AxisType.Auto,))
+
+
+def on_local_devices(params: Mapping[str, np.ndarray], dtype) -> dict[str, jax.Array]:
+    """Weights in `dtype`, whole on every device of this process."""
+    everywhere = NamedSharding(_mesh(), PartitionSpec())
+    return {name: jax.device_put(array.astype(jax.numpy.dtype(dtype)), everywhere) for name, array in params.items()}
+
+
+def split_locally(batch: T) -> T:
+    """A tree of arrays with rows, split over this process's devices; whole on each where that does not divide."""
+    mesh = _mesh()
+
+    def put(array):
+        spec = PartitionSpec("rows") if len(array) % mesh.size == 0 else PartitionSpec()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, batch)
