@@ -71,6 +71,9 @@ def read_rows(path: pathlib.Path, keys: Sequence[str], dataset: str) -> list[dic
         if not isinstance(row, dict) or any(key not in row for key in keys):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise RecordsError(f"{path}, row {index}: expected the keys {', '.join(keys)} of {dataset}, found {found}")
+        for key in TEXT_KEYS & row.keys():
+            if not isinstance(row[key], str):
+                raise RecordsError(f"{path}, row {index}: {key} must be text, got {row[key]!r}")
     return rows
 
 

@@ -121,7 +121,9 @@ def test_a_kill_while_finishing_loses_nothing(source, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         preprocess(source, tmp_path / "out", TINY)
     monkeypatch.undo()
-    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.unfinished").rglob("*array_record*")}
+    parts = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out.unfinished" / "records").rglob("*array_record*")
+    }
     assert len(parts) > 3
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
