@@ -132,7 +132,7 @@ def test_a_kill_while_finishing_loses_nothing(source, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == expected
     assert same_files(tmp_path / "whole", tmp_path / "out")
     for path, modified in parts.items():
-        moved = tmp_path / "out" / path.relative_to(tmp_path / "out.unfinished" / "records")
+        moved = tmp_path / "out" / path.relative_to(unfinished)
         assert moved.stat().st_mtime_ns == modified or path.parent.name == "pairs", "encoded once"
 
 
