@@ -6,6 +6,8 @@ import traceback
 from typing import NoReturn
 
 import jax
+from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from dinalrm_jax.config import ConfigError
 
@@ -50,3 +52,20 @@ def _end(*exception) -> None:
 def is_first() -> bool:
     """Whether this process is the one that prints and writes what is written once."""
     return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints once for all processes."""
+    if is_first():
+        print(text, flush=True)
+
+
+def progress(**options) -> tqdm:
+    """A bar, shown by the first process."""
+    return tqdm(**options, disable=not is_first(), dynamic_ncols=True)
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -9,7 +9,6 @@ Ctrl-C save, then stop. With --distributed the processes of a job train together
 one file system.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -17,16 +16,13 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from absl import app, flags, logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from dinalrm_jax import distributed
 from dinalrm_jax.compilation_cache import enable_compilation_cache
@@ -42,14 +38,14 @@ from dinalrm_jax.config import (
     to_mapping,
 )
 from dinalrm_jax.data import rehearsal
-from dinalrm_jax.data.batch import PreferenceBatch
-from dinalrm_jax.data.loader import JoinedPairs, TrainingBatches
+from dinalrm_jax.data.datasets import preprocess
+from dinalrm_jax.data.loader import TrainingBatches
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.scene_records import write_scene_records
 from dinalrm_jax.encoders import ImageCodec, load_image_codec
 from dinalrm_jax.parameters import Functional, Params
-from dinalrm_jax.preprocess import preprocess
 from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, store
+from dinalrm_jax.training.ahead import batch_shapes, compile_ahead, on_device
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.evaluation import Evaluator, PairScores
 from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
@@ -57,7 +53,7 @@ from dinalrm_jax.training.objectives import Objective, flow_matching_objective, 
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dinalrm_jax.training.preflight import check_records, check_stages, check_workdir, claim_workdir
 from dinalrm_jax.training.profiling import ProfileWindow
-from dinalrm_jax.training.report import level_name, write_report
+from dinalrm_jax.training.report import level_name, sweep_table, write_report
 from dinalrm_jax.training.sharding import (
     gather,
     like_parameters,
@@ -65,8 +61,6 @@ from dinalrm_jax.training.sharding import (
     make_mesh,
     parameter_shardings,
     place,
-    put_rows,
-    row_sharded,
 )
 from dinalrm_jax.training.step import TrainState, make_step, model_flops
 from dinalrm_jax.training.stopping import Stopped, StopSignals
@@ -142,13 +136,13 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
     singles = sorted({*REPORT_SIGMAS, config.evaluation.sigma, *config.evaluation.levels})
     report_levels = (*singles, config.evaluation.ensemble)
     total = len(report_levels) * evaluator.row_count()
-    with progress(total=total, desc="held-out pairs", unit="image") as bar:
+    with distributed.progress(total=total, desc="held-out pairs", unit="image") as bar:
         scores = evaluator.run(params, report_levels, bar.update)
     if distributed.is_first():
         history = read_metrics(workdir, "reward")
         text = write_report(workdir / "report", records, scores, history, report_codec(records, base_model))
         print(f"\n{text}\nmodel: {workdir / 'model'}   report and plots: {workdir / 'report'}")
-    barrier("report")
+    distributed.barrier("report")
     return scores
 
 
@@ -160,7 +154,7 @@ def make_inputs(config: TrainConfig, workdir: pathlib.Path) -> tuple[pathlib.Pat
         return data, str(workdir / "base_model")
     if config.scenes is not None and not data.exists() and distributed.is_first():
         write_scene_records(data, config.scenes, config.model.encoders)
-    barrier("scenes")
+    distributed.barrier("scenes")
     return data, config.base_model
 
 
@@ -171,9 +165,9 @@ def make_rehearsal(config: TrainConfig, wanted: RehearsalConfig, workdir: pathli
         rehearsal.write_pipeline(base_model, wanted.seed, config.model.transformer)
     if distributed.is_first() and not source.exists():
         rehearsal.write_hpdv3(source, wanted.train_pairs, wanted.eval_pairs, wanted.seed)
-    barrier("rehearsal")
+    distributed.barrier("rehearsal")
     missing = not (workdir / "data").exists()
-    barrier("records looked for")  # before any process makes them
+    distributed.barrier("records looked for")  # before any process makes them
     if missing:
         preprocess(source, workdir / "data", wanted.preparation, base_model)
 
@@ -213,7 +207,7 @@ def make_backbone(
     whole = gather(state.ema)
     if distributed.is_first():
         save_backbone(transformer, whole, finished)
-    barrier("generator")
+    distributed.barrier("generator")
     return whole
 
 
@@ -249,14 +243,18 @@ def fit(
     if (restored := checkpoints.restore_latest(state)) is not None:
         state, loader_state = restored
         batches.set_state(loader_state)
-        say(f"{name}: continuing from the checkpoint of step {int(state.step)}")
+        distributed.say(f"{name}: continuing from the checkpoint of step {int(state.step)}")
 
     first = int(state.step)
     trained = sum(array.size for array in params.values())
-    say(f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps of {stage.batch_size} pairs")
+    distributed.say(
+        f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps of {stage.batch_size} pairs"
+    )
     for bucket, rows in batches.schedule.buckets.items():
         if len(rows) < stage.batch_size:
-            say(f"{name}: bucket {bucket} has {len(rows)} pairs, fewer than a batch, which will repeat them")
+            distributed.say(
+                f"{name}: bucket {bucket} has {len(rows)} pairs, fewer than a batch, which will repeat them"
+            )
     compiled = flops = {}
     log = MetricsLog(workdir, name, config.wandb_project, to_mapping(config))
     with (
@@ -272,7 +270,7 @@ def fit(
         if asked := stop.asked():
             raise Stopped(asked, name, first)
         queue = on_device(batches, stage.batch_size, mesh)
-        bar = progress(total=stage.steps, initial=first, desc=name, unit="step")
+        bar = distributed.progress(total=stage.steps, initial=first, desc=name, unit="step")
         log.start()
         for step in range(first + 1, stage.steps + 1):
             started = time.perf_counter()
@@ -312,72 +310,11 @@ def draw(module: Functional, seed: int) -> dict[str, np.ndarray]:
         return {name: np.asarray(array) for name, array in module.init(seed).items()}
 
 
-def batch_shapes(records: Records, batch_size: int, mesh: Mesh) -> dict[tuple[int, ...], PreferenceBatch]:
-    """An abstract batch of every training bucket, by the shape of its latents."""
-    pairs = JoinedPairs(records, "train")
-    firsts = [pairs[rows.start] for rows in records.buckets("train").values()]
-    shapes = {}
-    for pair in firsts:
-        batch = jax.tree.map(lambda x: row_sharded((batch_size, *x.shape), x.dtype, mesh), pair)
-        shapes[batch.chosen.shape] = batch
-    return shapes
-
-
-def compile_ahead(
-    step_fn: jax.stages.Wrapped,
-    state: TrainState,
-    frozen: Params,
-    shapes: Mapping[tuple[int, ...], PreferenceBatch],
-    mesh: Mesh,
-) -> dict[tuple[int, ...], jax.stages.Compiled]:
-    """The step compiled for every bucket before the first one runs, several at a time."""
-    with (
-        jax.set_mesh(mesh),
-        progress(total=len(shapes), desc="compiling buckets", unit="bucket") as bar,
-        ThreadPoolExecutor(4) as pool,
-    ):
-
-        def compile_one(lowered):
-            compiled = lowered.compile()
-            bar.update()
-            return compiled
-
-        lowered = {shape: step_fn.lower(state, frozen, batch) for shape, batch in shapes.items()}
-        # In order on several processes, which must agree on the programs' numbering.
-        workers = pool.map if jax.process_count() == 1 else map
-        return dict(zip(lowered, workers(compile_one, lowered.values())))
-
-
-def on_device(batches: TrainingBatches, batch_size: int, mesh: Mesh) -> Iterator[tuple[PreferenceBatch, dict]]:
-    """Batches on the mesh, the next one on its way while one is used; with the loader's state after each."""
-    waiting = collections.deque()
-    for rows in batches:
-        waiting.append((put_rows(rows, batch_size, mesh), batches.get_state()))
-        if len(waiting) == 2:
-            yield waiting.popleft()
-
-
 def report_codec(records: Records, base_model: str | None) -> ImageCodec | None:
     """What can draw the records' images; None where that needs a pipeline and the run has none."""
     if records.encoders.kind == "sd3" and not (base_model and (pathlib.Path(base_model) / "vae").is_dir()):
         return None
     return load_image_codec(records.encoders, base_model)
-
-
-def progress(**options) -> tqdm:
-    """A bar, shown by the first process."""
-    return tqdm(**options, disable=not distributed.is_first(), dynamic_ncols=True)
-
-
-def say(text: str) -> None:
-    if distributed.is_first():
-        print(text, flush=True)
-
-
-def barrier(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 # ------------------------------------------------------------------------------------- sweeps
@@ -415,22 +352,6 @@ def with_shared_generator(config: TrainConfig, shared: pathlib.Path) -> TrainCon
     return dataclasses.replace(config, generator=None, base_model=str(backbone))
 
 
-def sweep_table(accuracies: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """A Markdown table of run -> one {level: accuracy} a seed: mean and standard deviation, in per cent."""
-    levels, seeds = list(next(iter(accuracies.values()))[0]), len(next(iter(accuracies.values())))
-    lines = [
-        f"Held-out pair accuracy, %, mean ± standard deviation over {seeds} seeds",
-        "",
-        "| trained | " + " | ".join(f"at {level}" for level in levels) + " |",
-        "|---" * (len(levels) + 1) + "|",
-    ]
-    for name, rows in accuracies.items():
-        columns = [100 * np.array([row[level] for row in rows]) for level in levels]
-        cells = [f"{column.mean():.1f} ± {column.std(ddof=min(1, seeds - 1)):.1f}" for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with one message instead of a traceback for an override that ml_collections refuses."""
     try:
@@ -459,7 +380,7 @@ def main(argv: list[str]) -> None:
         distributed.initialize(flags.FLAGS.distributed)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        say(f"{config.name}: jax {jax.__version__} on {devices}{processes}, writing to {workdir}")
+        distributed.say(f"{config.name}: jax {jax.__version__} on {devices}{processes}, writing to {workdir}")
         (run_sweep if isinstance(config, SweepConfig) else run)(config, workdir)
     except Stopped as stop:
         if distributed.is_first():

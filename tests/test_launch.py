@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dinalrm_jax.config import EncodersConfig, PreparationConfig
-from dinalrm_jax.preprocess import preprocess
+from dinalrm_jax.data.datasets import preprocess
 from tests.conftest import ROOT
 from tests.data.test_preparation import same_files
 

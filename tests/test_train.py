@@ -22,7 +22,9 @@ from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
 from dinalrm_jax.training.optimizer import make_optimizer
+from dinalrm_jax.training.preflight import claim_workdir
 from dinalrm_jax.training.profiling import ProfileWindow
+from dinalrm_jax.training.report import sweep_table
 from dinalrm_jax.training.step import TrainState
 from tests import tiny_run
 from tests.conftest import ROOT
@@ -146,10 +148,10 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
 
 
 def test_another_configuration_needs_another_workdir(config, tmp_path):
-    train.claim_workdir(tmp_path, config)
-    train.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     with pytest.raises(ConfigError, match=r"changed: reward.optimizer.learning_rate \(0.001 -> 0.002\)"):
-        train.claim_workdir(tmp_path, changed(config, learning_rate=2e-3))
+        claim_workdir(tmp_path, changed(config, learning_rate=2e-3))
 
 
 def test_records_of_other_encoders_are_refused(config, finished, tmp_path):
@@ -266,7 +268,7 @@ def test_a_sweep_shares_its_generator(tmp_path, capsys):
 
 
 def test_sweep_table_has_mean_and_spread():
-    table = train.sweep_table({"a": [{"0.4": 0.5}, {"0.4": 0.6}, {"0.4": 0.85}], "b": [{"0.4": 1.0}] * 3})
+    table = sweep_table({"a": [{"0.4": 0.5}, {"0.4": 0.6}, {"0.4": 0.85}], "b": [{"0.4": 1.0}] * 3})
     assert "over 3 seeds" in table
     assert "| a | 65.0 ± 18.0 |" in table
     assert "| b | 100.0 ± 0.0 |" in table

@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from dinalrm_jax import distributed
 from dinalrm_jax.config import PreparationConfig, to_mapping
 from dinalrm_jax.data import buckets, records
 from dinalrm_jax.data.buckets import Size, bucket_name, parse_bucket
@@ -107,8 +107,8 @@ def prepare(
     counts["note: image converted to RGB"] = sum(size[2] != "RGB" for size in sizes.values() if len(size) == 3)
     pairs = {split: _surviving(rows, index, counts) for split, rows in wanted.items()}
     if empty := sorted(split for split, rows in pairs.items() if not rows):
-        _barrier("empty")
-        if jax.process_index() == 0:
+        distributed.barrier("empty")
+        if distributed.is_first():
             shutil.rmtree(work)
         raise RecordsError(f"no pairs are left for {', '.join(empty)}; left out: {dict(sorted(counts.items()))}")
 
@@ -133,7 +133,7 @@ def prepare(
         },
         "prompts": len(prompts),
     }
-    if jax.process_index() == 0:
+    if distributed.is_first():
         records.finish(
             target,
             image_shards=[Shard(result["records"], result["num_bytes"]) for result in written],
@@ -147,7 +147,7 @@ def prepare(
         # Up to this line a killed run goes on from its parts; after it the records are whole.
         target.replace(output)
         shutil.rmtree(work)
-    _barrier("records")
+    distributed.barrier("records")
     return json.loads((output / "manifest.json").read_text())
 
 
@@ -187,11 +187,11 @@ def _claim(work: pathlib.Path, config: PreparationConfig, preferences, encoders:
         "preferences": stable_hash(*rows).hex(),
     }
     path = work / "plan.json"
-    if jax.process_index() == 0 and not path.exists():
+    if distributed.is_first() and not path.exists():
         for name in ("parts", "records/images", "records/prompts"):
             (work / name).mkdir(parents=True, exist_ok=True)
         _write_json(path, plan)
-    _barrier("plan")
+    distributed.barrier("plan")
     found = json.loads(path.read_text())
     if found != plan:
         changed = [key for key in plan["config"] if plan["config"][key] != found.get("config", {}).get(key)]
@@ -225,7 +225,7 @@ def _sizes(work: pathlib.Path, source: Source, preferences, config: PreparationC
         for part, path in todo:
             _write_json(path, list(pool.map(size, part)))
             bar.update(len(part))
-    _barrier("sizes")
+    distributed.barrier("sizes")
     return dict(zip(names, (size for path in paths for size in json.loads(path.read_text()))))
 
 
@@ -312,7 +312,7 @@ def _encode_images(
             height, width = parse_bucket(shard.bucket)
             result["numbers"] = written.records * (height * width // codec.downsampling**2)
             _write_json(result_path(shard), result)
-    _barrier("images")
+    distributed.barrier("images")
     return [json.loads(result_path(shard).read_text()) for shard in shards]
 
 
@@ -392,7 +392,7 @@ def _encode_prompts(
             written = records.write_shard(path, features, _chain(first, rows))
             shapes = [first.prompt_embeds.shape, first.pooled_prompt_embeds.shape]
             _write_json(result, {**dataclasses.asdict(written), "shapes": shapes})
-    _barrier("prompts")
+    distributed.barrier("prompts")
     found = [json.loads(path.read_text()) for path in results]
     embeds, pooled = (np.zeros(shape) for shape in found[0]["shapes"])
     features = records.prompt_features(PromptRecord("", embeds, pooled))
@@ -424,14 +424,8 @@ def _share(
     mine = [part for index, part in enumerate(parts) if index % jax.process_count() == jax.process_index()]
     todo = [part for part in mine if not result(part).exists()]
     total = sum(map(weight, mine))
-    bar = tqdm(
-        total=total,
-        initial=total - sum(map(weight, todo)),
-        desc=description,
-        unit=unit,
-        disable=jax.process_index() != 0,
-        dynamic_ncols=True,
-    )
+    done = total - sum(map(weight, todo))
+    bar = distributed.progress(total=total, initial=done, desc=description, unit=unit)
     return todo, bar
 
 
@@ -456,9 +450,3 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _barrier(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"prepare: {name}")

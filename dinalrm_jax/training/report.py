@@ -3,6 +3,7 @@
 import json
 import pathlib
 import textwrap
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 
@@ -160,3 +161,19 @@ def plot_pairs(
 def _save(figure, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def sweep_table(accuracies: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """A Markdown table of run -> one {level: accuracy} a seed: mean and standard deviation, in per cent."""
+    levels, seeds = list(next(iter(accuracies.values()))[0]), len(next(iter(accuracies.values())))
+    lines = [
+        f"Held-out pair accuracy, %, mean ± standard deviation over {seeds} seeds",
+        "",
+        "| trained | " + " | ".join(f"at {level}" for level in levels) + " |",
+        "|---" * (len(levels) + 1) + "|",
+    ]
+    for name, rows in accuracies.items():
+        columns = [100 * np.array([row[level] for row in rows]) for level in levels]
+        cells = [f"{column.mean():.1f} ± {column.std(ddof=min(1, seeds - 1)):.1f}" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

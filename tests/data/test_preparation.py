@@ -17,9 +17,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from dinalrm_jax.config import EncodersConfig, PreparationConfig
 from dinalrm_jax.data import records, tiny_encoders
+from dinalrm_jax.data.datasets import preprocess
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.encoders import SD3Codec
-from dinalrm_jax.preprocess import preprocess, report
+from dinalrm_jax.preprocess import report
 from tests.conftest import ROOT
 from tests.data.sources import ranking, write_hpdv2
 from tests.data.test_sources import write_hpdv3
@@ -121,9 +122,8 @@ def test_a_kill_while_finishing_loses_nothing(source, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         preprocess(source, tmp_path / "out", TINY)
     monkeypatch.undo()
-    parts = {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "out.unfinished" / "records").rglob("*array_record*")
-    }
+    unfinished = tmp_path / "out.unfinished" / "records"
+    parts = {path: path.stat().st_mtime_ns for path in unfinished.rglob("*array_record*")}
     assert len(parts) > 3
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -11,9 +11,9 @@ from PIL import Image
 
 from dinalrm_jax.config import PreparationConfig
 from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
+from dinalrm_jax.data.datasets import read_source
 from dinalrm_jax.data.preferences import Preference, pick, select
 from dinalrm_jax.data.records import RecordsError
-from dinalrm_jax.preprocess import read_source
 from tests.conftest import ROOT
 from tests.data.sources import ranking, write_hpdv2
 

@@ -1,0 +1,54 @@
+"""The datasets by name: reading their directories, and turning them into records."""
+
+import pathlib
+
+from dinalrm_jax.config import PreparationConfig
+from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
+from dinalrm_jax.data.preferences import Source
+from dinalrm_jax.data.preparation import prepare
+from dinalrm_jax.encoders import load_image_codec, load_prompt_encoder, prompt_fingerprint
+
+
+def preprocess(
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    config: PreparationConfig,
+    base_model: str | pathlib.Path | None = None,
+) -> dict:
+    """Writes the records of a dataset directory; see `data.preparation.prepare`.
+
+    Args:
+        source: the dataset's directory.
+        output: record directory to write; must not exist.
+        config: which dataset it is, what to keep, how to encode it.
+        base_model: the SD3 pipeline whose VAE and text encoders are used.
+    """
+    if pathlib.Path(output).exists():
+        raise FileExistsError(f"{output} exists already; choose another output or remove it first")
+    return prepare(
+        read_source(pathlib.Path(source), config),
+        output,
+        config,
+        load_image_codec(config.encoders, base_model),
+        lambda: load_prompt_encoder(config.encoders, base_model, config.text_dtype),
+        prompt_fingerprint(config.encoders, base_model),
+    )
+
+
+def read_source(source: pathlib.Path, config: PreparationConfig) -> Source:
+    """The preferences of a dataset directory.
+
+    Raises:
+        RecordsError: the directory is not what `config.dataset` says.
+    """
+    match config.dataset:
+        case "hpdv3":
+            return hpdv3.read(source)
+        case "hpdv2":
+            return hpdv2.read(source, config.holdout)
+        case "imagereward":
+            return imagereward.read(source)
+        case "genai_bench":
+            return genai_bench.read(source, config.benchmark_split)
+        case "jsonl":
+            return json_pairs.read(source, config.holdout)
