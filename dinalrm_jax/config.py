@@ -574,3 +574,9 @@ class SweepConfig:
             raise ConfigError(f"a sweep needs seeds and runs of different names, got {names} and {self.seeds}")
         if len({run.generator for run in self.runs if run.generator is not None}) > 1:
             raise ConfigError("runs of a sweep share one generator a seed, so their generator stages must be equal")
+
+
+def known_keys() -> set[str]:
+    """Every key of every configuration here, for "did you mean"."""
+    kinds = [value for value in globals().values() if dataclasses.is_dataclass(value)]
+    return {field.name for kind in kinds for field in dataclasses.fields(kind)}

@@ -135,7 +135,7 @@ def _tiny_prompts(prompts: Sequence[str], length: int) -> PromptEmbeds:
 def _required(base_model: str | pathlib.Path | None) -> str | pathlib.Path:
     if base_model is None:
         raise ConfigError(
-            "this model's text encoders and VAE come from a Stable Diffusion 3 pipeline; name it: base_model=... "
-            "(a directory or hub id in diffusers layout)"
+            "this model's text encoders and VAE come from a Stable Diffusion 3 pipeline; name it: base_model=..., "
+            "on the command line --base-model (a directory or hub id in diffusers layout)"
         )
     return base_model

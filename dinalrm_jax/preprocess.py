@@ -36,7 +36,9 @@ def report(manifest: dict) -> str:
     notes = {name: count for name, count in manifest["left_out"].items() if name.startswith("note: ")}
     left_out = {name: count for name, count in manifest["left_out"].items() if name not in notes and count}
     lines.append("left out:" if left_out else "nothing was left out")
-    lines += [f"{count:>9} {name}" for name, count in left_out.items()]
+    for name, count in left_out.items():
+        examples = manifest["examples"].get(name.removeprefix("image "), [])
+        lines.append(f"{count:>9} {name}" + (f" ({', '.join(examples)}{', ...' * (count > 3)})" if examples else ""))
     if notes:
         lines.append("of note, and kept:")
         lines += [f"{count:>9} {name.removeprefix('note: ')}" for name, count in notes.items()]
@@ -68,6 +70,9 @@ def main(argv: list[str]) -> None:
     except (RecordsError, ConfigError, WeightsError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(2)
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        distributed.leave(130)
     except OSError as error:
         print(f"error: {error}\nWhat is finished is kept; the same command goes on from there", file=sys.stderr)
         distributed.leave(2)

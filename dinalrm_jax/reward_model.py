@@ -219,8 +219,11 @@ class RewardModel:
         number of prompts compiles once.
 
         Raises:
+            ValueError: not a list of texts.
             ConfigError, WeightsError, FileNotFoundError: no base model, or one that is not an SD3 pipeline.
         """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}; for one: [prompt]")
         return _prompt_encoder(self.config.encoders, self.base_model, self.execution.dtype)(list(prompts))
 
     def encode_image(
@@ -240,6 +243,10 @@ class RewardModel:
             ValueError: sizes that differ, or that latents cannot have.
             ConfigError, WeightsError, FileNotFoundError: as for `encode_prompt`.
         """
+        if isinstance(images, (str, pathlib.Path, Image.Image)) or not len(images):
+            raise ValueError(f"images must be a list of at least one image, got {images!r}; for one: [image]")
+        if size is not None and (not isinstance(size, Sequence) or len(size) != 2):
+            raise ValueError(f"size must be (height, width) in pixels, got {size!r}")
         pixels = [_rgb(image, size) for image in images]
         sizes = list(dict.fromkeys(f"{array.shape[0]}x{array.shape[1]}" for array in pixels))
         if len(sizes) > 1:
@@ -262,6 +269,8 @@ class RewardModel:
 def _rgb(image: Image.Image | np.ndarray | str | pathlib.Path, size: tuple[int, int] | None) -> np.ndarray:
     """(H, W, 3) uint8."""
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(f"an image array must be (H, W, 3) uint8, got {image.dtype} {image.shape}")
         image = Image.fromarray(image)
     elif not isinstance(image, Image.Image):
         with Image.open(image) as opened:

@@ -11,6 +11,7 @@ one file system.
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import pathlib
 import re
@@ -35,6 +36,7 @@ from dinalrm_jax.config import (
     SweepConfig,
     TrainConfig,
     from_mapping,
+    known_keys,
     to_mapping,
 )
 from dinalrm_jax.data import rehearsal
@@ -111,7 +113,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         values = {"eval_accuracy": scores.accuracy(levels[0]), "eval_sigma": levels[0]}
         return values | {f"eval_accuracy/{level_name(level)}": scores.accuracy(level) for level in levels[1:]}
 
-    plain = reward_functional(config.model, ExecutionConfig(dtype=config.execution.dtype))
+    plain = reward_functional(config.model, plain_execution(config))
     state = fit(
         "reward",
         config.reward,
@@ -191,7 +193,7 @@ def make_backbone(
             raise ConfigError(f"base_model {base_model} has geometry {found}, the config says {transformer}")
     if config.generator is None:
         return params
-    plain = transformer_functional(transformer, ExecutionConfig(dtype=config.execution.dtype), zero_init=zero_init)
+    plain = transformer_functional(transformer, plain_execution(config), zero_init=zero_init)
     state = fit(
         "generator",
         config.generator,
@@ -228,7 +230,7 @@ def fit(
 ) -> TrainState:
     """Trains one stage to its last step, continuing from its latest checkpoint.
 
-    `plain_objective` is the objective without rematerialisation or scan: its FLOPs are the model's.
+    `plain_objective` is the objective by `plain_execution`: its FLOPs are the model's.
     """
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     learning_rate = learning_rate_schedule(stage.optimizer, stage.steps)
@@ -265,8 +267,9 @@ def fit(
     ):
         if first < stage.steps:
             shapes = batch_shapes(records, stage.batch_size, mesh)
-            compiled = compile_ahead(step_fn, state, frozen, shapes, mesh)
-            flops = {shape: model_flops(plain_objective, params, frozen, batch) for shape, batch in shapes.items()}
+            compiled, flops = compile_ahead(step_fn, state, frozen, shapes, mesh)
+            if config.execution != plain_execution(config):
+                flops = {shape: model_flops(plain_objective, params, frozen, batch) for shape, batch in shapes.items()}
         if asked := stop.asked():
             raise Stopped(asked, name, first)
         queue = on_device(batches, stage.batch_size, mesh)
@@ -298,6 +301,11 @@ def fit(
                 log.pause(time.perf_counter() - started)
         bar.close()
     return state
+
+
+def plain_execution(config: TrainConfig) -> ExecutionConfig:
+    """Without rematerialisation, whose work is done twice, or scan, whose body XLA counts once."""
+    return dataclasses.replace(config.execution, layers="loop", remat="none")
 
 
 def draw(module: Functional, seed: int) -> dict[str, np.ndarray]:
@@ -357,11 +365,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        meant = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
-        print(
-            f"error: unknown key {meant[2]!r}; did you mean {meant[1]!r}?" if meant else f"error: {error}",
-            file=sys.stderr,
-        )
+        refused = re.search(r'instead of "(\w+)"', str(error))
+        key = refused[1] if refused else str(error).strip("\"'")
+        if re.fullmatch(r"\w+", key):
+            near = difflib.get_close_matches(key, known_keys(), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "dinalrm_jax/config.py has them all"
+            print(f"error: unknown key {key!r}; {hint}", file=sys.stderr)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -386,6 +397,9 @@ def main(argv: list[str]) -> None:
         if distributed.is_first():
             print(stop, file=sys.stderr)
         sys.exit(128 + stop.number)
+    except KeyboardInterrupt:
+        print("interrupted between two steps' saves; the same command goes on from the last save", file=sys.stderr)
+        distributed.leave(130)
     except (ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(2)

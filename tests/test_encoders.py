@@ -165,6 +165,14 @@ def test_images_as_people_have_them(tiny_pipeline, images, tmp_path):
     np.testing.assert_allclose(model.encode_image(given), expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"images have different sizes: 48x80, 40x80"):
         model.encode_image([images[0], images[0][:40]])
+    for wrong in ("a.png", []):
+        with pytest.raises(ValueError, match="images must be a list of at least one image"):
+            model.encode_image(wrong)
+    with pytest.raises(ValueError, match=r"size must be \(height, width\) in pixels, got 64"):
+        model.encode_image([images[0]], size=64)
+    for wrong in ("a fox", []):
+        with pytest.raises(ValueError, match="prompts must be a list of at least one text"):
+            model.encode_prompt(wrong)
     with pytest.raises(ValueError, match=r"48x72 pixels is not a multiple of 16"):
         model.encode_image([images[0][:, :72]])
     assert model.encode_image([images[0][:, :72]], size=(48, 80)).shape == (1, 6, 10, 16)

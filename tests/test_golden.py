@@ -24,7 +24,6 @@ RELEASED_LOSSES = {
 }
 EXECUTIONS = {
     "loop": ExecutionConfig(),
-    "scan": ExecutionConfig(layers="scan"),
     "loop, blocks rematerialised": ExecutionConfig(remat="block"),
     "scan, dots kept": ExecutionConfig(layers="scan", remat="dots"),
 }

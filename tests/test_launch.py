@@ -146,9 +146,7 @@ def test_processes_share_the_preprocessing(rehearsal_source, tiny_pipeline, data
     command = [str(ROOT / "launch" / "local_processes.sh"), "dinalrm_jax.preprocess", "--dataset=hpdv3"]
     command += [f"--source={rehearsal_source}", f"--output={tmp_path / 'out'}", f"--base-model={tiny_pipeline}"]
     command += ["--buckets=64x64", "--fit=crop", "--min-area=1024", "--text-length=8", "--images-per-shard=4"]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=environment(tmp_path, devices=1), timeout=300
-    )
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(tmp_path), timeout=300)
     assert result.returncode == 0, result.stderr + (tmp_path / "logs" / "process-1.log").read_text()
     assert same_files(data, tmp_path / "out"), "the bytes do not depend on the number of processes"
 

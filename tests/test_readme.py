@@ -136,6 +136,7 @@ def test_commands(checkout):
             command += " --buckets 64x64,96x64 --min-area 1024" if "preprocess" in command else ""
         elif "smoke" in command:
             command += " --config.rehearsal.train_pairs=8 --config.rehearsal.eval_pairs=4 --config.reward.steps=2"
+            command += " --config.model.num_blocks=1 --config.model.visual_taps='(1,)' --config.model.text_taps='(1,)'"
         elif "dinalrm_jax.train" in command:
             command += f" {SHORT if 'hpdv2' in command else SHORT_SCENES}"
         command = with_stand_ins(command, {**GOLDEN_STAND_INS, "path/to/HPDv2": str(checkout / "HPDv2")})

@@ -16,7 +16,7 @@ from PIL import Image
 
 import dinalrm_jax as dina
 from dinalrm_jax import train
-from dinalrm_jax.config import ConfigError, LossConfig, ProfileConfig, SweepConfig, TrainConfig, from_mapping
+from dinalrm_jax.config import ConfigError, ProfileConfig, SweepConfig, TrainConfig, from_mapping
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -72,8 +72,8 @@ def test_what_a_run_leaves(finished):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {"generator", "reward"}
     history = read_metrics(workdir, "reward")
-    assert [row["step"] for row in history if "loss" in row] == list(range(5, 301, 5))
-    assert sum("eval_accuracy" in row for row in history) == 12
+    assert [row["step"] for row in history if "loss" in row] == list(range(5, 151, 5))
+    assert sum("eval_accuracy" in row for row in history) == 6
     assert history[-1]["loss"] < history[0]["loss"]
 
 
@@ -236,6 +236,7 @@ def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
         ("--config.reward.batch_size=0", "error: config.reward: batch_size must be at least 1, got 0"),
         ("--config.evaluation.ensemble=(0.2,1.5)", "levels must lie in [0, 1], got 0.4 and (0.2, 1.5)"),
         ("--config.reward.optimizer.learning_rte=1e-3", "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
+        ("--config.reward.learnin_rate=1e-3", "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
         ("--config=configs/nothing.py", "error: no config file configs/nothing.py"),
     ],
 )
@@ -254,14 +255,15 @@ def test_a_sweep_shares_its_generator(tmp_path, capsys):
         generator=dataclasses.replace(base.generator, steps=2),
         reward=dataclasses.replace(base.reward, steps=2),
     )
-    runs = (short, dataclasses.replace(short, name="other loss", loss=LossConfig(name="nll")))
+    evaluation = dataclasses.replace(short.evaluation, seed=1)
+    runs = (short, dataclasses.replace(short, name="other noise", evaluation=evaluation))
     train.run_sweep(SweepConfig(name="s", runs=runs, seeds=(3,)), tmp_path / "sweep")
     table = (tmp_path / "sweep" / "report.md").read_text()
     assert table in capsys.readouterr().out
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert {name: [set(row) for row in rows] for name, rows in results.items()} == {
         "tiny": [{"0", "0.4", "ensemble 0.2 0.5 0.7"}],
-        "other loss": [{"0", "0.4", "ensemble 0.2 0.5 0.7"}],
+        "other noise": [{"0", "0.4", "ensemble 0.2 0.5 0.7"}],
     }
     (generator,) = (tmp_path / "sweep").rglob("generator/backbone")
     assert generator.parts[-3] == "generator_run"

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.model.lora.rank = 2
     for stage in (config.generator, config.reward):
         stage.update(batch_size=8, steps=40, checkpoint_every=10, log_every=5)
-    config.reward.steps = 300
+    config.reward.steps = 150
     config.reward.checkpoint_every = 20
     config.reward.evaluate_every = 25
     config.evaluation.batch_size = 8

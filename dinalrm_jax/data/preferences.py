@@ -48,23 +48,28 @@ def files_below(root: pathlib.Path) -> Callable[[str], BinaryIO]:
 
 
 def read_rows(path: pathlib.Path, keys: Sequence[str], dataset: str) -> list[dict[str, Any]]:
-    """The rows of a JSON array, or of JSON lines, each holding at least `keys`.
+    """The rows of a JSON array, or of JSON lines, each holding at least `keys`; errors count rows from 0.
 
     What is named "prompt", "path1", "path2", "chosen" or "rejected" must be text.
 
     Raises:
         RecordsError: not that, naming file and row.
     """
+    if not path.parent.is_dir():
+        raise RecordsError(f"{path.parent} is not a directory")
     if not path.is_file():
         raise RecordsError(f"{path.parent} is not a directory of {dataset}: it has no {path.name}")
     text = path.read_text()
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise RecordsError(f"{path} is neither a JSON array nor JSON lines: {error}") from None
+    lines = [text] if text.lstrip().startswith("[") else text.split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            where = f", line {number}" if len(lines) > 1 else ""
+            raise RecordsError(f"{path}{where} is neither a JSON array nor JSON lines: {error}") from None
+    if text.lstrip().startswith("["):
+        (rows,) = rows
     if not rows:
         raise RecordsError(f"{path} holds no rows")
     for index, row in enumerate(rows):
@@ -100,8 +105,8 @@ def hold_out(preferences: Sequence[Preference], prompts: int, dataset: str) -> d
     ordered = sorted({row.prompt for row in preferences}, key=stable_hash)
     if not 0 < prompts < len(ordered):
         raise RecordsError(
-            f"{dataset} has no split of its own, and holdout must leave prompts on both sides: "
-            f"{prompts} of {len(ordered)} prompts"
+            f"{dataset} has no split of its own, and holdout (--holdout) must leave prompts on both "
+            f"sides: {prompts} of {len(ordered)} prompts"
         )
     held = set(ordered[:prompts])
     split: dict[str, list[Preference]] = {"train": [], "eval": []}

@@ -110,7 +110,8 @@ def prepare(
         distributed.barrier("empty")
         if distributed.is_first():
             shutil.rmtree(work)
-        raise RecordsError(f"no pairs are left for {', '.join(empty)}; left out: {dict(sorted(counts.items()))}")
+        reasons = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
+        raise RecordsError(f"no pairs are left for {', '.join(empty)}; left out: {reasons}")
 
     prompts = sorted({row.prompt for rows in pairs.values() for _, row in rows})
     prompt_shards, features = _encode_prompts(work, target, prompts, load_prompt_encoder, config)
@@ -126,6 +127,10 @@ def prepare(
         "text": prompt_fingerprint,
         "source": _what_counts(config),
         "left_out": {name: count for name, count in sorted(counts.items()) if count},
+        "examples": {
+            problem: [name for name, found in sorted(problems.items()) if found == problem][:3]
+            for problem in sorted(set(problems.values()))
+        },
         "images": {
             "count": len(index),
             "by_bucket": dict(sorted(Counter(bucket for bucket, _ in index).items())),
@@ -235,7 +240,9 @@ def _bucketed(rows, sizes, config: PreparationConfig, counts: Counter) -> list[t
     kept = []
     for row in rows:
         pair = [sizes[row.chosen], sizes[row.rejected]]
-        if any(isinstance(size, str) for size in pair):
+        if row.chosen == row.rejected:
+            counts["pair of an image with itself"] += 1
+        elif any(isinstance(size, str) for size in pair):
             counts["pair of a missing or unreadable image"] += 1
         elif any(height * width < config.min_area for height, width, _ in pair):
             counts["pair of an image too small"] += 1

@@ -33,8 +33,8 @@ def compile_ahead(
     frozen: Params,
     shapes: Mapping[tuple[int, ...], PreferenceBatch],
     mesh: Mesh,
-) -> dict[tuple[int, ...], jax.stages.Compiled]:
-    """The step compiled for every bucket before the first one runs, several at a time."""
+) -> tuple[dict[tuple[int, ...], jax.stages.Compiled], dict[tuple[int, ...], float]]:
+    """The step compiled for every bucket before the first one runs, several at a time, and its FLOPs."""
     with (
         jax.set_mesh(mesh),
         distributed.progress(total=len(shapes), desc="compiling buckets", unit="bucket") as bar,
@@ -49,7 +49,8 @@ def compile_ahead(
         lowered = {shape: step_fn.lower(state, frozen, batch) for shape, batch in shapes.items()}
         # In order on several processes, which must agree on the programs' numbering.
         workers = pool.map if jax.process_count() == 1 else map
-        return dict(zip(lowered, workers(compile_one, lowered.values())))
+        compiled = dict(zip(lowered, workers(compile_one, lowered.values())))
+    return compiled, {shape: float((step.cost_analysis() or {}).get("flops", 0.0)) for shape, step in lowered.items()}
 
 
 def on_device(batches: TrainingBatches, batch_size: int, mesh: Mesh) -> Iterator[tuple[PreferenceBatch, dict]]:

@@ -111,7 +111,8 @@ def plot_learning_curve(path: pathlib.Path, history: list[dict]) -> None:
             label=f"held-out, sigma {measured[0]['eval_sigma']:g}",
         )
     right.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
-    right.set(xlabel="step", ylabel="pair accuracy, %", ylim=(40, 101))
+    right.set(xlabel="step", ylabel="pair accuracy, %")
+    _accuracy_limits(right)
     right.legend(frameon=False, loc="lower right")
     _save(figure, path)
 
@@ -127,7 +128,8 @@ def plot_accuracy_by_sigma(path: pathlib.Path, scores: PairScores) -> None:
         for level in scores.levels[len(single) :]:
             axes.axhline(100 * scores.accuracy(level, mask), color=color, linestyle="--", linewidth=0.9)
     axes.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="noise level sigma", ylabel="held-out pair accuracy, %", ylim=(40, 101))
+    axes.set(xlabel="noise level sigma", ylabel="held-out pair accuracy, %")
+    _accuracy_limits(axes)
     axes.set_title("dashed: " + ", ".join(level_name(level) for level in scores.levels[len(single) :]), fontsize=9)
     axes.legend(frameon=False, loc="lower left")
     _save(figure, path)
@@ -156,6 +158,11 @@ def plot_pairs(
     title = f"Held-out pairs, preferred image left; scores at {level_name(level)}, red: wrong order"
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
+
+
+def _accuracy_limits(axes) -> None:
+    """From below chance, and below the lowest point, to the top."""
+    axes.set_ylim(min(40, axes.get_ylim()[0]), 101)
 
 
 def _save(figure, path: pathlib.Path) -> None:

@@ -52,6 +52,8 @@ def load_reward_model(
     config = read_json(directory / "config.json")
     if "format" in config:
         return dataclasses.replace(_load_native(directory, config, execution), base_model=base_model)
+    if (directory / "model" / "config.json").is_file():
+        raise ConfigError(f"{directory} is the directory of a training run; its model is {directory / 'model'}")
     if base_model is None:
         raise ConfigError(
             f"{directory} is in the released layout, which holds LoRA and head only; name its base model "

@@ -115,19 +115,14 @@ def test_bfloat16_stays_close():
     assert np.abs(found.astype(np.float32) - expected).max() < 0.05 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("num_blocks", [12, 24])
-def test_full_size_has_diffusers_parameters(num_blocks):
-    """Names and shapes of SD3.5-Medium, truncated and whole, against diffusers on the meta device."""
+def test_full_size_has_diffusers_parameters():
+    """Names and shapes of SD3.5-Medium, truncated to 12 blocks, against diffusers on the meta device."""
     config = SD3Config()
     with torch.device("meta"):
         reference = SD3Transformer2DModel(**to_mapping(config))
-    ours = transformer_functional(config, ExecutionConfig()).shapes
     expected = {name: tuple(parameter.shape) for name, parameter in reference.named_parameters()}
     expected["pos_embed.proj.weight"] = (1536, 64)
     expected["pos_embed.pos_embed"] = (2, 384, 768)
-    if num_blocks == 24:
-        assert {name: shape.shape for name, shape in ours.items()} == expected
-        return
     model = reward_functional(RewardModelConfig(), ExecutionConfig()).shapes
     kept = {name.removeprefix("backbone."): shape.shape for name, shape in model.items() if "lora" not in name}
     kept = {name: shape for name, shape in kept.items() if not name.startswith("head.")}

@@ -44,7 +44,7 @@ def picture(path, height, width, seed=0):
 @pytest.fixture
 def source(tmp_path):
     """Five good pairs of three prompts, and one of every kind that is left out."""
-    rows = [pair("a", 0, 1), pair("a", 1, 2), pair("b", 3, 4), pair("b", 4, 3), pair("c", 5, 6)]
+    rows = [pair("a", 0, 1), pair("a", 1, 2), pair("b", 3, 4), pair("b", 4, 3), pair("c", 5, 6), pair("c", 5, 5)]
     bad = ("missing", "truncated", "tiny", "panorama", "other_shape")
     directory = write_hpdv3(tmp_path / "source", rows + [pair("d", 0, name) for name in bad], [pair("e", "grey", 0)])
     (directory / "images").mkdir()
@@ -67,16 +67,17 @@ def test_what_is_kept_and_why_not(source, tmp_path):
         "image missing": 1,
         "image unreadable": 1,
         "note: image converted to RGB": 1,
-        "note: votes unknown": 11,
+        "note: votes unknown": 12,
         "pair of a missing or unreadable image": 2,
         "pair of an image of odd aspect": 1,
+        "pair of an image with itself": 1,
         "pair of an image too small": 1,
         "pair of different aspects": 1,
     }
     assert manifest["pairs"] == {"train": {"128x128": 1, "64x64": 2, "96x64": 2}, "eval": {"64x64": 1}}
     lines = report(manifest)
     assert "5 train pairs (128x128: 1, 64x64: 2, 96x64: 2)" in lines
-    assert "1 image unreadable" in lines
+    assert "1 image unreadable (images/truncated.png)" in lines
     data = Records(tmp_path / "out")
     joined = {
         tuple(data.images[i].name[7:-4] for i in (row.chosen, row.rejected)) + (data.prompts[row.prompt].text,)
@@ -243,7 +244,9 @@ def test_unfinished_work_of_another_configuration(source, tmp_path):
 
 def test_nothing_left_to_keep(source, tmp_path):
     bare = dataclasses.replace(TINY, min_area=10**6)
-    with pytest.raises(RecordsError, match=r"no pairs are left for eval, train; left out: {.*'pair of an image too"):
+    with pytest.raises(
+        RecordsError, match=r"no pairs are left for eval, train; left out: .* pair of an image too small"
+    ):
         preprocess(source, tmp_path / "out", bare)
     preprocess(source, tmp_path / "out", TINY)  # nothing stands in the way of the corrected command
 

@@ -189,6 +189,7 @@ def test_json_lines(tmp_path):
     ("dataset", "files", "message"),
     [
         ("hpdv3", {}, "is not a directory of HPDv3: it has no train.json"),
+        ("jsonl", {"pairs.jsonl": '{"prompt": 1}\n{"a'}, "pairs.jsonl, line 2 is neither a JSON array nor"),
         ("hpdv3", {"train.json": "[{"}, "train.json is neither a JSON array nor JSON lines"),
         ("hpdv3", {"train.json": "[]"}, "train.json holds no rows"),
         (
@@ -201,7 +202,7 @@ def test_json_lines(tmp_path):
         (
             "hpdv2",
             {"test.json": '[{"prompt": "p", "image_path": ["a", "b"], "rank": [1, 2]}]'},
-            "holdout must leave prompts on both sides: 10 of 1 prompts",
+            "must leave prompts on both sides: 10 of 1 prompts",
         ),
         ("jsonl", {"pairs.jsonl": '{"prompt": null, "chosen": "a", "rejected": "b"}'}, "prompt must be text, got None"),
         ("imagereward", {"test.json": '{"prompt": 1}'}, "expected the keys prompt, generations, ranking"),
