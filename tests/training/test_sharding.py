@@ -2,20 +2,24 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from dinalrm_jax.config import ConfigError, ExecutionConfig, HeadConfig, MeshConfig, RewardModelConfig, SD3Config
 from dinalrm_jax.reward_model import is_trainable, reward_functional
+from dinalrm_jax.training.checkpoint import Checkpoints
 from dinalrm_jax.training.sharding import (
     check_batch_size,
     gather,
+    like_parameters,
     local_rows,
     make_mesh,
     parameter_shardings,
     place,
     put_rows,
 )
+from dinalrm_jax.training.step import TrainState
 from dinalrm_jax.weights.pretrained import transformer_functional
 from tests.conftest import TINY
 
@@ -111,3 +115,29 @@ def test_meshes_and_batches_that_do_not_fit():
         MeshConfig(data=-1, fsdp=-1)
     with pytest.raises(ConfigError, match=r"reward.batch_size 12 must be a multiple of .* = 2 x 2 x 2"):
         check_batch_size("reward.batch_size", 12, 2, make_mesh(MeshConfig(data=2, fsdp=2)))
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(mesh, tmp_path):
+    """Written where rows are split four ways, restored where parameters are split two by two."""
+    shapes = {"head.attn1.to_q.weight": (8, 12), "head.head.bias": (1,)}
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    optimizer = optax.adam(1e-3)
+
+    def state_on(mesh, params):
+        shardings = parameter_shardings(params, mesh)
+        state = TrainState.create(place(params, shardings), optimizer)
+        return jax.device_put(state, like_parameters(state, shardings, mesh))
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(state_on(make_mesh(MeshConfig(data=4)), params), {"step": 0})
+    checkpoints.close()
+    like = state_on(mesh, {name: np.zeros_like(array) for name, array in params.items()})
+    restored, loader = Checkpoints(tmp_path / "checkpoints").restore_latest(like)
+    assert loader == {"step": 0}
+    for name, array in restored.params.items():
+        np.testing.assert_array_equal(array, params[name])
+    query = restored.ema["head.attn1.to_q.weight"]
+    assert {shard.data.shape for shard in query.addressable_shards} == {(4, 6)}
+    moment = restored.opt_state[0].mu["head.attn1.to_q.weight"]
+    assert {shard.data.shape for shard in moment.addressable_shards} == {(4, 6)}
