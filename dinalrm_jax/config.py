@@ -469,10 +469,10 @@ class RehearsalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """A window of steps that JAX's profiler records into WORKDIR/profile: `steps` of them after step `start`."""
+    """A window of the reward stage that JAX's profiler records: `steps` steps (0: none) after step `start`."""
 
-    start: int
-    steps: int = 5
+    start: int = 10
+    steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -536,7 +536,7 @@ class TrainConfig:
     generator: a flow-matching stage that trains the whole backbone first; None: skip it.
     reward: the stage that trains LoRA and head on preference pairs.
     wandb_project: log to this Weights & Biases project too; needs `wandb` installed.
-    profile: record a few steps of the reward stage with JAX's profiler.
+    profile: steps to record into WORKDIR/profile.
     """
 
     name: str
@@ -553,7 +553,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     rehearsal: RehearsalConfig | None = None
     wandb_project: str | None = None
-    profile: ProfileConfig | None = None
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self):
         if self.rehearsal is not None and (self.scenes is not None or self.data or self.base_model):

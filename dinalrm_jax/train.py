@@ -226,7 +226,7 @@ def fit(
     workdir: pathlib.Path,
     mesh: Mesh,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
-    profile: ProfileConfig | None = None,
+    profile: ProfileConfig = ProfileConfig(),
 ) -> TrainState:
     """Trains one stage to its last step, continuing from its latest checkpoint.
 
@@ -398,7 +398,7 @@ def main(argv: list[str]) -> None:
             print(stop, file=sys.stderr)
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
-        print("interrupted between two steps' saves; the same command goes on from the last save", file=sys.stderr)
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         distributed.leave(130)
     except (ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

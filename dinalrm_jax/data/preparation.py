@@ -13,6 +13,7 @@ the records end in the same bytes whatever happened on the way. All processes se
 import collections
 import dataclasses
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -104,7 +105,7 @@ def prepare(
             if name not in result["failed"]:
                 index[shard.bucket, name] = len(index)
     counts.update(f"image {problem}" for problem in problems.values())
-    counts["note: image converted to RGB"] = sum(size[2] != "RGB" for size in sizes.values() if len(size) == 3)
+    counts["note: image converted to RGB"] = sum(isinstance(size, list) and size[2] != "RGB" for size in sizes.values())
     pairs = {split: _surviving(rows, index, counts) for split, rows in wanted.items()}
     if empty := sorted(split for split, rows in pairs.items() if not rows):
         distributed.barrier("empty")
@@ -396,7 +397,7 @@ def _encode_prompts(
             rows = _embedded(part, encoder, config.prompt_batch_size, bar)
             first = next(rows)
             features = records.prompt_features(first)
-            written = records.write_shard(path, features, _chain(first, rows))
+            written = records.write_shard(path, features, itertools.chain([first], rows))
             shapes = [first.prompt_embeds.shape, first.pooled_prompt_embeds.shape]
             _write_json(result, {**dataclasses.asdict(written), "shapes": shapes})
     distributed.barrier("prompts")
@@ -414,11 +415,6 @@ def _embedded(prompts: Sequence[str], encoder: PromptEncoder, batch_size: int, b
         for row, prompt in enumerate(batch):
             yield PromptRecord(prompt, embeds.prompt_embeds[row], embeds.pooled_prompt_embeds[row])
         bar.update(len(batch))
-
-
-def _chain(first: T, rest: Iterable[T]) -> Iterator[T]:
-    yield first
-    yield from rest
 
 
 # -------------------------------------------------------------------------------------- parts

@@ -8,11 +8,11 @@ from dinalrm_jax.config import ProfileConfig
 
 
 class ProfileWindow:
-    """Records the steps of `config` that the run does take; None records nothing. Close it, whatever happens."""
+    """Records the steps of `config` that the run does take. Close it, whatever happens."""
 
-    def __init__(self, directory: pathlib.Path, config: ProfileConfig | None):
+    def __init__(self, directory: pathlib.Path, config: ProfileConfig):
         self._directory = directory
-        self._steps = range(0) if config is None else range(config.start + 1, config.start + config.steps + 1)
+        self._steps = range(config.start + 1, config.start + config.steps + 1)
         self._recording = False
 
     def before(self, step: int) -> None:
