@@ -1,10 +1,12 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -26,3 +28,16 @@ def whole_directory(target: str | pathlib.Path) -> Iterator[pathlib.Path]:
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: pathlib.Path, value: Any, indent: int | None = None) -> None:
+    """Writes a JSON file, keys sorted, whole or not at all; when this returns it is on disk."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w") as file:
+            file.write(json.dumps(value, sort_keys=True, indent=indent) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -15,7 +15,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import pathlib
 import shutil
 from collections import Counter
@@ -34,6 +33,7 @@ from dinalrm_jax.data import buckets, records
 from dinalrm_jax.data.buckets import Size, bucket_name, parse_bucket
 from dinalrm_jax.data.preferences import Preference, Source, pick, select, stable_hash
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, RecordsError, Shard
+from dinalrm_jax.disk import write_json
 from dinalrm_jax.encoders import ImageCodec, PromptEncoder
 
 SIZES_PER_PART = 4096
@@ -196,7 +196,7 @@ def _claim(work: pathlib.Path, config: PreparationConfig, preferences, encoders:
     if distributed.is_first() and not path.exists():
         for name in ("parts", "records/images", "records/prompts"):
             (work / name).mkdir(parents=True, exist_ok=True)
-        _write_json(path, plan)
+        write_json(path, plan)
     distributed.barrier("plan")
     found = json.loads(path.read_text())
     if found != plan:
@@ -229,7 +229,7 @@ def _sizes(work: pathlib.Path, source: Source, preferences, config: PreparationC
     todo, bar = _share(jobs, lambda job: job[1], lambda job: len(job[0]), "reading sizes", "image")
     with bar, ThreadPoolExecutor(config.threads) as pool:
         for part, path in todo:
-            _write_json(path, list(pool.map(size, part)))
+            write_json(path, list(pool.map(size, part)))
             bar.update(len(part))
     distributed.barrier("sizes")
     return dict(zip(names, (size for path in paths for size in json.loads(path.read_text()))))
@@ -319,7 +319,7 @@ def _encode_images(
             result = {**dataclasses.asdict(written), "failed": failed, "error": error.tolist()}
             height, width = parse_bucket(shard.bucket)
             result["numbers"] = written.records * (height * width // codec.downsampling**2)
-            _write_json(result_path(shard), result)
+            write_json(result_path(shard), result)
     distributed.barrier("images")
     return [json.loads(result_path(shard).read_text()) for shard in shards]
 
@@ -399,7 +399,7 @@ def _encode_prompts(
             features = records.prompt_features(first)
             written = records.write_shard(path, features, itertools.chain([first], rows))
             shapes = [first.prompt_embeds.shape, first.pooled_prompt_embeds.shape]
-            _write_json(result, {**dataclasses.asdict(written), "shapes": shapes})
+            write_json(result, {**dataclasses.asdict(written), "shapes": shapes})
     distributed.barrier("prompts")
     found = [json.loads(path.read_text()) for path in results]
     embeds, pooled = (np.zeros(shape) for shape in found[0]["shapes"])
@@ -441,15 +441,3 @@ def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w") as file:
-            json.dump(value, file, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

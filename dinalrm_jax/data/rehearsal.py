@@ -89,7 +89,7 @@ def write_pipeline(directory: str | pathlib.Path, seed: int = 0, transformer: SD
         _write_t5_tokenizer(partial / "tokenizer_3")
 
 
-def _write_module(directory, stem, build, config, extra, seed, table=(rules.Rule("{}", "{}"),)) -> None:
+def _write_module(directory, stem, build, config, extra, seed, table=rules.IDENTITY) -> None:
     _write_json(directory / "config.json", {**extra, **to_mapping(config)})
     params = functional(lambda rngs: build(rngs=rngs)).init(seed)
     # Norms start as the identity and biases of norms at zero; drawn, nothing can hide behind them.

@@ -11,6 +11,8 @@ import numpy as np
 import psutil
 from tensorboardX import SummaryWriter
 
+from dinalrm_jax import distributed
+
 # Dense bfloat16 peak of one device, FLOP/s, as its maker states it; for utilisation.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -50,7 +52,7 @@ class MetricsLog:
         self.stage = stage
         self._pending: dict[int, Mapping[str, jax.Array]] = {}
         self._rows, self._waited, self._flops, self._since = 0, 0.0, 0.0, time.perf_counter()
-        self._writes, self._wandb = jax.process_index() == 0, None
+        self._writes, self._wandb = distributed.is_first(), None
         if not self._writes:
             return
         self._path = directory / "metrics.jsonl"

@@ -3,13 +3,13 @@
 import json
 import pathlib
 
-import jax
 from jax.sharding import Mesh
 
-from dinalrm_jax import noise
+from dinalrm_jax import distributed, noise
 from dinalrm_jax.config import ConfigError, SweepConfig, TrainConfig, to_mapping
 from dinalrm_jax.data.batch import validate_latents
 from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.disk import write_json
 from dinalrm_jax.training.sharding import check_batch_size
 from dinalrm_jax.weights.pipeline import vae_fingerprint
 
@@ -89,11 +89,9 @@ def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> N
 def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
     """Makes the run's directory and writes its configuration there; see `check_workdir`."""
     check_workdir(workdir, config)
-    if jax.process_index() == 0:
+    if distributed.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / "config.partial"
-        partial.write_text(json.dumps(_identity(config), indent=1) + "\n")
-        partial.replace(workdir / "config.json")
+        write_json(workdir / "config.json", _identity(config), indent=1)
 
 
 def _identity(config: TrainConfig | SweepConfig) -> dict:

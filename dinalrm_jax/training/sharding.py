@@ -126,11 +126,6 @@ def place(params: Mapping[str, np.ndarray | jax.Array], shardings: Mapping[str, 
     return {name: _place(array, shardings[name]) for name, array in params.items()}
 
 
-def place_whole(tree: T, mesh: Mesh) -> T:
-    """A host tree, the same on every process, on every device of the mesh."""
-    return jax.tree.map(lambda array: _place(array, NamedSharding(mesh, WHOLE)), tree)
-
-
 def _place(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(array, sharding)

@@ -13,7 +13,6 @@ import json
 import pathlib
 from typing import TypeVar
 
-import jax
 import numpy as np
 
 from dinalrm_jax.config import ConfigError, from_mapping
@@ -27,7 +26,6 @@ from dinalrm_jax.weights.files import SafetensorsDirectory, read_json, resolve
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
 TEXT_FILES = ("model_index.json", "text_encoder*/*", "tokenizer*/*")
 VAE_FILES = ("model_index.json", "vae/*")
-IDENTITY = (rules.Rule("{}", "{}"),)
 
 C = TypeVar("C")
 Loaded = tuple[Functional, dict[str, np.ndarray]]
@@ -118,6 +116,6 @@ def _geometry(cls: type[C], directory: pathlib.Path) -> C:
     return from_mapping(cls, {key: value for key, value in values.items() if key in known}, str(path))
 
 
-def _tensors(directory: pathlib.Path, stem: str, module: Functional, unused: str | None) -> dict[str, jax.Array]:
+def _tensors(directory: pathlib.Path, stem: str, module: Functional, unused: str | None) -> dict[str, np.ndarray]:
     tensors = SafetensorsDirectory(directory, stem)
-    return rules.load(tensors, IDENTITY, module.shapes, source=str(directory), unused=unused)
+    return rules.load(tensors, rules.IDENTITY, module.shapes, source=str(directory), unused=unused)

@@ -24,7 +24,6 @@ from dinalrm_jax.weights.rules import WeightsError
 FORMAT = "dinalrm_jax/1"
 CHECKPOINT_FILES = ("config.json", "checkpoint/*", "backbone.safetensors", "trained.safetensors")
 TRANSFORMER_FILES = ("transformer/*", "config.json", "backbone.safetensors")
-OURS = (rules.Rule("{}", "{}"),)
 
 
 # What diffusers' SD3Transformer2DModel takes for a key that its config.json leaves out; not SD3.5-Medium's values.
@@ -111,7 +110,7 @@ def load_backbone(
     config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     if "format" in config:
         transformer = from_mapping(SD3Config, _native(config, "backbone", directory), f"{directory}/config.json")
-        tensors, table = SafetensorsDirectory(directory, "backbone"), OURS
+        tensors, table = SafetensorsDirectory(directory, "backbone"), rules.IDENTITY
     else:
         directory, transformer = read_diffusers_config(base_model)
         tensors, table = SafetensorsDirectory(directory, "diffusion_pytorch_model"), sd3.rules(transformer)
@@ -132,15 +131,15 @@ def save_reward_model(model: RewardModel, output: str | pathlib.Path) -> None:
     trained = {name: array for name, array in model.params.items() if is_trainable(name)}
     with whole_directory(output) as directory:
         _write_config(directory, "reward_model", to_mapping(model.config))
-        save_safetensors(directory / "backbone.safetensors", rules.dump(frozen, OURS))
-        save_safetensors(directory / "trained.safetensors", rules.dump(trained, OURS))
+        save_safetensors(directory / "backbone.safetensors", rules.dump(frozen, rules.IDENTITY))
+        save_safetensors(directory / "trained.safetensors", rules.dump(trained, rules.IDENTITY))
 
 
 def save_backbone(config: SD3Config, params: Params, output: str | pathlib.Path) -> None:
     """Writes a native backbone, whole or not at all."""
     with whole_directory(output) as directory:
         _write_config(directory, "backbone", to_mapping(config))
-        save_safetensors(directory / "backbone.safetensors", rules.dump(params, OURS))
+        save_safetensors(directory / "backbone.safetensors", rules.dump(params, rules.IDENTITY))
 
 
 def export_released(model: RewardModel, output: str | pathlib.Path) -> None:
@@ -181,7 +180,7 @@ def _load_native(directory: pathlib.Path, config: dict, execution: ExecutionConf
     tensors = {}
     for stem in ("backbone", "trained"):
         tensors |= SafetensorsDirectory(directory, stem)
-    params = rules.load(tensors, OURS, shapes, source=str(directory))
+    params = rules.load(tensors, rules.IDENTITY, shapes, source=str(directory))
     return RewardModel(model_config, _to_device(params, execution), execution)
 
 

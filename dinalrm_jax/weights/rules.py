@@ -37,6 +37,9 @@ class Rule:
     dump: Transform = _identity
 
 
+IDENTITY = (Rule("{}", "{}"),)  # for files that carry our names and layouts
+
+
 def load(
     tensors: Mapping[str, np.ndarray],
     rules: Collection[Rule],
