@@ -24,14 +24,19 @@ def timestep(sigma: jax.Array) -> jax.Array:
     return 1000.0 * jnp.asarray(sigma, jnp.float32)
 
 
-def nearest_schedule_sigma(sigma: jax.Array, shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.Array:
-    """The released code's level: the nearest of FlowMatchEuler's `num_train_timesteps` shifted sigmas.
-
-    `sigma_i = shift t_i / (1 + (shift - 1) t_i)` for `t_i = i / num_train_timesteps`. It moves a
-    level by less than 1.6e-3 and is not part of the method; it is here to reproduce released numbers.
-    """
+def schedule_sigmas(shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.Array:
+    """FlowMatchEuler's training table, from 1 down: `shift t / (1 + (shift - 1) t)`, t = i / num_train_timesteps."""
     t = jnp.arange(num_train_timesteps, 0, -1, dtype=jnp.float32) / num_train_timesteps
-    schedule = shift * t / (1 + (shift - 1) * t)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def nearest_schedule_sigma(sigma: jax.Array, shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.Array:
+    """The released code's level: the nearest of `schedule_sigmas`.
+
+    It moves a level by less than 1.6e-3 and is not part of the method; it is here to reproduce
+    released numbers.
+    """
+    schedule = schedule_sigmas(shift, num_train_timesteps)
     return schedule[jnp.argmin(jnp.abs(schedule - jnp.asarray(sigma, jnp.float32)[..., None]), axis=-1)]
 
 

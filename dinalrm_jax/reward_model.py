@@ -177,7 +177,7 @@ class RewardModel:
         prompt: PromptEmbeds,
         sigma: float | Sequence[float] = 0.4,
         noise: jax.typing.ArrayLike | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> np.ndarray:
         """Raw scores of clean latents.
 
@@ -187,7 +187,7 @@ class RewardModel:
             prompt: B encoded prompts.
             sigma: a noise level in [0, 1], or a sequence for the token-level ensemble.
             noise: (B, H/8, W/8, 16), used as it is; None draws it from `seed`, the same for every row.
-            seed: of the noise.
+            seed: of the noise; or B seeds, one a row. Any integer of 64 bits.
 
         Returns:
             (B,) float32.
@@ -209,7 +209,9 @@ class RewardModel:
             if array is not None and not np.isfinite(bad := np.asarray(array, np.float32)).all():
                 rows = np.flatnonzero(~np.isfinite(bad).reshape(len(bad), -1).all(axis=1))
                 raise ValueError(f"{name} holds NaN or infinity in rows {rows.tolist()}; scores would be meaningless")
-        eps = draw_noise(jax.random.key(seed), latents.shape) if noise is None else jnp.asarray(noise)
+        if np.ndim(seed) and len(seed) != len(latents):
+            raise ValueError(f"{len(latents)} latents but {len(seed)} seeds; give one for all, or one a row")
+        eps = draw_noise(seed_key(seed), latents.shape) if noise is None else jnp.asarray(noise)
         return np.asarray(_jitted_score(self.config, self.execution)(self.params, latents, prompt, levels, eps))
 
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -294,10 +296,27 @@ def normalize(raw):
 def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # an old-style jax.random.PRNGKey
+        key = jnp.asarray(key)  # `seed_key`'s, or an old-style jax.random.PRNGKey
+        key = jax.random.wrap_key_data(key, impl="threefry2x32" if key.shape[-1] == 2 else None)
     if key.ndim == 0:
         return jnp.broadcast_to(jax.random.normal(key, shape[1:]), shape)
     return jax.vmap(lambda row_key: jax.random.normal(row_key, shape[1:]))(key)
+
+
+def seed_key(seed: int | Sequence[int]) -> np.ndarray:
+    """The key of a seed, a signed integer of 64 bits, as data: (2,) uint32; (B, 2) of B seeds.
+
+    For seeds below 2^32 it is `jax.random.key`'s, which drops the higher half of larger ones where JAX
+    has no 64-bit numbers.
+
+    Raises:
+        ValueError: more than 64 bits.
+    """
+    try:
+        bits = np.asarray(seed, np.int64).view(np.uint64)
+    except OverflowError:
+        raise ValueError(f"a seed is an integer of 64 bits, got {seed}") from None
+    return np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 
 
 def store(params: Params, execution: ExecutionConfig) -> Params:

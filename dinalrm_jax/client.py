@@ -1,0 +1,243 @@
+"""Clients of the reward server, for threads and for asyncio.
+
+    python -m dinalrm_jax.client [--url http://127.0.0.1:8000]
+
+says whether a server is ready, and times a score.
+"""
+
+import asyncio
+import dataclasses
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import httpx
+import numpy as np
+from absl import app, flags, logging
+
+from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.server import protocol
+from dinalrm_jax.server.engine import RowShape
+
+RETRIED = (408, 429, 500, 502, 503, 504)
+LONGEST_PAUSE = 10.0  # seconds between two tries
+
+
+class RewardServerError(RuntimeError):
+    """No score: the server's refusal, or the failure of the last try."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig:
+    """Where the server is and how long to try.
+
+    url: of the server, without a path.
+    api_key: sent as `Authorization: Bearer KEY`.
+    timeout: seconds for one try.
+    max_retries: tries after the first, on connection errors and on 408, 429 and 5xx; a refused request
+        (400, 401, 413, 422) is not tried again.
+    backoff: seconds before the second try, doubled for every further one up to 10, and varied at random.
+    rows_per_request: larger batches go in several requests.
+    """
+
+    url: str = "http://127.0.0.1:8000"
+    api_key: str | None = None
+    timeout: float = 120.0
+    max_retries: int = 8
+    backoff: float = 0.5
+    rows_per_request: int = 8
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"content-type": protocol.CONTENT_TYPE, protocol.VERSION_HEADER: protocol.VERSION}
+        return headers | ({"authorization": f"Bearer {self.api_key}"} if self.api_key else {})
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds to wait before each further try."""
+        for attempt in range(self.max_retries):
+            yield min(LONGEST_PAUSE, self.backoff * 2**attempt) * random.uniform(0.75, 1.25)
+
+
+class RewardClient:
+    """Scores latents on a reward server. Use it as a context manager, from any number of threads."""
+
+    def __init__(self, config: ClientConfig = ClientConfig()):
+        self._config = config
+        self._http = httpx.Client(base_url=config.url, headers=config.headers, timeout=config.timeout)
+
+    def score_latents(
+        self,
+        latents: np.ndarray,
+        prompt: PromptEmbeds,
+        sigma: float | Sequence[float] = 0.4,
+        seed: int | Sequence[int] | None = 0,
+    ) -> np.ndarray:
+        """Raw scores, as `RewardModel.score_latents` gives them.
+
+        Args:
+            latents: (B, H/8, W/8, 16), channels last, clean and scaled.
+            prompt: B prompts; they and the latents travel in the dtype they have (float32, float16, bfloat16).
+            sigma: one level, or one a row; the server moves it to the nearest of its schedule.
+            seed: of the noise; one for all rows or one a row; None: new noise.
+
+        Returns:
+            (B,) float32.
+
+        Raises:
+            RewardServerError: the request was refused, or every try failed.
+        """
+        return _join(self._send(body) for body in _bodies(self._config, latents, prompt, sigma, seed))
+
+    def info(self) -> dict:
+        """What the server says about itself."""
+        return _answer(self._http.get("/v1/info"))
+
+    def wait_until_ready(self, seconds: float = 600.0) -> None:
+        """Returns once the server scores; raises RewardServerError if it does not in time."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                _answer(self._http.get("/healthz"))
+                return
+            except (httpx.HTTPError, RewardServerError) as error:
+                if time.monotonic() > deadline:
+                    raise RewardServerError(f"{self._config.url} is not ready after {seconds:g} s: {error}") from error
+            time.sleep(0.2)
+
+    def _send(self, body: bytes) -> list[float]:
+        pauses = self._config.pauses()
+        while True:
+            try:
+                return _scores(self._http.post("/v1/score", content=body))
+            except (httpx.HTTPError, _Retry) as error:
+                time.sleep(_next_pause(pauses, error, self._config))
+
+    def __enter__(self) -> "RewardClient":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._http.close()
+
+
+class AsyncRewardClient:
+    """`RewardClient` for asyncio: the same, awaited; the requests of a batch go at once."""
+
+    def __init__(self, config: ClientConfig = ClientConfig()):
+        self._config = config
+        self._http = httpx.AsyncClient(base_url=config.url, headers=config.headers, timeout=config.timeout)
+
+    async def score_latents(
+        self,
+        latents: np.ndarray,
+        prompt: PromptEmbeds,
+        sigma: float | Sequence[float] = 0.4,
+        seed: int | Sequence[int] | None = 0,
+    ) -> np.ndarray:
+        """See `RewardClient.score_latents`."""
+        bodies = _bodies(self._config, latents, prompt, sigma, seed)
+        return _join(await asyncio.gather(*map(self._send, bodies)))
+
+    async def info(self) -> dict:
+        """See `RewardClient.info`."""
+        return _answer(await self._http.get("/v1/info"))
+
+    async def _send(self, body: bytes) -> list[float]:
+        pauses = self._config.pauses()
+        while True:
+            try:
+                return _scores(await self._http.post("/v1/score", content=body))
+            except (httpx.HTTPError, _Retry) as error:
+                await asyncio.sleep(_next_pause(pauses, error, self._config))
+
+    async def __aenter__(self) -> "AsyncRewardClient":
+        return self
+
+    async def __aexit__(self, *exception) -> None:
+        await self._http.aclose()
+
+
+class _Retry(Exception):
+    """An answer after which the same request may do better."""
+
+
+def _bodies(config: ClientConfig, latents, prompt: PromptEmbeds, sigma, seed) -> list[bytes]:
+    rows = len(latents)
+    u = np.broadcast_to(np.asarray(sigma, np.float32), rows)
+    seeds = None if seed is None else np.broadcast_to(np.asarray(seed, np.int64), rows)
+    bodies = []
+    for start in range(0, rows, config.rows_per_request):
+        part = slice(start, start + config.rows_per_request)
+        bodies.append(protocol.serialize(latents[part], prompt[part], u[part], None if seeds is None else seeds[part]))
+    return bodies
+
+
+def _scores(response: httpx.Response) -> list[float]:
+    if response.status_code in RETRIED:
+        raise _Retry(f"HTTP {response.status_code}: {_message(response)}")
+    return _answer(response)["raw_scores"]
+
+
+def _answer(response: httpx.Response) -> dict:
+    if response.status_code != 200:
+        raise RewardServerError(f"{response.url} answers HTTP {response.status_code}: {_message(response)}")
+    return response.json()
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return response.text[: protocol.MAX_MESSAGE]
+
+
+def _next_pause(pauses: Iterator[float], error: Exception, config: ClientConfig) -> float:
+    pause = next(pauses, None)
+    if pause is None:
+        raise RewardServerError(
+            f"no score from {config.url} after {config.max_retries + 1} tries; the last: "
+            f"{type(error).__name__ if not str(error) else error}"
+        ) from error
+    return pause
+
+
+def _join(parts) -> np.ndarray:
+    return np.array([score for part in parts for score in part], np.float32)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # httpx tells every request
+    values = flags.FLAGS
+    with RewardClient(ClientConfig(values.url)) as client:
+        try:
+            client.wait_until_ready(values.wait)
+            info = client.info()
+            shape, limits = RowShape.parse(info["shapes"][0]), info["limits"]
+            rng = np.random.default_rng(0)
+            latents = rng.standard_normal((1, shape.height, shape.width, limits["channels"]), np.float32)
+            prompt = PromptEmbeds(
+                rng.standard_normal((1, shape.tokens, limits["width"]), np.float32),
+                rng.standard_normal((1, limits["pooled_width"]), np.float32),
+            )
+            seconds = []
+            for _ in range(values.repeat):
+                started = time.perf_counter()
+                score = client.score_latents(latents, prompt)[0]
+                seconds.append(time.perf_counter() - started)
+        except RewardServerError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+    print(f"{values.url} is ready: {info['model']} in {info['dtype']} on {info['device']}")
+    median = 1000 * np.median(seconds)
+    print(
+        f"a random row of {shape} scores {score:+.4f}; {median:.1f} ms from request to answer, median of {len(seconds)}"
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("url", ClientConfig.url, "The server, without a path.")
+    flags.DEFINE_float("wait", 0.0, "Seconds to wait for it to be ready.", 0)
+    flags.DEFINE_integer("repeat", 5, "Scores to time.", 1)
+    app.run(main)

@@ -1,0 +1,101 @@
+"""Serves rewards over HTTP to training frameworks in other processes, verl-omni's latent reward client among them.
+
+    python -m dinalrm_jax.serve --checkpoint C [--base-model B] [--port 8000]
+
+Protocol v1 (`dinalrm_jax/server/protocol.py`) on POST /v1/score; GET /healthz (200 once every program
+is compiled and a score was finite), /livez, /v1/info and /metrics (Prometheus). SIGTERM finishes what
+waits and exits with 0. A device that fails for good, or hangs, ends the process with 70: run it under
+something that starts it again.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from dinalrm_jax.compilation_cache import enable_compilation_cache
+from dinalrm_jax.config import ConfigError
+from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.weights.torch_file import TorchFileError
+
+DEFAULTS = ServerConfig()
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        values = {"time": self.formatTime(record), "level": record.levelname, "message": record.getMessage()}
+        values |= {name: getattr(record, name) for name in ("request_id", "status", "peer") if hasattr(record, name)}
+        if record.exc_info:
+            values["exception"] = self.formatException(record.exc_info)
+        return json.dumps(values)
+
+
+def configure_logging(as_json: bool) -> None:
+    """The server's lines on standard error."""
+    absl_logging.use_python_logging(quiet=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("dinalrm_jax").setLevel(logging.INFO)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    values = flags.FLAGS
+    configure_logging(values["log-json"].value)
+    enable_compilation_cache()
+    try:
+        api_key = None
+        if (variable := values["api-key-env"].value) is not None and not (api_key := os.environ.get(variable)):
+            raise ConfigError(f"--api-key-env names {variable}, which is empty or not set")
+        names = ("host", "port", "max_batch_size", "max_wait_ms", "max_queue", "max_body_mb", "deadline_s", "drain_s")
+        config = ServerConfig(
+            **{name: values[name.replace("_", "-")].value for name in names},
+            warmup=tuple(values.warmup),
+            allow_new_shapes=values["allow-new-shapes"].value,
+        )
+        model = RewardModel.from_pretrained(values.checkpoint, values["base-model"].value, values.dtype)
+        server = RewardServer(model, config, values.checkpoint, api_key)
+        status = asyncio.run(server.serve())
+    except (ConfigError, WeightsError, TorchFileError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: cannot listen on {config.host}:{config.port}: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
+    flags.DEFINE_alias("model-path", "checkpoint")
+    flags.DEFINE_string("base-model", None, "Base model in diffusers layout; needed for the released layout.")
+    flags.DEFINE_alias("base-model-path", "base-model")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype.")
+    flags.DEFINE_string("host", DEFAULTS.host, "Address to listen on; 0.0.0.0 for all, on a trusted network.")
+    flags.DEFINE_integer("port", DEFAULTS.port, "Port to listen on; 0 takes a free one.", 0, 65535)
+    flags.DEFINE_integer("max-batch-size", DEFAULTS.max_batch_size, "Rows in one program.", 1)
+    flags.DEFINE_float("max-wait-ms", DEFAULTS.max_wait_ms, "How long a batch waits for rows on a free device.", 0)
+    flags.DEFINE_integer("max-queue", DEFAULTS.max_queue, "Rows that may wait; beyond, requests get 429.", 1)
+    flags.DEFINE_integer("max-body-mb", DEFAULTS.max_body_mb, "MiB a request may have.", 1)
+    flags.DEFINE_list(
+        "warmup",
+        DEFAULTS.warmup,
+        "Shapes to compile at start, LATENT_HEIGHTxLATENT_WIDTHxTOKENS[,...]; 512 pixels and 333 tokens if not given.",
+    )
+    flags.DEFINE_float("deadline-s", DEFAULTS.deadline_s, "Seconds a request may take; verl-omni waits 120.", 0.001)
+    flags.DEFINE_float("drain-s", DEFAULTS.drain_s, "Seconds for waiting rows at SIGTERM.", 0)
+    flags.DEFINE_bool("allow-new-shapes", DEFAULTS.allow_new_shapes, "Compile shapes that come instead of refusing.")
+    flags.DEFINE_string("api-key-env", None, "Environment variable with a key that clients must send.")
+    flags.DEFINE_bool("log-json", False, "Log lines of JSON.")
+    flags.mark_flag_as_required("checkpoint")
+    app.run(main)

@@ -1,0 +1,270 @@
+"""From rows that arrive one by one to batches on the device: a bounded queue and one thread.
+
+A row's future is all that ties it to its request: a cancelled one, of a client that left or whose
+deadline passed, is dropped before it reaches the device.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from dinalrm_jax.server.engine import Engine, Row, RowShape
+from dinalrm_jax.server.protocol import RequestError
+
+log = logging.getLogger(__name__)
+LOADING, READY, DRAINING, DEAD = "loading", "ready", "draining", "dead"
+IN_FLIGHT = 2  # one batch on the device, the next one stacked and dispatched behind it
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What became of a row: its score, seconds it waited and was computed in, rows of its batch."""
+
+    score: float
+    queued: float
+    computed: float
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Waiting:
+    row: Row
+    arrived: float
+    future: Future
+
+
+class Batcher:
+    """Puts rows of one shape together, up to `engine.max_batch`.
+
+    A batch goes to the device when it is full, or, where the device is free, `max_wait` seconds after
+    its first row came.
+
+    Args:
+        engine: the programs.
+        shapes: compiled before the first row is taken.
+        max_wait: seconds.
+        max_queue: rows that may wait.
+        allow_new_shapes: compile other shapes when they come, beside the work; else they are refused.
+        observe: called with every finished batch's size and the seconds it took.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        shapes: Sequence[RowShape],
+        *,
+        max_wait: float = 0.01,
+        max_queue: int = 512,
+        allow_new_shapes: bool = False,
+        observe: Callable[[int, float], None] = lambda size, seconds: None,
+    ):
+        self.engine = engine
+        self.state = LOADING
+        self._shapes, self._max_wait, self._max_queue = shapes, max_wait, max_queue
+        self._allow_new_shapes, self._observe = allow_new_shapes, observe
+        self._changed = threading.Condition()
+        self._queue: list[_Waiting] = []
+        self._flying: dict[int, float] = {}  # a batch's number: when it went to the device
+        self._flown, self._last_end = 0, 0.0
+        self._compiling: dict[RowShape, Future] = {}
+        self._finishers = ThreadPoolExecutor(1, "finish")
+        self._compilers = ThreadPoolExecutor(1, "compile")
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+
+    # ------------------------------------------------------------------ called by the server
+
+    def start(self) -> None:
+        """Begins to compile, then to score."""
+        self._thread.start()
+
+    def submit(self, rows: Sequence[Row]) -> list[Future]:
+        """Queues rows of one shape; each future becomes a `Scored` or an exception.
+
+        Raises:
+            RequestError: not ready, the queue is full, or a shape that is not compiled.
+        """
+        shape = rows[0].shape
+        with self._changed:
+            self.check_ready()
+            if shape not in self.engine.shapes:
+                if not self._allow_new_shapes:
+                    raise RequestError(
+                        400,
+                        "unknown_shape",
+                        f"latents and tokens of shape {shape} are not compiled here; this server takes "
+                        f"{', '.join(map(str, self.engine.shapes))} (more with --warmup, any with --allow-new-shapes)",
+                    )
+                if shape not in self._compiling:
+                    self._compiling[shape] = self._compilers.submit(self._compile, shape)
+            if len(self._queue) + len(rows) > self._max_queue:
+                raise RequestError(
+                    429,
+                    "queue_full",
+                    f"{len(self._queue)} rows are waiting, {self._max_queue} at most; try again later",
+                )
+            waiting = [_Waiting(row, time.monotonic(), Future()) for row in rows]
+            self._queue += waiting
+            self._changed.notify_all()
+        return [item.future for item in waiting]
+
+    def check_ready(self) -> None:
+        """Raises RequestError 503 unless rows are scored."""
+        if self.state != READY:
+            message = {
+                LOADING: "the server is compiling its programs; /healthz says when it is ready",
+                DRAINING: "the server is shutting down",
+                DEAD: "the device failed; the server ends itself and is to be started again",
+            }[self.state]
+            raise RequestError(503, self.state, message)
+
+    @property
+    def waiting(self) -> int:
+        """Rows in the queue."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> float:
+        """Seconds for which the oldest batch has been on the device; 0 where none is."""
+        with self._changed:
+            return time.monotonic() - min(self._flying.values()) if self._flying else 0.0
+
+    def drain(self) -> None:
+        """Takes no more rows; those that wait are finished, then the thread ends."""
+        with self._changed:
+            if self.state != DEAD:
+                self.state = DRAINING
+            self._changed.notify_all()
+
+    def join(self, seconds: float) -> bool:
+        """Waits for the end of a drained batcher; what is left then is answered with 503. Whether it ended."""
+        self._thread.join(seconds)
+        with self._changed:
+            for item in self._queue:
+                if item.future.set_running_or_notify_cancel():
+                    item.future.set_exception(RequestError(503, DRAINING, "the server shut down before this row"))
+            self._queue.clear()
+        return not self._thread.is_alive()
+
+    # ------------------------------------------------------------------------- device thread
+
+    def _run(self) -> None:
+        try:
+            for shape in self._shapes:
+                self._compile(shape)
+            self._try_device()
+        except Exception as error:
+            log.exception("the model cannot be compiled or run")
+            self._die(error)
+            return
+        with self._changed:
+            if self.state == LOADING:
+                self.state = READY
+        while batch := self._next():
+            self._dispatch(batch)
+        self._finishers.shutdown()
+
+    def _compile(self, shape: RowShape) -> None:
+        started = time.monotonic()
+        try:
+            self.engine.compile(shape)
+        except Exception as error:
+            if self.state == LOADING:
+                raise
+            log.exception("shape %s cannot be compiled", shape)
+            self._fail([item for item in self._queue if item.row.shape == shape], error)
+        else:
+            buckets = ", ".join(map(str, self.engine.buckets))
+            log.info("compiled %s for %s rows in %.1f s", shape, buckets, time.monotonic() - started)
+        with self._changed:
+            self._compiling.pop(shape, None)
+            self._changed.notify_all()
+
+    def _try_device(self) -> None:
+        """Raises unless a row of the first shape gets a finite score."""
+        score = self.engine.start([self.engine.probe(self._shapes[0])])()
+        if not np.isfinite(score).all():
+            raise RuntimeError(f"the model scores its probe {score}; weights or compute dtype are broken")
+
+    def _next(self) -> list[_Waiting] | None:
+        """Waits for a batch that may go, and takes it; None when a drained queue is empty."""
+        with self._changed:
+            while True:
+                self._queue = [item for item in self._queue if not item.future.done()]
+                ready = [item for item in self._queue if item.row.shape not in self._compiling]
+                if not ready and not self._queue and self.state != READY:
+                    return None
+                wait = None
+                if ready and len(self._flying) < IN_FLIGHT:
+                    shape = ready[0].row.shape
+                    batch = [item for item in ready if item.row.shape == shape][: self.engine.max_batch]
+                    full = len(batch) == self.engine.max_batch
+                    wait = ready[0].arrived + self._max_wait - time.monotonic()
+                    if full or (not self._flying and (wait <= 0 or self.state != READY)):
+                        taken = set(map(id, batch))
+                        self._queue = [item for item in self._queue if id(item) not in taken]
+                        wanted = [item for item in batch if item.future.set_running_or_notify_cancel()]
+                        if wanted:
+                            return wanted
+                        continue
+                    if self._flying:
+                        wait = None  # for the batch to fill, or the device to be free
+                self._changed.wait(wait)
+
+    def _dispatch(self, batch: list[_Waiting]) -> None:
+        with self._changed:
+            self._flown += 1
+            number, started = self._flown, time.monotonic()
+            self._flying[number] = started
+        try:
+            finish = self.engine.start([item.row for item in batch])
+        except Exception as error:
+
+            def finish(error=error):
+                raise error
+
+        self._finishers.submit(self._finish, number, started, batch, finish)
+
+    def _finish(self, number: int, started: float, batch: list[_Waiting], finish: Callable[[], np.ndarray]) -> None:
+        try:
+            scores, failure = finish(), None
+        except Exception as error:
+            failure = error
+            log.exception("a batch of %d rows of %s failed", len(batch), batch[0].row.shape)
+        ended = time.monotonic()
+        with self._changed:
+            started = max(started, self._last_end)  # dispatched behind another batch, it began at that one's end
+            self._last_end = ended
+            del self._flying[number]
+            self._changed.notify_all()
+        if failure is not None:
+            self._fail(batch, failure)
+            try:
+                self._try_device()  # whether it was the batch or the device
+            except Exception as error:
+                log.exception("the device does not recover")
+                self._die(error)
+            return
+        self._observe(len(batch), ended - started)
+        for item, score in zip(batch, scores):
+            if np.isfinite(score):
+                item.future.set_result(Scored(float(score), started - item.arrived, ended - started, len(batch)))
+            else:
+                message = f"the model gave {score} for finite inputs; no reward can be made of it"
+                item.future.set_exception(RequestError(500, "non_finite_score", message))
+
+    def _die(self, error: Exception) -> None:
+        with self._changed:
+            self.state = DEAD
+            self._fail(self._queue, error)
+            self._changed.notify_all()
+
+    @staticmethod
+    def _fail(batch: Sequence[_Waiting], error: Exception) -> None:
+        for item in batch:
+            if not item.future.done():
+                item.future.set_exception(RequestError(500, "device_failure", f"the device failed: {error}"))

@@ -1,0 +1,148 @@
+"""The compiled programs of a server: one for each shape of a row and each bucket of a batch's size."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dinalrm_jax.config import ConfigError
+from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.reward_model import RewardModel, draw_noise, reward_functional, seed_key
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Latent height and width, and text tokens, of a row; written 64x64x333."""
+
+    height: int
+    width: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.tokens}"
+
+    @classmethod
+    def parse(cls, text: str) -> "RowShape":
+        """Raises ConfigError unless `text` is three positive numbers."""
+        try:
+            shape = cls(*map(int, text.split("x")))
+        except (TypeError, ValueError):
+            shape = None
+        if shape is None or min(dataclasses.astuple(shape)) < 1:
+            raise ConfigError(
+                f"a shape to warm up is LATENT_HEIGHTxLATENT_WIDTHxTOKENS, for instance 64x64x333; got {text!r}"
+            )
+        return shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One image to score: latents (h, w, C), embeddings (S, D) and (P,), a level and a seed of 64 bits."""
+
+    latents: np.ndarray
+    prompt_embeds: np.ndarray
+    pooled_prompt_embeds: np.ndarray
+    sigma: float
+    seed: int
+
+    @property
+    def shape(self) -> RowShape:
+        return RowShape(*self.latents.shape[:2], len(self.prompt_embeds))
+
+
+class Engine:
+    """Scores up to `max_batch` rows of one shape in one program.
+
+    A batch is padded, by its first row, to the next of 1, 2, 4, 8 ... `max_batch`. A row's noise comes
+    from its own seed, as in `RewardModel.score_latents`, so its score does not depend on the others.
+    """
+
+    def __init__(self, model: RewardModel, max_batch: int):
+        self.max_batch = max_batch
+        self.buckets = sorted({min(2**power, max_batch) for power in range(max_batch.bit_length() + 1)})
+        self._transformer = model.config.transformer
+        self._params = model.params
+        module = reward_functional(model.config, model.execution)
+        self._score = jax.jit(
+            lambda params, latents, prompt, sigma, keys: module.bind(params)(
+                latents, prompt, sigma, draw_noise(keys, latents.shape)
+            )
+        )
+        self._programs: dict[tuple[int, RowShape], jax.stages.Compiled] = {}
+
+    @property
+    def shapes(self) -> list[RowShape]:
+        """The shapes that are compiled for every bucket."""
+        shapes = dict.fromkeys(shape for _, shape in self._programs)
+        return [shape for shape in shapes if all((size, shape) in self._programs for size in self.buckets)]
+
+    def compile(self, shape: RowShape) -> None:
+        """Makes the programs of a shape, all buckets."""
+        geometry = self._transformer
+        for size in self.buckets:
+            inputs = (
+                jax.ShapeDtypeStruct((size, shape.height, shape.width, geometry.in_channels), jnp.float32),
+                PromptEmbeds(
+                    jax.ShapeDtypeStruct((size, shape.tokens, geometry.joint_attention_dim), jnp.float32),
+                    jax.ShapeDtypeStruct((size, geometry.pooled_projection_dim), jnp.float32),
+                ),
+                jax.ShapeDtypeStruct((size,), jnp.float32),
+                jax.ShapeDtypeStruct((size, 2), jnp.uint32),
+            )
+            self._programs[size, shape] = self._score.lower(self._params, *inputs).compile()
+
+    def probe(self, shape: RowShape) -> Row:
+        """A row of a shape, to try the device with."""
+        geometry = self._transformer
+        rng = np.random.default_rng(0)
+        return Row(
+            rng.standard_normal((shape.height, shape.width, geometry.in_channels), np.float32),
+            rng.standard_normal((shape.tokens, geometry.joint_attention_dim), np.float32),
+            rng.standard_normal(geometry.pooled_projection_dim, np.float32),
+            sigma=0.4,
+            seed=0,
+        )
+
+    def start(self, rows: Sequence[Row]) -> Callable[[], np.ndarray]:
+        """Begins a batch of rows of one compiled shape; the result waits for its (len(rows),) scores.
+
+        Out of memory, the batch is done once more in two halves.
+        """
+        try:
+            scores = self._dispatch(rows)
+        except jax.errors.JaxRuntimeError as error:
+            return lambda error=error: self._in_halves(rows, error)
+
+        def finish() -> np.ndarray:
+            try:
+                return np.asarray(scores)[: len(rows)]
+            except jax.errors.JaxRuntimeError as error:
+                return self._in_halves(rows, error)
+
+        return finish
+
+    def _in_halves(self, rows: Sequence[Row], error: jax.errors.JaxRuntimeError) -> np.ndarray:
+        """The scores of a batch that failed for lack of memory; any other failure is raised."""
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(rows) == 1:
+            raise error
+        middle = (len(rows) + 1) // 2
+        return np.concatenate(
+            [np.asarray(self._dispatch(half))[: len(half)] for half in (rows[:middle], rows[middle:])]
+        )
+
+    def _dispatch(self, rows: Sequence[Row]) -> jax.Array:
+        size = next(bucket for bucket in self.buckets if bucket >= len(rows))
+        padded = [*rows, *(size - len(rows)) * [rows[0]]]
+
+        def stack(name):
+            return np.stack([getattr(row, name) for row in padded], dtype=np.float32, casting="unsafe")
+
+        return self._programs[size, rows[0].shape](
+            self._params,
+            stack("latents"),
+            PromptEmbeds(stack("prompt_embeds"), stack("pooled_prompt_embeds")),
+            np.array([row.sigma for row in padded], np.float32),
+            seed_key([row.seed for row in padded]),
+        )

@@ -1,0 +1,45 @@
+"""What the server counts, for Prometheus."""
+
+import jax
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+_compilations = 0
+
+
+def _count_compilation(event: str, seconds: float, **attributes) -> None:
+    global _compilations
+    _compilations += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
+class Metrics:
+    """The server's metrics, in a registry of their own.
+
+    Args:
+        batcher: whose queue and state are shown.
+    """
+
+    def __init__(self, batcher):
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter("dinalrm_requests", "Answered requests.", ["status"], registry=registry)
+        self.rows = Counter("dinalrm_rows", "Rows scored.", registry=registry)
+        self.seconds = Histogram("dinalrm_request_seconds", "From head to answer.", buckets=SECONDS, registry=registry)
+        self.queued = Histogram("dinalrm_queue_seconds", "A row's wait.", buckets=SECONDS, registry=registry)
+        self.computed = Histogram("dinalrm_batch_seconds", "A batch's time.", buckets=SECONDS, registry=registry)
+        self.batch_size = Histogram(
+            "dinalrm_batch_rows", "Rows a batch.", buckets=batcher.engine.buckets, registry=registry
+        )
+        for name, text, value in (
+            ("dinalrm_queue_rows", "Rows waiting.", lambda: batcher.waiting),
+            ("dinalrm_ready", "1 while rows are scored.", lambda: batcher.state == "ready"),
+            ("dinalrm_xla_compilations", "Programs compiled by this process.", lambda: _compilations),
+        ):
+            Gauge(name, text, registry=registry).set_function(value)
+
+    def text(self) -> bytes:
+        """In Prometheus's text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,215 @@
+"""The reward server's wire format, protocol v1: safetensors in, JSON out.
+
+A request is one safetensors blob, images channels first as PyTorch has them:
+
+    latents               (B, 16, h, w)   clean and scaled; float32, float16 or bfloat16, as are the embeddings
+    prompt_embeds         (B, S, 4096)
+    pooled_prompt_embeds  (B, 2048)
+    u                     (B,)            noise levels in [0, 1], float32
+    seeds                 (B,)            int64; optional, without it the noise is new in every request
+
+and the answer `{"protocol_version": "1", "raw_scores": [B numbers], ...}`, or
+`{"protocol_version": "1", "error": {"code", "message", "request_id"}}` with an HTTP status of 400 or more.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+import numpy as np
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+
+from dinalrm_jax.config import RewardModelConfig
+from dinalrm_jax.data.batch import PromptEmbeds
+
+VERSION = "1"
+VERSION_HEADER = "x-drm-protocol-version"
+CONTENT_TYPE = "application/octet-stream"
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+MAX_HEADER_BYTES = 16384  # five tensors take some 400
+MAX_MESSAGE = 900  # it lands in the trainer's log
+
+
+class RequestError(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: of HTTP.
+        code: a word for programs.
+    """
+
+    def __init__(self, status: int, code: str, message: str):
+        super().__init__(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " ...")
+        self.status, self.code = status, code
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRequest:
+    """B rows to score: latents (B, h, w, 16), channels last; B prompts; levels (B,); seeds (B,) or None."""
+
+    latents: np.ndarray
+    prompt: PromptEmbeds
+    u: np.ndarray
+    seeds: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a request may hold: the model's widths, and sizes up to these."""
+
+    channels: int
+    width: int
+    pooled_width: int
+    patch_size: int
+    max_rows: int
+    max_side: int = 192
+    max_tokens: int = 1024
+
+    @classmethod
+    def of(cls, config: RewardModelConfig, max_rows: int) -> "Limits":
+        """Of a model; a side also ends where its position table does."""
+        geometry = config.transformer
+        table = geometry.pos_embed_max_size * geometry.patch_size
+        return cls(
+            geometry.in_channels,
+            geometry.joint_attention_dim,
+            geometry.pooled_projection_dim,
+            geometry.patch_size,
+            max_rows,
+            min(cls.max_side, table),
+        )
+
+    def problems(self, height: int, width: int, tokens: int) -> list[str]:
+        """What is wrong with latents and prompt of these sizes."""
+        out = []
+        for side, size in (("h", height), ("w", width)):
+            if not 1 <= size <= self.max_side or size % self.patch_size:
+                out.append(f"latents' {side} is {size}, expected a multiple of {self.patch_size} up to {self.max_side}")
+        if not 1 <= tokens <= self.max_tokens:
+            out.append(f"the prompt has {tokens} tokens, 1 to {self.max_tokens} are taken")
+        return out
+
+
+def parse(body: bytes, limits: Limits) -> ScoreRequest:
+    """The rows of a request's body, checked; arrays are views of copies that outlive `body`.
+
+    Raises:
+        RequestError: 400 for what is not such a blob, 422 for numbers that are not finite.
+    """
+    header = _header(body)
+    _check_tensors(header, limits)
+    try:
+        tensors = {name: _array(entry) for name, entry in deserialize(body)}
+    except SafetensorError as error:
+        raise _bad(f"the body is not a whole safetensors blob: {error}") from None
+    for name in ("latents", "prompt_embeds", "pooled_prompt_embeds"):
+        _check_finite(name, tensors[name])
+    u = tensors["u"]
+    if not ((u >= 0) & (u <= 1)).all():  # NaN included
+        raise _bad(f"u must lie in [0, 1] (0 clean, 1 pure noise), got {u.tolist()}")
+    prompt = PromptEmbeds(tensors["prompt_embeds"], tensors["pooled_prompt_embeds"])
+    return ScoreRequest(tensors["latents"].transpose(0, 2, 3, 1), prompt, u, tensors.get("seeds"))
+
+
+def serialize(latents: np.ndarray, prompt: PromptEmbeds, u: np.ndarray, seeds: np.ndarray | None) -> bytes:
+    """The inverse of `parse`: a request's body from channels-last latents."""
+    tensors = {
+        "latents": np.ascontiguousarray(np.asarray(latents).transpose(0, 3, 1, 2)),
+        "prompt_embeds": np.ascontiguousarray(prompt.prompt_embeds),
+        "pooled_prompt_embeds": np.ascontiguousarray(prompt.pooled_prompt_embeds),
+        "u": np.asarray(u, np.float32),
+    }
+    if seeds is not None:
+        tensors["seeds"] = np.asarray(seeds, np.int64)
+    return save(tensors)
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Raises RequestError 400 unless a request's headers announce this protocol."""
+    found = headers.get(VERSION_HEADER)
+    if found != VERSION:
+        said = f"the request says {found!r}" if found is not None else "the request does not say"
+        raise _bad(f"this server speaks protocol version {VERSION!r} (header {VERSION_HEADER}); {said}", "bad_protocol")
+    content = headers.get("content-type", "").split(";")[0].strip().lower()
+    if content != CONTENT_TYPE:
+        raise _bad(f"content-type must be {CONTENT_TYPE}, a safetensors blob; got {content!r}", "bad_protocol")
+
+
+def _bad(message: str, code: str = "bad_request") -> RequestError:
+    return RequestError(400, code, message)
+
+
+def _header(body: bytes) -> dict[str, Mapping]:
+    """The blob's table of tensors, read before anything else is copied."""
+    length = int.from_bytes(body[:8], "little")
+    if len(body) < 8 or length > min(MAX_HEADER_BYTES, len(body) - 8):
+        raise _bad(
+            f"the body is not a safetensors blob: {len(body)} bytes, a header of {length} announced "
+            f"(at most {MAX_HEADER_BYTES} here)"
+        )
+    try:
+        header = json.loads(body[8 : 8 + length], object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _bad(f"the body is not a safetensors blob: {error}") from None
+    if not isinstance(header, dict):
+        raise _bad("the body is not a safetensors blob: its header is no JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    names = [name for name, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{', '.join(sorted(twice))} stands twice in the header")
+    return dict(pairs)
+
+
+def _check_tensors(header: Mapping[str, object], limits: Limits) -> None:
+    """Raises RequestError, listing everything that is wrong, unless names, dtypes and shapes are right."""
+    floats = tuple(FLOATS)
+    wanted = {
+        "latents": (floats, ("B", limits.channels, "h", "w")),
+        "prompt_embeds": (floats, ("B", "S", limits.width)),
+        "pooled_prompt_embeds": (floats, ("B", limits.pooled_width)),
+        "u": (("F32",), ("B",)),
+        "seeds": (("I64",), ("B",)),
+    }
+    problems = [f"{name} is missing" for name in wanted if name not in header and name != "seeds"]
+    problems += [f"{name[:50]!r} is not a tensor of this protocol" for name in header if name not in wanted]
+    sizes: dict[str, int] = {}
+    for name in [name for name in wanted if name in header]:
+        entry, (dtypes, axes) = header[name], wanted[name]
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        expected = f"({', '.join(map(str, axes))})"
+        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+            problems.append(f"{name} has no shape")
+        elif len(shape) != len(axes):
+            problems.append(f"{name} must be {expected}, got {tuple(shape)}")
+        elif wrong := [size for axis, size in zip(axes, shape) if isinstance(axis, int) and axis != size]:
+            problems.append(f"{name} must be {expected} for this model, got {tuple(shape)}: {wrong[0]} does not fit")
+        else:
+            for axis, size in zip(axes, shape):
+                if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
+                    problems.append(f"{name} is {tuple(shape)}, but {axis} is {sizes[axis]} in another tensor")
+        if isinstance(entry, dict) and entry.get("dtype") not in dtypes:
+            problems.append(f"{name} must be {' or '.join(dtypes)}, got {str(entry.get('dtype'))[:20]}")
+    rows, some = sizes.get("B", 1), limits.patch_size
+    if not 1 <= rows <= limits.max_rows:
+        problems.append(f"{rows} rows in one request, 1 to {limits.max_rows} are taken")
+    problems += limits.problems(sizes.get("h", some), sizes.get("w", some), sizes.get("S", 1))
+    if problems:
+        raise _bad("; ".join(problems))
+
+
+def _array(entry: Mapping) -> np.ndarray:
+    dtype = {"I64": "int64", **FLOATS}[entry["dtype"]]
+    return np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    if not finite.all():
+        rows = np.flatnonzero(~finite).tolist()
+        raise RequestError(422, "non_finite", f"{name} holds NaN or infinity in rows {rows}; nothing was scored")
