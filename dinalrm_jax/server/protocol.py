@@ -114,14 +114,15 @@ def parse(body: bytes, limits: Limits) -> ScoreRequest:
 def serialize(latents: np.ndarray, prompt: PromptEmbeds, u: np.ndarray, seeds: np.ndarray | None) -> bytes:
     """The inverse of `parse`: a request's body from channels-last latents."""
     tensors = {
-        "latents": np.ascontiguousarray(np.asarray(latents).transpose(0, 3, 1, 2)),
-        "prompt_embeds": np.ascontiguousarray(prompt.prompt_embeds),
-        "pooled_prompt_embeds": np.ascontiguousarray(prompt.pooled_prompt_embeds),
+        "latents": np.asarray(latents).transpose(0, 3, 1, 2),
+        "prompt_embeds": prompt.prompt_embeds,
+        "pooled_prompt_embeds": prompt.pooled_prompt_embeds,
         "u": np.asarray(u, np.float32),
     }
     if seeds is not None:
         tensors["seeds"] = np.asarray(seeds, np.int64)
-    return save(tensors)
+    # safetensors writes the memory of a strided array as if it were contiguous.
+    return save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
