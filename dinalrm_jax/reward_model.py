@@ -16,7 +16,8 @@ from dinalrm_jax.backbone.features import Features
 from dinalrm_jax.backbone.sd3 import SD3Transformer
 from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
 from dinalrm_jax.data.batch import PromptEmbeds, validate_latents
-from dinalrm_jax.encoders import load_image_codec, load_prompt_encoder
+from dinalrm_jax.data.images import ImageSource, read_rgb
+from dinalrm_jax.encoders import ImageCodec, load_image_codec, load_prompt_encoder
 from dinalrm_jax.head import RewardHead
 from dinalrm_jax.parameters import Functional, Params, functional
 
@@ -160,7 +161,7 @@ class RewardModel:
             every row the same noise, so that a row's score does not depend on its batch; B keys
             give each row its own. `noise`, like latents, is used as it is and `key` is ignored.
         """
-        levels = _levels(sigma)
+        levels = check_levels(sigma)
         module = reward_functional(self.config, self.execution)
 
         def reward(params: Params, latents: jax.Array, prompt: PromptEmbeds, key, noise=None) -> jax.Array:
@@ -195,7 +196,7 @@ class RewardModel:
         Raises:
             ValueError: a wrong shape, a level outside [0, 1], or a value that is not finite.
         """
-        levels = _levels(sigma)
+        levels = check_levels(sigma)
         transformer = self.config.transformer
         latents = jnp.asarray(latents)
         validate_latents(latents, transformer.in_channels, transformer.patch_size, transformer.pos_embed_max_size)
@@ -212,7 +213,7 @@ class RewardModel:
         if np.ndim(seed) and len(seed) != len(latents):
             raise ValueError(f"{len(latents)} latents but {len(seed)} seeds; give one for all, or one a row")
         eps = draw_noise(seed_key(seed), latents.shape) if noise is None else jnp.asarray(noise)
-        return np.asarray(_jitted_score(self.config, self.execution)(self.params, latents, prompt, levels, eps))
+        return np.asarray(jitted_score(self.config, self.execution)(self.params, latents, prompt, levels, eps))
 
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Prompts to embeddings, by this model's text encoders (`config.encoders`).
@@ -224,13 +225,10 @@ class RewardModel:
             ValueError: not a list of texts.
             ConfigError, WeightsError, FileNotFoundError: no base model, or one that is not an SD3 pipeline.
         """
-        if isinstance(prompts, str) or not len(prompts):
-            raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}; for one: [prompt]")
+        _check_list("prompts", prompts)
         return _prompt_encoder(self.config.encoders, self.base_model, self.execution.dtype)(list(prompts))
 
-    def encode_image(
-        self, images: Sequence[Image.Image | np.ndarray | str | pathlib.Path], size: tuple[int, int] | None = None
-    ) -> np.ndarray:
+    def encode_image(self, images: Sequence[ImageSource], size: tuple[int, int] | None = None) -> np.ndarray:
         """Images to clean, scaled latents, by this model's VAE: the mode of its posterior.
 
         Args:
@@ -245,11 +243,10 @@ class RewardModel:
             ValueError: sizes that differ, or that latents cannot have.
             ConfigError, WeightsError, FileNotFoundError: as for `encode_prompt`.
         """
-        if isinstance(images, (str, pathlib.Path, Image.Image)) or not len(images):
-            raise ValueError(f"images must be a list of at least one image, got {images!r}; for one: [image]")
+        _check_list("images", images)
         if size is not None and (not isinstance(size, Sequence) or len(size) != 2):
             raise ValueError(f"size must be (height, width) in pixels, got {size!r}")
-        pixels = [_rgb(image, size) for image in images]
+        pixels = [read_rgb(image, size) for image in images]
         sizes = list(dict.fromkeys(f"{array.shape[0]}x{array.shape[1]}" for array in pixels))
         if len(sizes) > 1:
             raise ValueError(
@@ -258,7 +255,78 @@ class RewardModel:
         unit = 8 * self.config.transformer.patch_size
         if pixels[0].shape[0] % unit or pixels[0].shape[1] % unit:
             raise ValueError(f"{sizes[0]} pixels is not a multiple of {unit} on both sides; give size=(height, width)")
-        return _image_codec(self.config.encoders, self.base_model).encode(np.stack(pixels))
+        return self.image_codec.encode(np.stack(pixels))
+
+    @property
+    def image_codec(self) -> ImageCodec:
+        """This model's VAE, loaded on first use; errors as for `encode_prompt`."""
+        return _image_codec(self.config.encoders, self.base_model)
+
+    def score(
+        self,
+        prompts: str | Sequence[str],
+        images: Sequence[ImageSource],
+        sigma: float | Sequence[float] = 0.4,
+        seed: int = 0,
+        *,
+        samples: int = 1,
+        size: tuple[int, int] | None = None,
+        batch_size: int = 8,
+    ) -> list[float]:
+        """Raw scores of images under prompts, by this model's own text encoders and VAE.
+
+        Any number of images of any sizes: those of one size are put into batches; the order stays.
+
+        Args:
+            prompts: one an image, or one text for all.
+            images: PIL images, (H, W, 3) uint8 arrays or paths.
+            sigma: a noise level in [0, 1], or a sequence for the token-level ensemble.
+            seed: of the noise.
+            samples: average over so many draws of the noise, of `seed`, `seed + 1` ...
+            size: (height, width) that all images are resized to; None: see `data.images.scoring_size`.
+            batch_size: images in one program.
+
+        Returns:
+            One score an image, also of a single one.
+
+        Raises:
+            ValueError: not lists, or not as many prompts as images; an image that cannot be read, all of
+                them named.
+            ConfigError, WeightsError, FileNotFoundError: as for `encode_prompt`.
+        """
+        from dinalrm_jax import scoring  # imports this module for its types
+
+        _check_list("images", images)
+        prompts = len(images) * [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = range(seed, seed + samples)
+        found = scoring.score_images(self, prompts, images, [sigma], seeds, size=size, batch_size=batch_size)
+        if found.problems:
+            lines = "\n  ".join(f"images[{index}]: {problem}" for index, problem in sorted(found.problems.items()))
+            raise ValueError(f"{len(found.problems)} of {len(images)} images cannot be read:\n  {lines}")
+        return found.scores[:, 0].mean(axis=1).tolist()
+
+    def rank(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource],
+        sigma: float | Sequence[float] = 0.4,
+        seed: int = 0,
+        *,
+        samples: int = 1,
+        size: tuple[int, int] | None = None,
+        batch_size: int = 8,
+    ) -> tuple[list[int], list[float]]:
+        """Images of one prompt from best to worst.
+
+        Args and errors: as for `score`.
+
+        Returns:
+            Ranks (1 is the best; equal scores share the better rank) and scores, both in the images' order.
+        """
+        if not isinstance(prompt, str):
+            raise ValueError(f"rank compares images of one prompt, a text; got {prompt!r}")
+        scores = self.score(prompt, images, sigma, seed, samples=samples, size=size, batch_size=batch_size)
+        return ranks(scores), scores
 
     def merge_lora(self) -> "RewardModel":
         """The same model with its adapters added into the weights: fewer products a call, no training."""
@@ -266,21 +334,6 @@ class RewardModel:
             raise ValueError("this model has no LoRA adapters to merge")
         config = dataclasses.replace(self.config, lora=None)
         return dataclasses.replace(self, config=config, params=lora.merge(self.params, self.config.lora))
-
-
-def _rgb(image: Image.Image | np.ndarray | str | pathlib.Path, size: tuple[int, int] | None) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise ValueError(f"an image array must be (H, W, 3) uint8, got {image.dtype} {image.shape}")
-        image = Image.fromarray(image)
-    elif not isinstance(image, Image.Image):
-        with Image.open(image) as opened:
-            image = opened.convert("RGB")
-    image = image.convert("RGB")
-    if size is not None:
-        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return np.asarray(image)
 
 
 # Encoders are several times the size of the model, so there is one of each, shared by the models that use it.
@@ -291,6 +344,11 @@ _image_codec = functools.lru_cache(maxsize=1)(load_image_codec)
 def normalize(raw):
     """The score as the published model's users show it: `(raw + 10) / 10`."""
     return (raw + 10) / 10
+
+
+def ranks(scores: Sequence[float]) -> list[int]:
+    """1 for the highest score; equal scores share the better rank."""
+    return [1 + sum(other > score for other in scores) for score in scores]
 
 
 def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -319,6 +377,12 @@ def seed_key(seed: int | Sequence[int]) -> np.ndarray:
     return np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 
 
+def _check_list(name: str, values: Sequence) -> None:
+    if isinstance(values, (str, pathlib.Path, Image.Image)) or not len(values):
+        kind = name.removesuffix("s")
+        raise ValueError(f"{name} must be a list of at least one {kind}, got {values!r}; for one: [{kind}]")
+
+
 def store(params: Params, execution: ExecutionConfig) -> Params:
     """Frozen parameters in the compute dtype, trainable ones in float32."""
     return {
@@ -326,7 +390,8 @@ def store(params: Params, execution: ExecutionConfig) -> Params:
     }
 
 
-def _levels(sigma: float | Sequence[float]) -> np.ndarray:
+def check_levels(sigma: float | Sequence[float]) -> np.ndarray:
+    """A level as an array (), or those of an ensemble, (K,); raises ValueError unless they lie in [0, 1]."""
     levels = np.asarray(sigma, np.float32)
     if levels.ndim > 1 or not levels.size:
         raise ValueError(f"sigma must be a number or a non-empty sequence of numbers, got {sigma!r}")
@@ -336,6 +401,7 @@ def _levels(sigma: float | Sequence[float]) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=32)
-def _jitted_score(config: RewardModelConfig, execution: ExecutionConfig) -> Callable[..., jax.Array]:
+def jitted_score(config: RewardModelConfig, execution: ExecutionConfig) -> Callable[..., jax.Array]:
+    """`RewardModule.score` of (params, latents, prompt, levels, eps), compiled once for each set of shapes."""
     module = reward_functional(config, execution)
     return jax.jit(lambda params, *inputs: module.bind(params).score(*inputs))

@@ -8,7 +8,7 @@ import pytest
 
 import dinalrm_jax as dina
 from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
-from dinalrm_jax.reward_model import _jitted_score, reward_functional
+from dinalrm_jax.reward_model import jitted_score, reward_functional
 from tests.conftest import GOLDEN, TINY, TINY_SD3, random_inputs
 
 
@@ -194,7 +194,7 @@ def test_reward_fn_checks_shapes_while_tracing(tiny_model):
 
 def test_one_compilation_per_shape(tiny_model):
     latents, _, prompt = random_inputs(TINY_SD3, batch=3)
-    jitted = _jitted_score(tiny_model.config, tiny_model.execution)
+    jitted = jitted_score(tiny_model.config, tiny_model.execution)
     before = jitted._cache_size()
     for sigma in (0.1, 0.2, 0.3):
         tiny_model.score_latents(latents, prompt, sigma)

@@ -8,12 +8,11 @@ import io
 import pathlib
 from collections import Counter
 
-from dinalrm_jax.data.preferences import Preference, Source
+from dinalrm_jax.data.preferences import Benchmark, Ranking, Source, ranked_pairs
 from dinalrm_jax.data.records import RecordsError
 
 COLUMNS = ("prompt", "left_image", "right_image", "vote_type")
-WINNER = {"leftvote": ("left_image", "right_image"), "rightvote": ("right_image", "left_image")}
-NO_WINNER = ("tievote", "bothbad_vote")
+RANKS = {"leftvote": (1, 2), "rightvote": (2, 1), "tievote": (1, 1), "bothbad_vote": (1, 1)}
 
 
 def read(source: pathlib.Path, split: str) -> Source:
@@ -22,14 +21,21 @@ def read(source: pathlib.Path, split: str) -> Source:
     Raises:
         RecordsError: no such files, or files of another form.
     """
+    counts: Counter[str] = Counter()
+    test = benchmark(source, split)
+    pairs = [pair for ranking in test.rankings for pair in ranked_pairs(ranking, counts)]
+    return Source({"eval": pairs}, Counter({"tie or both bad": counts["tied rank"]}), test.open)
+
+
+def benchmark(source: pathlib.Path, split: str) -> Benchmark:
+    """All votes of a split; a tie and "both bad" are ties. Errors as for `read`."""
     import pyarrow
     import pyarrow.parquet as parquet
 
     paths = sorted([*source.glob(f"{split}-*.parquet"), *source.glob(f"image_generation/{split}-*.parquet")])
     if not paths:
         raise RecordsError(f"{source} is not a directory of GenAI-Bench: it has no {split}-*.parquet")
-    counts: Counter[str] = Counter()
-    pairs = []
+    rankings = []
     for path in paths:
         try:
             table = parquet.read_table(path, columns=["prompt", "vote_type"])
@@ -38,13 +44,10 @@ def read(source: pathlib.Path, split: str) -> Source:
         except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, OSError) as error:
             raise RecordsError(f"{path} is not a parquet file of GenAI-Bench: {error}") from None
         for index, (prompt, vote) in enumerate(zip(*(table[name].to_pylist() for name in ("prompt", "vote_type")))):
-            if vote in WINNER:
-                chosen, rejected = (f"{path.relative_to(source)}:{index}:{side}" for side in WINNER[vote])
-                pairs.append(Preference(prompt, chosen, rejected))
-            elif vote in NO_WINNER:
-                counts["tie or both bad"] += 1
-            else:
-                raise RecordsError(f"{path}, row {index}: vote_type {vote!r}, expected {(*WINNER, *NO_WINNER)}")
+            if vote not in RANKS:
+                raise RecordsError(f"{path}, row {index}: vote_type {vote!r}, expected one of {', '.join(RANKS)}")
+            images = tuple(f"{path.relative_to(source)}:{index}:{side}" for side in ("left_image", "right_image"))
+            rankings.append(Ranking(prompt, images, RANKS[vote]))
 
     # Images are asked for in no order, and the whole split is some 400 MB: it is read once.
     @functools.cache
@@ -55,4 +58,4 @@ def read(source: pathlib.Path, split: str) -> Source:
         path, index, side = name.rsplit(":", 2)
         return io.BytesIO(column(path, side)[int(index)].as_py()["bytes"])
 
-    return Source({"eval": pairs}, counts, open_image)
+    return Benchmark(f"GenAI-Bench {split}", rankings, open_image)

@@ -9,7 +9,17 @@ SOURCE/train/*.jpg
 import pathlib
 from collections import Counter
 
-from dinalrm_jax.data.preferences import Preference, Source, files_below, hold_out, ranked_pairs, read_rows
+from dinalrm_jax.data.preferences import (
+    Benchmark,
+    Preference,
+    Ranking,
+    Source,
+    files_below,
+    hold_out,
+    ranked_pairs,
+    read_rankings,
+    read_rows,
+)
 from dinalrm_jax.data.records import RecordsError
 
 
@@ -23,19 +33,22 @@ def read(source: pathlib.Path, holdout: int) -> Source:
         RecordsError: not an HPDv2 directory, or rows of another form, naming the row.
     """
     counts: Counter[str] = Counter()
-    ranked = []
-    for index, row in enumerate(read_rows(source / "test.json", ("prompt", "image_path", "rank"), "HPDv2")):
-        if len(row["image_path"]) != len(row["rank"]):
-            raise RecordsError(
-                f"{source}/test.json, row {index}: {len(row['image_path'])} images but {len(row['rank'])} ranks"
-            )
-        ranked += ranked_pairs(row["prompt"], [f"test/{name}" for name in row["image_path"]], row["rank"], counts)
+    ranked = [pair for ranking in _rankings(source) for pair in ranked_pairs(ranking, counts)]
     if (source / "train.json").exists():
         rows = read_rows(source / "train.json", ("prompt", "file_path", "human_preference"), "HPDv2")
         preferences = {"train": [_pair(source, index, row) for index, row in enumerate(rows)], "eval": ranked}
     else:
         preferences = hold_out(ranked, holdout, str(source))
     return Source(preferences, counts, files_below(source))
+
+
+def benchmark(source: pathlib.Path) -> Benchmark:
+    """The published rankings of test.json; errors as for `read`."""
+    return Benchmark("HPDv2", _rankings(source), files_below(source))
+
+
+def _rankings(source: pathlib.Path) -> list[Ranking]:
+    return read_rankings(source / "test.json", "image_path", "rank", "test/", "HPDv2")
 
 
 def _pair(source: pathlib.Path, index: int, row: dict) -> Preference:

@@ -11,7 +11,7 @@ import pathlib
 from collections import Counter
 from typing import Any
 
-from dinalrm_jax.data.preferences import Preference, Source, files_below, read_rows
+from dinalrm_jax.data.preferences import Benchmark, Preference, Ranking, Source, files_below, read_rows
 
 KEYS = ("prompt", "path1", "path2")
 
@@ -31,6 +31,13 @@ def read(source: pathlib.Path) -> Source:
         for split, name in (("train", "train"), ("eval", "test"))
     }
     return Source(preferences, counts, files_below(source))
+
+
+def benchmark(source: pathlib.Path) -> Benchmark:
+    """The pairs of test.json; errors as for `read`."""
+    rows = read_rows(source / "test.json", KEYS, "HPDv3")
+    rankings = [Ranking(row["prompt"], (row["path1"], row["path2"]), (1, 2)) for row in rows]
+    return Benchmark("HPDv3", rankings, files_below(source))
 
 
 def _preference(row: dict[str, Any], counts: Counter) -> Preference:

@@ -7,8 +7,7 @@ SOURCE/test_images/    the generations, unpacked
 import pathlib
 from collections import Counter
 
-from dinalrm_jax.data.preferences import Source, files_below, ranked_pairs, read_rows
-from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.data.preferences import Benchmark, Source, files_below, ranked_pairs, read_rankings
 
 
 def read(source: pathlib.Path) -> Source:
@@ -18,13 +17,12 @@ def read(source: pathlib.Path) -> Source:
         RecordsError: not such a directory, or rows of another form, naming the row.
     """
     counts: Counter[str] = Counter()
-    pairs = []
-    keys = ("prompt", "generations", "ranking")
-    for index, row in enumerate(read_rows(source / "test.json", keys, "ImageReward")):
-        if len(row["generations"]) != len(row["ranking"]):
-            raise RecordsError(
-                f"{source}/test.json, row {index}: {len(row['generations'])} generations but "
-                f"{len(row['ranking'])} ranks"
-            )
-        pairs += ranked_pairs(row["prompt"], row["generations"], row["ranking"], counts)
-    return Source({"eval": pairs}, counts, files_below(source / "test_images"))
+    test = benchmark(source)
+    pairs = [pair for ranking in test.rankings for pair in ranked_pairs(ranking, counts)]
+    return Source({"eval": pairs}, counts, test.open)
+
+
+def benchmark(source: pathlib.Path) -> Benchmark:
+    """The published rankings; errors as for `read`."""
+    rankings = read_rankings(source / "test.json", "generations", "ranking", "", "ImageReward")
+    return Benchmark("ImageReward", rankings, files_below(source / "test_images"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections import Counter, defaultdict
@@ -25,6 +26,33 @@ class Preference:
     rejected: str
     votes: tuple[int, int] | None = None
     confidence: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranking:
+    """Images of one prompt as people ranked them: lower is better, equal ranks are a tie.
+
+    A pair with a winner is a ranking with ranks 1 and 2.
+    """
+
+    prompt: str
+    images: tuple[str, ...]
+    ranks: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A test set to evaluate on.
+
+    Attributes:
+        name: with its split, where it has several.
+        rankings: ties included.
+        open: as `Source.open`.
+    """
+
+    name: str
+    rankings: Sequence[Ranking]
+    open: Callable[[str], BinaryIO]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +110,36 @@ def read_rows(path: pathlib.Path, keys: Sequence[str], dataset: str) -> list[dic
     return rows
 
 
-def ranked_pairs(prompt: str, images: Sequence[str], ranks: Sequence[float], counts: Counter) -> list[Preference]:
-    """All strict pairs of a ranking in which lower is better; ties are counted."""
+def read_rankings(path: pathlib.Path, names: str, ranks: str, prefix: str, dataset: str) -> list[Ranking]:
+    """The rankings of a JSON file.
+
+    Args:
+        path: of the file.
+        names, ranks: the keys of a row's image names and of their ranks.
+        prefix: of the image names.
+        dataset: what errors call it.
+
+    Raises:
+        RecordsError: rows of another form, naming the row.
+    """
+    rankings = []
+    for index, row in enumerate(read_rows(path, ("prompt", names, ranks), dataset)):
+        if len(row[names]) != len(row[ranks]):
+            raise RecordsError(f"{path}, row {index}: {len(row[names])} {names} but {len(row[ranks])} ranks")
+        rankings.append(Ranking(row["prompt"], tuple(prefix + name for name in row[names]), tuple(row[ranks])))
+    return rankings
+
+
+def ranked_pairs(ranking: Ranking, counts: Counter) -> list[Preference]:
+    """All strict pairs of a ranking; ties are counted."""
     pairs = []
-    for i, (first, rank_first) in enumerate(zip(images, ranks)):
-        for second, rank_second in zip(images[i + 1 :], ranks[i + 1 :]):
-            if rank_first == rank_second:
-                counts["tied rank"] += 1
-            elif rank_first < rank_second:
-                pairs.append(Preference(prompt, first, second))
-            else:
-                pairs.append(Preference(prompt, second, first))
+    for (first, rank_first), (second, rank_second) in itertools.combinations(zip(ranking.images, ranking.ranks), 2):
+        if rank_first == rank_second:
+            counts["tied rank"] += 1
+        elif rank_first < rank_second:
+            pairs.append(Preference(ranking.prompt, first, second))
+        else:
+            pairs.append(Preference(ranking.prompt, second, first))
     return pairs
 
 

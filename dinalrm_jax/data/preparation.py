@@ -18,19 +18,20 @@ import json
 import pathlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dinalrm_jax import distributed
 from dinalrm_jax.config import PreparationConfig, to_mapping
 from dinalrm_jax.data import buckets, records
 from dinalrm_jax.data.buckets import Size, bucket_name, parse_bucket
+from dinalrm_jax.data.images import DAMAGE, map_ahead
 from dinalrm_jax.data.preferences import Preference, Source, pick, select, stable_hash
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, RecordsError, Shard
 from dinalrm_jax.disk import write_json
@@ -38,8 +39,6 @@ from dinalrm_jax.encoders import ImageCodec, PromptEncoder
 
 SIZES_PER_PART = 4096
 MISSING, UNREADABLE = "missing", "unreadable"
-# What PIL raises for a damaged or hostile file.
-DAMAGE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -305,7 +304,7 @@ def _encode_images(
     todo, bar = _share(shards, result_path, lambda shard: len(shard.names), "encoding images", "image")
     with bar, ThreadPoolExecutor(config.threads) as pool:
         # Threads decode ahead, across shards, while the encoder runs.
-        decoded = _ahead(
+        decoded = map_ahead(
             pool,
             lambda job: _decode(source, job[1], parse_bucket(job[0].bucket), config),
             [(shard, name) for shard in todo for name in shard.names],
@@ -430,14 +429,3 @@ def _share(
     done = total - sum(map(weight, todo))
     bar = distributed.progress(total=total, initial=done, desc=description, unit=unit)
     return todo, bar
-
-
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """`map` in the pool's threads, at most `ahead` results in advance of what was taken."""
-    waiting = collections.deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

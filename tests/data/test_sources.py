@@ -198,7 +198,7 @@ def test_json_lines(tmp_path):
             "row 0: expected the keys prompt, path1, path2 of HPDv3, found .*file_path",
         ),
         ("hpdv2", {}, "is not a directory of HPDv2: it has no test.json"),
-        ("hpdv2", {"test.json": '[{"prompt": "p", "image_path": ["a"], "rank": [1, 2]}]'}, "1 images but 2 ranks"),
+        ("hpdv2", {"test.json": '[{"prompt": "p", "image_path": ["a"], "rank": [1, 2]}]'}, "1 image_path but 2 ranks"),
         (
             "hpdv2",
             {"test.json": '[{"prompt": "p", "image_path": ["a", "b"], "rank": [1, 2]}]'},

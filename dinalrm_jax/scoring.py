@@ -1,0 +1,180 @@
+"""Scores in bulk: any number of images or latents of any sizes, at several levels and noise draws.
+
+Rows of one shape are put into batches, the last of which is padded, so that a shape compiles once or twice;
+the order stays. Images are read by threads ahead of the VAE, and each prompt is encoded once.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.data.buckets import Size
+from dinalrm_jax.data.images import DAMAGE, ImageSource, map_ahead, open_image, read_rgb, scoring_size
+from dinalrm_jax.local_devices import split_locally
+from dinalrm_jax.reward_model import RewardModel, check_levels, draw_noise, jitted_score, seed_key
+
+THREADS = 8  # that read and decode images
+PROMPTS_KEPT = 8  # batches of embeddings, 3 MB a prompt for SD3.5
+
+Level = float | Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageScores:
+    """Scores of N images.
+
+    Attributes:
+        scores: (N, levels, seeds) float32, NaN for an image that could not be read.
+        problems: why, by the image's index.
+    """
+
+    scores: np.ndarray
+    problems: dict[int, str]
+
+
+class LatentScorer:
+    """Scores batches of latents at all levels with the noise of all seeds.
+
+    Args:
+        model: what scores; where its parameters lie on several devices, rows are split over those of
+            this process.
+        levels: single levels, and sequences for ensembles.
+        seeds: of the noise; one draw is the same for every row of a shape.
+    """
+
+    def __init__(self, model: RewardModel, levels: Sequence[Level], seeds: Sequence[int]):
+        if not len(levels) or not len(seeds):
+            raise ValueError(f"at least one level and one seed are needed, got {levels} and {seeds}")
+        self._levels = [check_levels(level) for level in levels]
+        self._keys = [seed_key(seed) for seed in seeds]
+        self._params = model.params
+        self._score = jitted_score(model.config, model.execution)
+        self._several = len(next(iter(model.params.values())).sharding.device_set) > 1
+
+    def __call__(self, latents: np.ndarray, prompt: PromptEmbeds) -> np.ndarray:
+        """(B, levels, seeds) float32 of (B, H, W, C) latents and B prompts."""
+        draws = [np.asarray(draw_noise(key, latents.shape)) for key in self._keys]
+        rows = (latents, prompt, draws)
+        latents, prompt, draws = split_locally(rows) if self._several else jax.device_put(rows)
+        scores = [[self._score(self._params, latents, prompt, levels, eps) for eps in draws] for levels in self._levels]
+        return np.stack([np.stack([np.asarray(one) for one in row]) for row in scores]).transpose(2, 0, 1)
+
+
+def padded(rows: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
+    """Rows repeated to `batch_size`, or to the next smaller power of two that holds them."""
+    return np.resize(rows, min(batch_size, 1 << (len(rows) - 1).bit_length()))
+
+
+def score_images(
+    model: RewardModel,
+    prompts: Sequence[str],
+    images: Sequence[ImageSource],
+    levels: Sequence[Level],
+    seeds: Sequence[int],
+    *,
+    size: Size | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda count: None,
+) -> ImageScores:
+    """Scores images under their prompts; one that cannot be read is reported and the others are scored.
+
+    Args:
+        model: with the base model that its encoders come from, if it needs one.
+        prompts: one an image.
+        images: see `data.images.ImageSource`.
+        levels, seeds: see `LatentScorer`.
+        size: (height, width) that images are resized to; None: `data.images.scoring_size`.
+        batch_size: images in one program.
+        progress: called with the number of images after each batch, read or not.
+    """
+    if len(prompts) != len(images):
+        raise ValueError(
+            f"{len(prompts)} prompts but {len(images)} images; give one prompt an image, or one text for all"
+        )
+    transformer = model.config.transformer
+    unit = 8 * transformer.patch_size
+    if size is not None and (len(size) != 2 or any(side < unit or side % unit for side in size)):
+        raise ValueError(f"size must be (height, width) in positive multiples of {unit} pixels, got {size}")
+    sides = 8 * transformer.sample_size, unit * transformer.pos_embed_max_size
+    scorer, codec = LatentScorer(model, levels, seeds), model.image_codec
+    scores = np.full((len(images), len(levels), len(seeds)), np.nan, np.float32)
+    problems: dict[int, str] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        by_size: dict[Size, list[int]] = collections.defaultdict(list)
+        for index, found in enumerate(pool.map(_size, images)):
+            if isinstance(found, str):
+                problems[index] = found
+                progress(1)
+            else:
+                by_size[size or scoring_size(found, *sides)].append(index)
+        order = [(index, target) for target, indices in by_size.items() for index in indices]
+        pixels = map_ahead(pool, lambda job: _pixels(images[job[0]], job[1]), order, ahead=4 * batch_size)
+        embeddings = _Embeddings(model, [prompts[index] for index, _ in order], batch_size)
+        for indices in by_size.values():
+            for start in range(0, len(indices), batch_size):
+                some = indices[start : start + batch_size]
+                read = dict(zip(some, pixels))
+                problems |= {index: found for index, found in read.items() if isinstance(found, str)}
+                if good := [index for index in some if index not in problems]:
+                    rows = padded(good, min(batch_size, len(indices)))
+                    latents = codec.encode(np.stack([read[index] for index in rows]))
+                    scored = scorer(latents, embeddings([prompts[index] for index in rows]))
+                    scores[good] = scored[: len(good)]
+                progress(len(some))
+    return ImageScores(scores, problems)
+
+
+def _size(image: ImageSource) -> Size | str:
+    try:
+        opened = open_image(image)
+    except DAMAGE as error:
+        return _reason(error)
+    return opened.height, opened.width
+
+
+def _pixels(image: ImageSource, size: Size) -> np.ndarray | str:
+    try:
+        return read_rgb(image, size)
+    except DAMAGE as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file {error.filename}" if error.filename else "there is no such file"
+    return f"not a readable image: {error}"
+
+
+class _Embeddings:
+    """Prompts to embeddings on the host, each encoded once while it is kept, several at a time.
+
+    Args:
+        order: the prompts in the order in which they will be asked for.
+    """
+
+    def __init__(self, model: RewardModel, order: Sequence[str], batch_size: int):
+        self._model, self._batch_size = model, batch_size
+        self._upcoming = collections.deque(dict.fromkeys(order))
+        self._kept: collections.OrderedDict[str, PromptEmbeds] = collections.OrderedDict()
+
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
+        while missing and self._upcoming and len(missing) < self._batch_size:
+            prompt = self._upcoming.popleft()
+            if prompt not in self._kept and prompt not in missing:
+                missing.append(prompt)
+        if missing:
+            rows = padded(np.arange(len(missing)), self._batch_size)
+            embeds = jax.tree.map(np.asarray, self._model.encode_prompt([missing[row] for row in rows]))
+            self._kept |= {prompt: embeds[row] for row, prompt in enumerate(missing)}
+        for prompt in prompts:
+            self._kept.move_to_end(prompt)
+        rows = [self._kept[prompt] for prompt in prompts]
+        while len(self._kept) > PROMPTS_KEPT * self._batch_size:
+            self._kept.popitem(last=False)
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
