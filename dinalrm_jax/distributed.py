@@ -6,6 +6,7 @@ import traceback
 from typing import NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -63,6 +64,17 @@ def say(text: str) -> None:
 def progress(**options) -> tqdm:
     """A bar, shown by the first process."""
     return tqdm(**options, disable=not is_first(), dynamic_ncols=True)
+
+
+def gather(data: bytes) -> list[bytes]:
+    """Every process's bytes, in the processes' order, on every process."""
+    if jax.process_count() == 1:
+        return [data]
+    lengths = multihost_utils.process_allgather(np.array([len(data)])).ravel()
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths)]
 
 
 def barrier(name: str) -> None:

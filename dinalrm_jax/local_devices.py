@@ -16,8 +16,12 @@ def _mesh() -> Mesh:
 
 def on_local_devices(params: Mapping[str, np.ndarray], dtype) -> dict[str, jax.Array]:
     """Weights in `dtype`, whole on every device of this process."""
-    everywhere = NamedSharding(_mesh(), PartitionSpec())
-    return {name: jax.device_put(array.astype(jax.numpy.dtype(dtype)), everywhere) for name, array in params.items()}
+    return {name: on_every_device(array.astype(jax.numpy.dtype(dtype))) for name, array in params.items()}
+
+
+def on_every_device(params: T) -> T:
+    """A tree of arrays, whole on every device of this process."""
+    return jax.device_put(params, NamedSharding(_mesh(), PartitionSpec()))
 
 
 def split_locally(batch: T) -> T:

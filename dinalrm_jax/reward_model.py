@@ -348,7 +348,7 @@ def normalize(raw):
 
 def ranks(scores: Sequence[float]) -> list[int]:
     """1 for the highest score; equal scores share the better rank."""
-    return [1 + sum(other > score for other in scores) for score in scores]
+    return [1 + int(np.sum(np.asarray(scores) > score)) for score in scores]
 
 
 def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -21,7 +21,12 @@ from dinalrm_jax.reward_model import RewardModel, check_levels, draw_noise, jitt
 THREADS = 8  # that read and decode images
 PROMPTS_KEPT = 8  # batches of embeddings, 3 MB a prompt for SD3.5
 
-Level = float | Sequence[float]
+Level = float | tuple[float, ...]  # a single one, or those of an ensemble
+
+
+def level_name(level: Level) -> str:
+    """How a level is written in tables: "0.4", or "ensemble 0.2 0.5 0.7"."""
+    return "ensemble " + " ".join(f"{sigma:g}" for sigma in level) if isinstance(level, tuple) else f"{level:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,7 @@ class LatentScorer:
     Args:
         model: what scores; where its parameters lie on several devices, rows are split over those of
             this process.
-        levels: single levels, and sequences for ensembles.
+        levels: single levels, and tuples for ensembles.
         seeds: of the noise; one draw is the same for every row of a shape.
     """
 

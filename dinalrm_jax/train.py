@@ -47,6 +47,7 @@ from dinalrm_jax.data.scene_records import write_scene_records
 from dinalrm_jax.encoders import ImageCodec, load_image_codec
 from dinalrm_jax.parameters import Functional, Params
 from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, store
+from dinalrm_jax.scoring import level_name
 from dinalrm_jax.training.ahead import batch_shapes, compile_ahead, on_device
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.evaluation import Evaluator, PairScores
@@ -55,7 +56,7 @@ from dinalrm_jax.training.objectives import Objective, flow_matching_objective, 
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dinalrm_jax.training.preflight import check_records, check_stages, check_workdir, claim_workdir
 from dinalrm_jax.training.profiling import ProfileWindow
-from dinalrm_jax.training.report import level_name, sweep_table, write_report
+from dinalrm_jax.training.report import sweep_table, write_report
 from dinalrm_jax.training.sharding import (
     gather,
     like_parameters,

@@ -4,7 +4,7 @@ import pathlib
 
 from dinalrm_jax.config import PreparationConfig
 from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
-from dinalrm_jax.data.preferences import Source
+from dinalrm_jax.data.preferences import Benchmark, Source
 from dinalrm_jax.data.preparation import prepare
 from dinalrm_jax.encoders import load_image_codec, load_prompt_encoder, prompt_fingerprint
 
@@ -52,3 +52,19 @@ def read_source(source: pathlib.Path, config: PreparationConfig) -> Source:
             return genai_bench.read(source, config.benchmark_split)
         case "jsonl":
             return json_pairs.read(source, config.holdout)
+
+
+def read_benchmark(source: pathlib.Path, name: str, split: str) -> Benchmark:
+    """The test set of a dataset directory, ties and all.
+
+    Args:
+        source: the dataset's directory.
+        name: "imagereward", "hpdv2", "hpdv3" or "genai_bench".
+        split: of GenAI-Bench, "test" or "test_v1"; the others have one.
+
+    Raises:
+        RecordsError: the directory is not what `name` says.
+    """
+    if name == "genai_bench":
+        return genai_bench.benchmark(source, split)
+    return {"imagereward": imagereward, "hpdv2": hpdv2, "hpdv3": hpdv3}[name].benchmark(source)

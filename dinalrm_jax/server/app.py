@@ -95,7 +95,6 @@ class RewardServer:
             observe=self._observe,
         )
         self._metrics = Metrics(self.batcher)
-        self._reading = 0
         self._parsers = ThreadPoolExecutor(4, "parse")
         self._sigmas = np.asarray(schedule_sigmas())
         self.app = web.Application(client_max_size=config.max_body_mb * 2**20, middlewares=[self._answer_errors])
@@ -161,14 +160,15 @@ class RewardServer:
         started = time.monotonic()
         self._authorize(request)
         protocol.check_headers(request.headers)
-        self.batcher.check_ready()
-        deadline = asyncio.get_running_loop().time() + self.config.deadline_s
-        body = await self._read(request, deadline)
-        parsed = await asyncio.get_running_loop().run_in_executor(self._parsers, protocol.parse, body, self._limits)
-        rows = self._rows(parsed)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.deadline_s
+        with self.batcher.announced():
+            body = await self._read(request, deadline)
+            rows = self._rows(await loop.run_in_executor(self._parsers, protocol.parse, body, self._limits))
+            futures = self.batcher.submit(rows)
         try:
             async with asyncio.timeout_at(deadline):
-                scored = await asyncio.gather(*map(asyncio.wrap_future, self.batcher.submit(rows)))
+                scored = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except TimeoutError:
             raise RequestError(
                 504, "deadline", f"no score within {self.config.deadline_s:g} s; the rows were dropped"
@@ -192,15 +192,10 @@ class RewardServer:
         )
 
     async def _read(self, request: web.Request, deadline: float) -> bytes:
-        """The body, where there is room for it."""
+        """The body, if it is not too large and comes in time."""
         limit = self.config.max_body_mb
         if (request.content_length or 0) > limit * 2**20:
             raise RequestError(413, "too_large", f"the body has {request.content_length} bytes, {limit} MiB are taken")
-        if self._reading + self.batcher.waiting >= self.config.max_queue:
-            raise RequestError(
-                429, "queue_full", f"{self.config.max_queue} requests are being read or wait; try again later"
-            )
-        self._reading += 1
         try:
             async with asyncio.timeout_at(deadline):
                 return await request.read()
@@ -212,8 +207,6 @@ class RewardServer:
             raise RequestError(
                 413, "too_large", f"the body is larger than {limit} MiB, which is what is taken"
             ) from None
-        finally:
-            self._reading -= 1
 
     def _rows(self, parsed: ScoreRequest) -> list[Row]:
         sigmas = self._sigmas[np.argmin(np.abs(self._sigmas - parsed.u[:, None]), axis=1)]

@@ -4,11 +4,12 @@ A row's future is all that ties it to its request: a cancelled one, of a client 
 deadline passed, is dropped before it reaches the device.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -42,7 +43,8 @@ class Batcher:
     """Puts rows of one shape together, up to `engine.max_batch`.
 
     A batch goes to the device when it is full, or, where the device is free, `max_wait` seconds after
-    its first row came.
+    its first row came - or up to ten times that while other requests are on their way in: a burst of large
+    bodies takes longer to read than that, and a row that went alone would keep the others waiting.
 
     Args:
         engine: the programs.
@@ -69,6 +71,7 @@ class Batcher:
         self._allow_new_shapes, self._observe = allow_new_shapes, observe
         self._changed = threading.Condition()
         self._queue: list[_Waiting] = []
+        self._announced: dict[object, float] = {}  # requests being read: since when
         self._flying: dict[int, float] = {}  # a batch's number: when it went to the device
         self._flown, self._last_end = 0, 0.0
         self._compiling: dict[RowShape, Future] = {}
@@ -121,6 +124,27 @@ class Batcher:
                 DEAD: "the device failed; the server ends itself and is to be started again",
             }[self.state]
             raise RequestError(503, self.state, message)
+
+    @contextlib.contextmanager
+    def announced(self) -> Iterator[None]:
+        """While a request is read and its rows are submitted: it has a place, and a batch may wait for it.
+
+        Raises:
+            RequestError: not ready, or no place is left.
+        """
+        me = object()
+        with self._changed:
+            self.check_ready()
+            taken = len(self._queue) + len(self._announced)
+            if taken >= self._max_queue:
+                raise RequestError(429, "queue_full", f"{taken} rows wait or are being read; try again later")
+            self._announced[me] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._announced[me]
+                self._changed.notify_all()
 
     @property
     def waiting(self) -> int:
@@ -203,7 +227,7 @@ class Batcher:
                     shape = ready[0].row.shape
                     batch = [item for item in ready if item.row.shape == shape][: self.engine.max_batch]
                     full = len(batch) == self.engine.max_batch
-                    wait = ready[0].arrived + self._max_wait - time.monotonic()
+                    wait = ready[0].arrived + self._patience() - time.monotonic()
                     if full or (not self._flying and (wait <= 0 or self.state != READY)):
                         taken = set(map(id, batch))
                         self._queue = [item for item in self._queue if id(item) not in taken]
@@ -214,6 +238,12 @@ class Batcher:
                     if self._flying:
                         wait = None  # for the batch to fill, or the device to be free
                 self._changed.wait(wait)
+
+    def _patience(self) -> float:
+        """Seconds for which a batch's first row waits for others."""
+        longest = 10 * self._max_wait
+        coming = any(time.monotonic() - since < longest for since in self._announced.values())
+        return longest if coming else self._max_wait
 
     def _dispatch(self, batch: list[_Waiting]) -> None:
         with self._changed:

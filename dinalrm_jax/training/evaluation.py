@@ -13,9 +13,8 @@ from dinalrm_jax.data.loader import distinct_rows
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.parameters import Functional, Params
 from dinalrm_jax.reward_model import RewardModule, draw_noise
+from dinalrm_jax.scoring import Level
 from dinalrm_jax.training.sharding import WHOLE, local_rows, put_rows
-
-Level = float | tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)

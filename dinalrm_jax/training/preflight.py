@@ -2,11 +2,12 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
 from dinalrm_jax import distributed, noise
-from dinalrm_jax.config import ConfigError, SweepConfig, TrainConfig, to_mapping
+from dinalrm_jax.config import ConfigError, RewardModelConfig, SweepConfig, TrainConfig, to_mapping
 from dinalrm_jax.data.batch import validate_latents
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.disk import write_json
@@ -24,10 +25,7 @@ def check_stages(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def check_records(records: Records, config: TrainConfig, base_model: str | None) -> None:
-    """Raises RecordsError unless the records were made for this model, by its encoders.
-
-    Where `base_model` is a pipeline directory, the records' latents must be of its VAE.
-    """
+    """Raises RecordsError unless a run can train on these records; see `check_fit`."""
     scenes = records.manifest.get("source", {}).get("scenes")
     if config.scenes is not None and scenes != to_mapping(config.scenes):
         raise RecordsError(
@@ -40,10 +38,18 @@ def check_records(records: Records, config: TrainConfig, base_model: str | None)
                 f"{records.directory} has {len(records.pairs('train'))} training pairs, a batch of the {name} stage "
                 f"takes {stage.batch_size}"
             )
-    if records.encoders != config.model.encoders:
+    check_fit(records, config.model, base_model, ("train", "eval"))
+
+
+def check_fit(records: Records, model: RewardModelConfig, base_model: str | None, splits: Sequence[str]) -> None:
+    """Raises RecordsError unless a model can score the splits of these records: its encoders made them, and they fit.
+
+    Where `base_model` is a pipeline directory, the records' latents must be of its VAE.
+    """
+    if records.encoders != model.encoders:
         raise RecordsError(
             f"{records.directory} was made by other encoders than this model's: {to_mapping(records.encoders)} there, "
-            f"model.encoders is {to_mapping(config.model.encoders)}; preprocess again, or set model.encoders"
+            f"model.encoders is {to_mapping(model.encoders)}; preprocess again, or set model.encoders"
         )
     vae = None if base_model is None else pathlib.Path(base_model) / "vae"
     if "codec" in records.manifest and vae is not None and (vae / "config.json").is_file():
@@ -53,7 +59,7 @@ def check_records(records: Records, config: TrainConfig, base_model: str | None)
                 f"{records.directory} holds latents of another VAE ({records.manifest['codec']}) than that of "
                 f"{base_model} ({expected}); preprocess again with this base model, or train on the other one"
             )
-    transformer = config.model.transformer
+    transformer = model.transformer
     prompt, latents = records.prompts[0], records.images[0].latents
     found = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
     expected = (transformer.in_channels, transformer.joint_attention_dim, transformer.pooled_projection_dim)
@@ -62,7 +68,7 @@ def check_records(records: Records, config: TrainConfig, base_model: str | None)
             f"{records.directory} does not fit this model: latent channels, prompt and pooled widths are {found}, the "
             f"model takes {expected}"
         )
-    for split in ("train", "eval"):
+    for split in splits:
         for rows in records.buckets(split).values():
             latents = records.images[records.pairs(split)[rows.start].chosen].latents
             try:

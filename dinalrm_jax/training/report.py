@@ -13,14 +13,10 @@ import numpy as np  # noqa: E402
 
 from dinalrm_jax.data.records import Records  # noqa: E402
 from dinalrm_jax.encoders import ImageCodec  # noqa: E402
-from dinalrm_jax.training.evaluation import Level, PairScores  # noqa: E402
+from dinalrm_jax.scoring import Level, level_name  # noqa: E402
+from dinalrm_jax.training.evaluation import PairScores  # noqa: E402
 
 INK, CHOSEN, REJECTED, ENSEMBLE = "#222222", "#1b7f4b", "#b3372f", "#2c5aa0"
-
-
-def level_name(level: Level) -> str:
-    """How a level is written in tables: "0.4", or "ensemble 0.2 0.5 0.7"."""
-    return "ensemble " + " ".join(f"{sigma:g}" for sigma in level) if isinstance(level, tuple) else f"{level:g}"
 
 
 def groups(scores: PairScores) -> dict[str, np.ndarray]:

@@ -106,6 +106,24 @@ def test_a_row_alone_waits_for_others_no_longer_than_max_wait(engine):
     assert batcher.join(10)
 
 
+def test_a_row_waits_for_requests_that_are_being_read(engine):
+    batcher = started(engine, max_wait=0.05)
+    with batcher.announced():
+        first = batcher.submit([row(1)])
+        time.sleep(0.2)
+        assert engine.batches == []
+        second = batcher.submit([row(2)])
+    assert scores(first + second) == [1, 2]
+    assert engine.batches == [[1, 2]]
+    with batcher.announced():  # one that takes too long is not waited for
+        time.sleep(0.6)
+        before = time.monotonic()
+        assert scores(batcher.submit([row(3)])) == [3]
+        assert time.monotonic() - before < 0.3
+    batcher.drain()
+    assert batcher.join(10)
+
+
 def test_while_the_device_is_busy_only_full_batches_line_up(engine, batcher):
     engine.gate.clear()
     first = batcher.submit([row(1)])
@@ -174,6 +192,8 @@ def test_a_full_queue_refuses_and_recovers(engine):
     with pytest.raises(RequestError, match="2 rows are waiting, 3 at most") as error:
         batcher.submit([row(4), row(5)])
     assert error.value.status == 429
+    with batcher.announced(), pytest.raises(RequestError, match="3 rows wait or are being read"), batcher.announced():
+        pass
     engine.gate.set()
     assert scores(first + waiting) == [1, 2, 3]
     assert scores(batcher.submit([row(6), row(7)])) == [6, 7]

@@ -256,10 +256,10 @@ def test_clients_that_leave_cost_nothing(server):
                 leaving.sendall(part)
     server.score(body)
     for _ in range(100):
-        if server.server.batcher.waiting == 0 and server.server._reading == 0:
+        if server.server.batcher.waiting == 0 and not server.server.batcher._announced:
             break
         time.sleep(0.05)
-    assert (server.server.batcher.waiting, server.server._reading) == (0, 0)
+    assert (server.server.batcher.waiting, server.server.batcher._announced) == (0, {})
 
 
 def test_many_at_once_of_mixed_shapes(server, tiny_model):

@@ -1,0 +1,157 @@
+"""Pairwise accuracy against human rankings, by the four rules in use; they differ on ties.
+
+| rule | two images people tied | two images the model ties | average | used by |
+|---|---|---|---|---|
+| strict (M1) | left out | wrong | over all pairs | ImageReward, HPSv3; our headline |
+| strict, by prompt (M2) | left out | wrong | of rankings, then their mean | HPSv2 on ImageReward |
+| inversions, by prompt (M3) | right | in the order they stand | of rankings, then their mean | HPSv2 on HPDv2 |
+| ties in the denominator (M4) | wrong | wrong | over all pairs | the released DiNa-LRM code |
+
+Where people tied nothing, M1 is M4; where the model ties nothing either, M2 is M3.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+RULES = {
+    "strict": "strict (M1)",
+    "strict_by_prompt": "by prompt (M2)",
+    "inversions_by_prompt": "HPSv2's (M3)",
+    "released": "released (M4)",
+}
+RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class PairCounts:
+    """What becomes of the pairs of R rankings, (R,) each, at one level and noise draw.
+
+    Attributes:
+        pairs: of scored images.
+        strict: of these, those that people did not tie.
+        correct: of those, the ones the model orders as people do; a tie of the model is none.
+        inverted: of those, the ones it orders the other way; of two equal scores the earlier image's is the higher.
+    """
+
+    pairs: np.ndarray
+    strict: np.ndarray
+    correct: np.ndarray
+    inverted: np.ndarray
+
+
+def count_pairs(ranks: Sequence[Sequence[float]], scores: Sequence[np.ndarray]) -> PairCounts:
+    """Counts the pairs of every ranking.
+
+    Args:
+        ranks: of people, lower is better.
+        scores: of the model, higher is better; NaN: the image could not be scored, and has no pairs.
+    """
+    return PairCounts(*np.array([_count(np.asarray(r), s) for r, s in zip(ranks, scores)]).reshape(-1, 4).T)
+
+
+def _count(ranks: np.ndarray, scores: np.ndarray) -> tuple[int, int, int, int]:
+    scored = ~np.isnan(scores)
+    ranks, scores = ranks[scored], scores[scored]
+    first, second = np.triu_indices(len(ranks), 1)
+    people = np.sign(ranks[second] - ranks[first])  # 1: the first is better
+    model = np.sign(scores[first] - scores[second])
+    strict = people != 0
+    correct = strict & (people == model)
+    inverted = strict & (people != np.where(model == 0, 1, model))
+    return len(first), strict.sum(), correct.sum(), inverted.sum()
+
+
+def accuracies(counts: PairCounts, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The accuracy by every rule.
+
+    Args:
+        counts: of R rankings.
+        weights: (..., R) how often each ranking counts; once if not given.
+
+    Returns:
+        (...) shares in [0, 1] by rule; NaN where there is no pair.
+    """
+    weights = np.ones(len(counts.pairs)) if weights is None else np.asarray(weights, float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        some, strict = counts.pairs > 0, counts.strict > 0
+        by_ranking = np.where(strict, counts.correct / counts.strict, 0)
+        orderly = np.where(some, 1 - counts.inverted / counts.pairs, 0)
+        return {
+            "strict": (weights @ counts.correct) / (weights @ counts.strict),
+            "strict_by_prompt": (weights @ by_ranking) / (weights @ strict),
+            "inversions_by_prompt": (weights @ orderly) / (weights @ some),
+            "released": (weights @ counts.correct) / (weights @ counts.pairs),
+        }
+
+
+def resampled(prompts: Sequence[str], seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
+    """Bootstrap weights (resamples, R): prompts drawn with replacement, the rankings of one together.
+
+    Images and raters of a prompt are not independent of each other; prompts are.
+    """
+    _, group = np.unique(np.asarray(prompts), return_inverse=True)
+    count = group.max() + 1
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+    return draws[:, group]
+
+
+def intervals(draws: Sequence[PairCounts], weights: np.ndarray) -> dict[str, tuple[float, float]]:
+    """95 % percentile bootstrap intervals of the mean over noise draws, by rule, from `resampled` weights."""
+    values = [accuracies(counts, weights) for counts in draws]
+    return {
+        rule: tuple(np.nanpercentile(np.mean([value[rule] for value in values], axis=0), [2.5, 97.5]).tolist())
+        for rule in RULES
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Reliability:
+    """How often the model is right where it says how sure it is.
+
+    Attributes:
+        confidence, accuracy: (bins,) means within bins of the confidence in [0.5, 1]; NaN where empty.
+        count: (bins,) pairs.
+    """
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error: the bins' |accuracy - confidence|, by their pairs."""
+        gaps = np.abs(self.accuracy - self.confidence)
+        return float(np.nansum(gaps * self.count) / self.count.sum())
+
+
+def reliability(probability: np.ndarray, bins: int = 10) -> Reliability:
+    """Of the predicted probabilities of the image that people preferred, (pairs,)."""
+    confidence, right = np.maximum(probability, 1 - probability), probability > 0.5
+    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(place, values, bins) / count for values in (confidence, right)]
+    return Reliability(*means, count)
+
+
+def strict_pairs(ranks: Sequence[Sequence[float]], scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the preferred and of the other image of every pair that people did not tie; arguments as above."""
+    chosen, rejected = [], []
+    for row, values in zip(ranks, scores):
+        row = np.asarray(row)
+        first, second = np.nonzero(row[:, None] < row[None])
+        kept = ~np.isnan(values[first]) & ~np.isnan(values[second])
+        chosen.append(values[first[kept]])
+        rejected.append(values[second[kept]])
+    return np.concatenate(chosen), np.concatenate(rejected)
+
+
+# What the paper's table has (arXiv 2602.11146), per cent: name -> model -> accuracy. Which rule it took is not known.
+PAPER: Mapping[str, Mapping[str, float]] = {
+    "ImageReward": {"DiNa-LRM, one level": 60.34, "DiNa-LRM, ensemble": 61.75, "HPSv3": 67.03},
+    "HPDv2": {"DiNa-LRM, one level": 82.13, "DiNa-LRM, ensemble": 84.31, "HPSv3": 85.36},
+    "HPDv3": {"DiNa-LRM, one level": 75.04, "DiNa-LRM, ensemble": 74.86, "HPSv3": 76.03},
+    "GenAI-Bench": {"DiNa-LRM, one level": 68.43, "DiNa-LRM, ensemble": 68.98, "HPSv3": 70.95},
+}

@@ -1,0 +1,146 @@
+"""Scores a benchmark's images: every distinct (prompt, image) once, at all levels and noise draws.
+
+Rankings are split over processes, each of which scores its own on its own devices; then every process has
+all scores. What a row scores depends on nothing but the row and the seed, so the numbers are those of one process.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from dinalrm_jax import distributed
+from dinalrm_jax.benchmarks.accuracy import PairCounts, count_pairs
+from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.data.buckets import Size
+from dinalrm_jax.data.preferences import Benchmark, Ranking
+from dinalrm_jax.data.records import Records
+from dinalrm_jax.local_devices import on_every_device
+from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.scoring import LatentScorer, Level, padded, score_images
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A scored benchmark.
+
+    Attributes:
+        name: of the benchmark.
+        levels, seeds: what was scored at.
+        rankings: all of them.
+        scores: of each ranking's images (n, levels, seeds), NaN where one could not be read.
+        problems: why, by the image's name.
+    """
+
+    name: str
+    levels: tuple[Level, ...]
+    seeds: tuple[int, ...]
+    rankings: Sequence[Ranking]
+    scores: Sequence[np.ndarray]
+    problems: Mapping[str, str]
+
+    def counts(self, level: int, seed: int) -> PairCounts:
+        """The pair counts at one level and draw, by their places in `levels` and `seeds`."""
+        ranks = [ranking.ranks for ranking in self.rankings]
+        return count_pairs(ranks, [scores[:, level, seed] for scores in self.scores])
+
+
+def evaluate_images(
+    model: RewardModel,
+    benchmark: Benchmark,
+    levels: Sequence[Level],
+    seeds: Sequence[int],
+    *,
+    size: Size | None = None,
+    batch_size: int = 8,
+    progress: Progress = lambda count: None,
+) -> Evaluation:
+    """Scores a benchmark from its image files; see `scoring.score_images` for the arguments."""
+    mine = _my_share(benchmark.rankings)
+    rows = list(dict.fromkeys((ranking.prompt, image) for ranking in mine for image in ranking.images))
+    found = score_images(
+        _on_every_device(model),
+        [prompt for prompt, _ in rows],
+        [functools.partial(benchmark.open, image) for _, image in rows],
+        levels,
+        seeds,
+        size=size,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    problems = {rows[index][1]: problem for index, problem in found.problems.items()}
+    return _gathered(benchmark.name, benchmark.rankings, levels, seeds, rows, found.scores, problems)
+
+
+def evaluate_records(
+    model: RewardModel,
+    records: Records,
+    split: str,
+    levels: Sequence[Level],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 8,
+    progress: Progress = lambda count: None,
+) -> Evaluation:
+    """Scores the pairs of a split of records, as rankings of two."""
+    pairs = records.pairs(split)
+    rankings = [
+        Ranking(str(pair.prompt), (str(pair.chosen), str(pair.rejected)), (1, 2))
+        for pair in map(pairs.__getitem__, range(len(pairs)))
+    ]
+    mine = _my_share(rankings)
+    rows = list(dict.fromkeys((ranking.prompt, image) for ranking in mine for image in ranking.images))
+    by_shape = collections.defaultdict(list)
+    for index, (_, image) in enumerate(rows):
+        by_shape[records.images[int(image)].latents.shape].append(index)
+    scorer = LatentScorer(_on_every_device(model), levels, seeds)
+    scores = np.empty((len(rows), len(levels), len(seeds)), np.float32)
+    for indices in by_shape.values():
+        for start in range(0, len(indices), batch_size):
+            some = indices[start : start + batch_size]
+            batch = [rows[index] for index in padded(some, min(batch_size, len(indices)))]
+            prompts = [records.prompts[int(prompt)] for prompt, _ in batch]
+            prompt = PromptEmbeds(
+                np.stack([row.prompt_embeds for row in prompts]),
+                np.stack([row.pooled_prompt_embeds for row in prompts]),
+            )
+            latents = np.stack([records.images[int(image)].latents for _, image in batch])
+            scores[some] = scorer(latents, prompt)[: len(some)]
+            progress(len(some))
+    return _gathered(f"{records.directory} {split}", rankings, levels, seeds, rows, scores, {})
+
+
+def row_count(rankings: Sequence[Ranking]) -> int:
+    """How many rows this process scores."""
+    return len({(ranking.prompt, image) for ranking in _my_share(rankings) for image in ranking.images})
+
+
+def _my_share(rankings: Sequence[Ranking]) -> Sequence[Ranking]:
+    edges = np.linspace(0, len(rankings), jax.process_count() + 1).round().astype(int)
+    number = jax.process_index()
+    return rankings[edges[number] : edges[number + 1]]
+
+
+def _on_every_device(model: RewardModel) -> RewardModel:
+    if jax.local_device_count() == 1:
+        return model
+    return dataclasses.replace(model, params=on_every_device(model.params))
+
+
+def _gathered(name, rankings, levels, seeds, rows, scores, problems) -> Evaluation:
+    """The evaluation of all processes, from each one's rows."""
+    mine = json.dumps([rows, problems]).encode()
+    by_row, all_problems = {}, {}
+    for text, data in zip(distributed.gather(mine), distributed.gather(scores.tobytes())):
+        their_rows, their_problems = json.loads(text)
+        all_problems |= their_problems
+        values = np.frombuffer(data, np.float32).reshape(len(their_rows), len(levels), len(seeds))
+        by_row |= {tuple(row): value for row, value in zip(their_rows, values)}
+    by_ranking = [np.stack([by_row[ranking.prompt, image] for image in ranking.images]) for ranking in rankings]
+    return Evaluation(name, tuple(levels), tuple(seeds), rankings, by_ranking, all_problems)

@@ -1,0 +1,113 @@
+"""Accuracy of a reward model on human preference benchmarks.
+
+    python -m dinalrm_jax.evaluate --checkpoint C [--base-model B] --benchmark hpdv2 --data DIR
+
+DIR holds the benchmark's published files, or, with --benchmark records, what `preprocess` made of any
+dataset. Prints a table by noise level and for the ensemble, by all four accuracy rules, and writes
+report.md, results.json, scores.csv (every image at every level and seed) and plots to --output. Images
+that cannot be read are left out with their pairs, and counted. On several hosts (--distributed) each
+process scores its share; all of them see the files.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+from dinalrm_jax import distributed
+from dinalrm_jax.benchmarks.evaluator import evaluate_images, evaluate_records, row_count
+from dinalrm_jax.benchmarks.report import write_evaluation
+from dinalrm_jax.compilation_cache import enable_compilation_cache
+from dinalrm_jax.config import ConfigError
+from dinalrm_jax.data.buckets import parse_bucket
+from dinalrm_jax.data.datasets import read_benchmark
+from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.disk import whole_directory
+from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.training.preflight import check_fit
+from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.weights.torch_file import TorchFileError
+
+BENCHMARKS = ("imagereward", "hpdv2", "hpdv3", "genai_bench", "records")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    enable_compilation_cache()
+    values = flags.FLAGS
+    try:
+        levels = [float(sigma) for sigma in values.sigma]
+        levels += [tuple(map(float, values.ensemble))] if values.ensemble else []
+        seeds = range(values.seed, values.seed + values.seeds)
+        output = pathlib.Path(values.output or f"runs/evaluation/{values.benchmark}")
+        if output.exists():
+            raise FileExistsError(f"{output} exists already; choose another --output or remove it first")
+        distributed.initialize(values.distributed)
+        base_model, batch_size = values["base-model"].value, values["batch-size"].value
+        if values.benchmark == "records":
+            records, split = Records(values.data), values.split or "eval"
+            rows = len(
+                {(pair.prompt, image) for pair in records.pairs(split) for image in (pair.chosen, pair.rejected)}
+            )
+        else:
+            benchmark = read_benchmark(pathlib.Path(values.data), values.benchmark, values.split or "test")
+            rows = row_count(benchmark.rankings)
+        model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
+        with distributed.progress(total=rows, desc=f"scoring {values.benchmark}", unit="image") as bar:
+            if values.benchmark == "records":
+                check_fit(records, model.config, base_model, [split])
+                found = evaluate_records(
+                    model, records, split, levels, seeds, batch_size=batch_size, progress=bar.update
+                )
+            else:
+                size = parse_bucket(values.size) if values.size is not None else None
+                found = evaluate_images(
+                    model, benchmark, levels, seeds, size=size, batch_size=batch_size, progress=bar.update
+                )
+        if distributed.is_first():
+            with whole_directory(output) as partial:
+                text = write_evaluation(partial, found)
+    except (
+        ConfigError,
+        RecordsError,
+        WeightsError,
+        TorchFileError,
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        distributed.leave(2)
+    if distributed.is_first():
+        for name, problem in sorted(found.problems.items())[:10]:
+            print(f"left out: {name}: {problem}", file=sys.stderr)
+        if len(found.problems) > 10:
+            print(f"... and {len(found.problems) - 10} more images", file=sys.stderr)
+        print(f"{text}\nwrote {output}")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
+    flags.DEFINE_string("base-model", None, "SD3 pipeline with VAE and text encoders; directory or hub id.")
+    flags.DEFINE_enum("benchmark", None, BENCHMARKS, "Format of the data.")
+    flags.DEFINE_string("data", None, "The benchmark's directory.")
+    flags.DEFINE_string(
+        "split", None, "GenAI-Bench: test (the default) or test_v1; records: train or eval (the default)."
+    )
+    flags.DEFINE_list("sigma", ["0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8"], "Single noise levels.")
+    flags.DEFINE_list("ensemble", ["0.2", "0.5", "0.7"], "Levels of the token-level ensemble; empty for none.")
+    flags.DEFINE_integer("seed", 0, "Of the first noise draw.")
+    flags.DEFINE_integer("seeds", 1, "Noise draws, seed, seed + 1 ...; the table has their spread.", 1)
+    flags.DEFINE_string("size", None, "HEIGHTxWIDTH to resize all images to; else their own, large ones scaled down.")
+    flags.DEFINE_integer("batch-size", 8, "Images in one program.", 1)
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype.")
+    flags.DEFINE_string("output", None, "Directory to write; must not exist. runs/evaluation/BENCHMARK if not given.")
+    flags.DEFINE_bool("distributed", False, distributed.HELP)
+    flags.mark_flags_as_required(["checkpoint", "benchmark", "data"])
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
