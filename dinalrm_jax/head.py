@@ -131,7 +131,8 @@ class RewardHead(nnx.Module):
         For an ensemble of K levels the tokens of all levels stand one after another, K Nv and K Nt
         of them, and are attended to at once; this is not the mean of K scores.
         """
-        queries = jnp.repeat(self.query_tokens[...].astype(image.dtype), len(image), axis=0)
+        queries = self.query_tokens[...].astype(image.dtype)
+        queries = jnp.broadcast_to(queries, (image.shape[0], *queries.shape[1:]))
         queries = self.attn1(queries, image, text)
         queries = self.attn2(queries, image)
         hidden = jax.nn.gelu(self.ff[0](self.norm_ff(queries)), approximate=False)

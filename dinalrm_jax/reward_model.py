@@ -62,14 +62,14 @@ class RewardModule(nnx.Module):
         Returns:
             (B,) float32 scores.
         """
-        sigmas = jnp.broadcast_to(sigmas.reshape(len(sigmas), -1), (len(sigmas), len(latents)))
+        sigmas = jnp.broadcast_to(sigmas.reshape(len(sigmas), -1), (len(sigmas), latents.shape[0]))
         image, text = jax.vmap(lambda sigma: self._tokens(latents, prompt, sigma, eps))(sigmas)
         return self._squash(self.head.score(_join_levels(image), None if text is None else _join_levels(text)))
 
     def score(self, latents: jax.Array, prompt: PromptEmbeds, levels: jax.Array, eps: jax.Array) -> jax.Array:
         """A single level for all rows where `levels` is (), the ensemble where it is (K,)."""
         if levels.ndim == 0:
-            return self(latents, prompt, jnp.broadcast_to(levels, len(latents)), eps)
+            return self(latents, prompt, jnp.broadcast_to(levels, latents.shape[0]), eps)
         return self.ensemble(latents, prompt, levels, eps)
 
     def features(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> Features:
@@ -124,7 +124,11 @@ class RewardModel:
 
     @classmethod
     def from_pretrained(
-        cls, checkpoint: str | pathlib.Path, base_model: str | pathlib.Path | None = None, dtype: str = "bfloat16"
+        cls,
+        checkpoint: str | pathlib.Path,
+        base_model: str | pathlib.Path | None = None,
+        dtype: str = "bfloat16",
+        backbone: Params | None = None,
     ) -> "RewardModel":
         """Loads a native checkpoint, or a released one together with its base model.
 
@@ -133,6 +137,9 @@ class RewardModel:
             base_model: directory or hub id in diffusers layout; required for the released layout. Of a
                 native checkpoint, which holds its backbone, only text encoders and VAE are read from it.
             dtype: compute dtype; frozen weights are stored in it, LoRA and head in float32.
+            backbone: a whole transformer's parameters (`weights.pretrained.load_backbone`), on the device in
+                `dtype`, as a policy has them. The frozen part is taken from them as it is: nothing is read or
+                held twice. They must be those that the checkpoint was trained on.
 
         Raises:
             WeightsError: a missing, unknown or misshapen weight; all of them are listed.
@@ -141,7 +148,7 @@ class RewardModel:
         """
         from dinalrm_jax.weights import pretrained  # imports this module for its types
 
-        return pretrained.load_reward_model(checkpoint, base_model, ExecutionConfig(dtype=dtype))
+        return pretrained.load_reward_model(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone)
 
     @classmethod
     def init(cls, config: RewardModelConfig, execution: ExecutionConfig = ExecutionConfig(), seed: int = 0):

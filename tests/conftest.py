@@ -1,5 +1,6 @@
 """Shared fixtures. Four virtual CPU devices, so that meshes are real; everything else uses the first."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -22,7 +23,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 import dinalrm_jax as dina  # noqa: E402
-from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config  # noqa: E402
+from dinalrm_jax.config import EncodersConfig, LoRAConfig, RewardModelConfig, SD3Config  # noqa: E402
 from dinalrm_jax.data import rehearsal  # noqa: E402
 from dinalrm_jax.parameters import Params  # noqa: E402
 
@@ -92,6 +93,15 @@ def golden_model() -> dina.RewardModel:
 def tiny_model() -> dina.RewardModel:
     model = dina.RewardModel.init(TINY)
     return dina.RewardModel(TINY, randomized(model.params), model.execution)
+
+
+@pytest.fixture(scope="session")
+def scene_model() -> dina.RewardModel:
+    """Of the quickstart's kind, with the built-in encoders, so that it scores images and prompts without files."""
+    transformer = dataclasses.replace(TINY_SD3, num_layers=2, joint_attention_dim=64, pooled_projection_dim=64)
+    taps = {"num_blocks": 1, "visual_taps": (1,), "text_taps": (1,)}
+    config = dataclasses.replace(TINY, transformer=transformer, **taps, encoders=EncodersConfig("tiny", 8))
+    return dina.RewardModel(config, randomized(dina.RewardModel.init(config).params))
 
 
 @pytest.fixture(scope="session")

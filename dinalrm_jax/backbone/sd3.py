@@ -174,7 +174,7 @@ class SD3Transformer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         config, dtype = self.config, jnp.dtype(self.execution.dtype)
         validate_latents(latents, config.in_channels, config.patch_size, config.pos_embed_max_size)
-        prompt.validate(len(latents), config.joint_attention_dim, config.pooled_projection_dim)
+        prompt.validate(latents.shape[0], config.joint_attention_dim, config.pooled_projection_dim)
         image = self.pos_embed(latents.astype(dtype))
         text = self.context_embedder(prompt.prompt_embeds.astype(dtype))
         return image, text, self.time_text_embed(timestep, prompt.pooled_prompt_embeds.astype(dtype))

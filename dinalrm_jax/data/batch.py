@@ -7,6 +7,7 @@ Arrays are channels last.
 import dataclasses
 
 import jax
+import jax.export
 
 
 def _pytree(cls):
@@ -40,6 +41,15 @@ class PromptEmbeds:
                 f"{rows} latents but {tokens[0]} rows of prompt_embeds and {pooled[0]} of pooled_prompt_embeds; "
                 "give one prompt per image (repeat a shared prompt)"
             )
+
+
+# For `jax.export` of functions that take prompts.
+jax.export.register_pytree_node_serialization(
+    PromptEmbeds,
+    serialized_name="dinalrm_jax.PromptEmbeds",
+    serialize_auxdata=lambda aux: b"",
+    deserialize_auxdata=lambda data: (),
+)
 
 
 @_pytree

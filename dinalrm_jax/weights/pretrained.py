@@ -44,13 +44,16 @@ DIFFUSERS_DEFAULTS = {
 
 
 def load_reward_model(
-    checkpoint: str | pathlib.Path, base_model: str | pathlib.Path | None, execution: ExecutionConfig
+    checkpoint: str | pathlib.Path,
+    base_model: str | pathlib.Path | None,
+    execution: ExecutionConfig,
+    backbone: Params | None = None,
 ) -> RewardModel:
     """See `RewardModel.from_pretrained`."""
     directory = resolve(checkpoint, CHECKPOINT_FILES)
     config = read_json(directory / "config.json")
     if "format" in config:
-        return dataclasses.replace(_load_native(directory, config, execution), base_model=base_model)
+        return dataclasses.replace(_load_native(directory, config, execution, backbone), base_model=base_model)
     if (directory / "model" / "config.json").is_file():
         raise ConfigError(f"{directory} is the directory of a training run; its model is {directory / 'model'}")
     if base_model is None:
@@ -64,6 +67,8 @@ def load_reward_model(
     parts = _released_parts(directory / "checkpoint", transformer_dir, model_config)
     params, problems = {}, []
     for source, tensors, table, belongs, unused in parts:
+        if backbone is not None and belongs is _is_frozen:
+            continue
         wanted = {name: shape for name, shape in shapes.items() if belongs(name)}
         try:
             params |= rules.load(tensors, table, wanted, source=str(source), unused=unused)
@@ -71,7 +76,8 @@ def load_reward_model(
             problems.append(str(error))
     if problems:
         raise WeightsError("\n".join(problems))
-    return RewardModel(model_config, _to_device(params, execution), execution, base_model)
+    shared = {} if backbone is None else share(backbone, model_config, execution)
+    return RewardModel(model_config, shared | _to_device(params, execution), execution, base_model)
 
 
 def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path, SD3Config]:
@@ -125,6 +131,29 @@ def truncate(backbone: Params, config: RewardModelConfig) -> Params:
     return {name: backbone[name.removeprefix("backbone.")] for name in shapes if not is_trainable(name)}
 
 
+def share(backbone: Params, config: RewardModelConfig, execution: ExecutionConfig) -> Params:
+    """`truncate`, of arrays that a reward model of this dtype can use as they are.
+
+    Raises:
+        WeightsError: arrays that are missing, or have another shape or dtype; all of them are listed.
+    """
+    problems = []
+    for name, shape in reward_functional(config, execution).shapes.items():
+        if is_trainable(name):
+            continue
+        array = backbone.get(name.removeprefix("backbone."))
+        if array is None:
+            problems.append(f"{name.removeprefix('backbone.')} is missing")
+        elif (array.shape, array.dtype) != (shape.shape, jnp.dtype(execution.dtype)):
+            problems.append(
+                f"{name.removeprefix('backbone.')} is {array.dtype} {array.shape}, expected "
+                f"{execution.dtype} {shape.shape}"
+            )
+    if problems:
+        raise WeightsError("the backbone cannot be shared with this model:\n  " + "\n  ".join(problems))
+    return truncate(backbone, config)
+
+
 def save_reward_model(model: RewardModel, output: str | pathlib.Path) -> None:
     """Writes a native checkpoint, whole or not at all."""
     frozen = {name: array for name, array in model.params.items() if not is_trainable(name)}
@@ -172,16 +201,20 @@ def export_diffusers(config: SD3Config, params: Params, output: str | pathlib.Pa
         save_safetensors(directory / "diffusion_pytorch_model.safetensors", rules.dump(params, sd3.rules(config)))
 
 
-def _load_native(directory: pathlib.Path, config: dict, execution: ExecutionConfig) -> RewardModel:
+def _load_native(
+    directory: pathlib.Path, config: dict, execution: ExecutionConfig, backbone: Params | None
+) -> RewardModel:
     model_config = from_mapping(
         RewardModelConfig, _native(config, "reward_model", directory), f"{directory}/config.json"
     )
     shapes = reward_functional(model_config, execution).shapes
+    shared = {} if backbone is None else share(backbone, model_config, execution)
     tensors = {}
-    for stem in ("backbone", "trained"):
+    for stem in ("trained",) if shared else ("backbone", "trained"):
         tensors |= SafetensorsDirectory(directory, stem)
-    params = rules.load(tensors, rules.IDENTITY, shapes, source=str(directory))
-    return RewardModel(model_config, _to_device(params, execution), execution)
+    wanted = {name: shape for name, shape in shapes.items() if name not in shared}
+    params = rules.load(tensors, rules.IDENTITY, wanted, source=str(directory))
+    return RewardModel(model_config, shared | _to_device(params, execution), execution)
 
 
 def _released_parts(checkpoint: pathlib.Path, transformer: pathlib.Path, config: RewardModelConfig):

@@ -1,0 +1,207 @@
+"""Images and prompts to scores: the Python methods and the score command."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import dinalrm_jax as dina
+from dinalrm_jax import score
+from dinalrm_jax.config import ConfigError
+from dinalrm_jax.data.images import scoring_size
+from dinalrm_jax.reward_model import ranks
+from dinalrm_jax.scoring import score_images
+from dinalrm_jax.weights.pretrained import save_reward_model
+from tests.conftest import ROOT
+
+SIZES = [(64, 64), (48, 80), (64, 64), (80, 48), (64, 64), (64, 64), (48, 80), (64, 64), (64, 64)]
+PROMPTS = ["a red fox", "two dogs", "a red fox", "", "two dogs", "one cat", "one cat", "a red fox", "three birds"]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in SIZES]
+
+
+def alone(model, prompt, picture, sigma, seed=0):
+    return model.score_latents(model.encode_image([picture]), model.encode_prompt([prompt]), sigma, seed=seed)[0]
+
+
+@pytest.mark.parametrize("sigma", [0.4, (0.2, 0.7)])
+def test_images_of_many_sizes_score_as_alone(scene_model, pictures, tmp_path, sigma):
+    pictures[1].save(tmp_path / "one.png")
+    given = [pictures[0], tmp_path / "one.png", np.asarray(pictures[2]), *pictures[3:]]
+    expected = [alone(scene_model, *row, sigma) for row in zip(PROMPTS, pictures)]
+    found = scene_model.score(PROMPTS, given, sigma, batch_size=4)
+    assert type(found) is list
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(scene_model.score(PROMPTS[:1], given[:1], sigma), expected[:1], atol=1e-5)
+    one_prompt = scene_model.score("two dogs", given[4:5], sigma)
+    np.testing.assert_allclose(one_prompt, expected[4:5], atol=1e-5)
+
+
+def test_samples_are_a_mean_over_seeds(scene_model, pictures):
+    expected = np.mean([alone(scene_model, "two dogs", pictures[0], 0.4, seed) for seed in (5, 6, 7)])
+    assert scene_model.score("two dogs", pictures[:1], seed=5, samples=3)[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_ranks_are_of_the_input_order(scene_model, pictures):
+    found, scores = scene_model.rank("two dogs", pictures[:4])
+    np.testing.assert_allclose(scores, scene_model.score("two dogs", pictures[:4]), atol=1e-6)
+    best_first = np.argsort(-np.array(scores))
+    assert [found[index] for index in best_first] == [1, 2, 3, 4]
+    assert ranks([0.5, 2.0, 2.0, -1.0]) == [3, 1, 1, 4]
+    assert dina.normalize(-10.0) == 0.0
+
+
+def test_each_prompt_is_encoded_once(scene_model, pictures, monkeypatch):
+    encoded = []
+    plain = dina.RewardModel.encode_prompt
+    monkeypatch.setattr(
+        dina.RewardModel, "encode_prompt", lambda model, prompts: encoded.extend(prompts) or plain(model, prompts)
+    )
+    scene_model.score(PROMPTS, pictures, batch_size=8)
+    distinct = set(PROMPTS)
+    assert set(encoded) == distinct
+    assert len(encoded) < 2 * len(distinct)  # padded to a power of two
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_scored(scene_model, pictures, tmp_path):
+    (tmp_path / "garbage.png").write_bytes(b"garbage")
+    pictures[0].save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    names = [tmp_path / name for name in ("garbage.png", "whole.png", "cut.png", "missing.png")]
+    found = score_images(scene_model, 4 * ["two dogs"], names, [0.4], [0])
+    assert np.isnan(found.scores[[0, 2, 3]]).all()
+    assert found.scores[1, 0, 0] == pytest.approx(alone(scene_model, "two dogs", pictures[0], 0.4), abs=1e-5)
+    assert set(found.problems) == {0, 2, 3}
+    with pytest.raises(
+        ValueError, match=r"3 of 4 images cannot be read:\n.*\n.*images\[2\].*\n.*images\[3\]: there is no file"
+    ):
+        scene_model.score("two dogs", names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a", []), "images must be a list of at least one image"),
+        (("a", "one.png"), r"for one: \[image\]"),
+        ((["a", "b"], ["one.png"]), "2 prompts but 1 images"),
+    ],
+)
+def test_bad_arguments(scene_model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        scene_model.score(*arguments)
+
+
+def test_bad_levels_and_sizes(scene_model, pictures):
+    with pytest.raises(ValueError, match=r"sigma must lie in \[0, 1\]"):
+        scene_model.score("a", pictures[:1], 1.5)
+    with pytest.raises(ValueError, match=r"size must be \(height, width\) in positive multiples of 16 pixels"):
+        scene_model.score("a", pictures[:1], size=(60, 64))
+    with pytest.raises(ValueError, match="rank compares images of one prompt"):
+        scene_model.rank(["a"], pictures[:1])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1024, 1024), (1024, 1024)),
+        ((512, 512), (512, 512)),
+        ((832, 1472), (832, 1472)),  # the largest of training's buckets stays
+        ((1000, 750), (992, 752)),
+        ((4000, 3000), (1296, 976)),  # 1.2 times the model's own area
+        ((10, 200), (16, 192)),
+        ((100, 60000), (16, 6144)),  # as long as the position table
+    ],
+)
+def test_scoring_size(size, expected):
+    assert scoring_size(size, native_side=1024, longest_side=6144) == expected
+
+
+def test_rows_are_split_over_the_devices_that_hold_the_model(scene_model, pictures):
+    from dinalrm_jax.local_devices import on_every_device
+
+    spread = dina.RewardModel(scene_model.config, on_every_device(scene_model.params), scene_model.execution)
+    assert len(jax.local_devices()) == 4
+    np.testing.assert_allclose(spread.score(PROMPTS, pictures), scene_model.score(PROMPTS, pictures), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(scene_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("scored") / "model"
+    save_reward_model(scene_model, directory)
+    return directory
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "dinalrm_jax.score", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_score_command(scene_model, checkpoint, pictures, tmp_path):
+    """A directory and files, two prompts, a broken file; every output."""
+    (tmp_path / "images").mkdir()
+    for index in (0, 1):
+        pictures[index].save(tmp_path / "images" / f"{index}.png")
+    for index in (2, 3):
+        pictures[index].save(tmp_path / f"{index}.jpg", quality=100)
+    (tmp_path / "images" / "2.png").write_bytes(b"garbage")
+    (tmp_path / "prompts.txt").write_text("two dogs\ntwo dogs\ntwo dogs\none cat\none cat\n")
+    files = [tmp_path / "images", tmp_path / "2.jpg", tmp_path / "3.jpg"]
+    result = run(
+        f"--checkpoint={checkpoint}", "--dtype=float32", f"--prompt-file={tmp_path / 'prompts.txt'}", "--samples=2",
+        "--json=-", f"--csv={tmp_path / 'scores.csv'}", f"--sheet={tmp_path / 'sheet.png'}", *files,
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert "2.png: not a readable image" in result.stderr
+    rows = json.loads(result.stdout)
+    assert [(row["prompt"], row["rank"]) for row in rows] == [
+        ("two dogs", 1),
+        ("two dogs", 2),
+        ("one cat", 1),
+        ("one cat", 2),
+    ]
+    for row in rows:
+        each = [scene_model.score(row["prompt"], [row["image"]], seed=seed)[0] for seed in (0, 1)]
+        assert row["score"] == pytest.approx(np.mean(each), abs=1e-5)
+        assert row["standard_error"] == pytest.approx(abs(each[0] - each[1]) / 2, abs=1e-5)
+        assert row["normalized"] == pytest.approx(np.mean(each) / 10 + 1, abs=1e-5)
+    assert rows[0]["score"] > rows[1]["score"]
+    with (tmp_path / "scores.csv").open() as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [row["image"] for row in rows]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 300
+
+
+def test_score_table(scene_model, pictures):
+    found = score_images(scene_model, 3 * ["two dogs"], pictures[:3], [0.4], [0])
+    text = score.as_table(score.table_rows(3 * ["two dogs"], ["a.png", "b.png", "c.png"], found))
+    header, *lines = [line.split() for line in text.splitlines()]
+    assert header == ["rank", "score", "normalized", "image"]
+    best = np.argsort(-found.scores[:, 0, 0])
+    assert [line[-1] for line in lines] == [["a.png", "b.png", "c.png"][i] for i in best]
+    assert [float(line[1]) for line in lines] == pytest.approx(sorted(found.scores[:, 0, 0], reverse=True), abs=1e-3)
+
+
+def test_score_command_inputs(tmp_path):
+    with pytest.raises(ConfigError, match="holds no images"):
+        score.find_images([str(tmp_path)])
+    with pytest.raises(ConfigError, match="name at least one image"):
+        score.find_images([])
+    with pytest.raises(ConfigError, match="either --prompt or --prompt-file"):
+        score.read_prompts(None, None, 2)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    with pytest.raises(ConfigError, match="2 lines for 3 images"):
+        score.read_prompts(None, str(tmp_path / "prompts.txt"), 3)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    assert score.read_prompts(None, str(tmp_path / "prompts.txt"), 3) == ["a", "a", "a"]
