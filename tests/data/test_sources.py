@@ -12,7 +12,7 @@ from PIL import Image
 from dinalrm_jax.config import PreparationConfig
 from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
 from dinalrm_jax.data.datasets import read_source
-from dinalrm_jax.data.preferences import Preference, pick, select
+from dinalrm_jax.data.preferences import Preference, Ranking, pick, select
 from dinalrm_jax.data.records import RecordsError
 from tests.conftest import ROOT
 from tests.data.sources import ranking, write_hpdv2
@@ -160,6 +160,12 @@ def test_genai_bench(tmp_path):
             for row in (first, second)]  # fmt: skip
     assert reds == [[0, 1], [21, 20]]
     assert source.counts == {"tie or both bad": 2}
+    assert [row.ranks for row in genai_bench.benchmark(tmp_path, "test_v1").rankings] == [
+        (1, 2),
+        (1, 1),
+        (2, 1),
+        (1, 1),
+    ]
     with pytest.raises(RecordsError, match=r"is not a directory of GenAI-Bench: it has no test-\*.parquet"):
         genai_bench.read(tmp_path, "test")
     write_genai(tmp_path / "odd", ["leftvote", "none"])
@@ -215,3 +221,22 @@ def test_directories_that_are_not_what_they_should_be(tmp_path, dataset, files, 
         (tmp_path / name).write_text(text)
     with pytest.raises(RecordsError, match=message):
         read_source(tmp_path, PreparationConfig(dataset))
+
+
+def test_benchmarks_keep_their_ties(tmp_path):
+    """What evaluation sees: rankings with ties, images by the names that `open` takes."""
+    rows = [ranking("p", ["a.png", "b.png", "c.png"], [5, 3, 5])]
+    found = hpdv2.benchmark(write_hpdv2(tmp_path / "hpdv2", rows))
+    assert found.rankings == [Ranking("p", ("test/a.png", "test/b.png", "test/c.png"), (5, 3, 5))]
+    assert found.open("test/a.png").read() == (tmp_path / "hpdv2" / "test" / "a.png").read_bytes()
+
+    hpd = hpdv3.benchmark(write_hpdv3(tmp_path / "hpdv3", []))
+    assert hpd.rankings == [Ranking("t", ("images/1.jpg", "images/2.jpg"), (1, 2))]
+
+    (tmp_path / "ir" / "test_images" / "x").mkdir(parents=True)
+    (tmp_path / "ir" / "test_images" / "x" / "1.webp").write_bytes(b"1")
+    row = {"id": "1", "prompt": "q", "generations": ["x/1.webp", "x/2.webp"], "ranking": [1, 1]}
+    (tmp_path / "ir" / "test.json").write_text(json.dumps([row]))
+    image_reward = imagereward.benchmark(tmp_path / "ir")
+    assert image_reward.rankings == [Ranking("q", ("x/1.webp", "x/2.webp"), (1, 1))]
+    assert image_reward.open("x/1.webp").read() == b"1"

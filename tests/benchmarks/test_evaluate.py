@@ -1,0 +1,146 @@
+"""The evaluate command on a small HPDv2 directory, by one process and by two, and on records."""
+
+import csv
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinalrm_jax.benchmarks.evaluator import evaluate_images, evaluate_records
+from dinalrm_jax.benchmarks.report import as_markdown, summarize
+from dinalrm_jax.config import ScenesConfig
+from dinalrm_jax.data import hpdv2
+from dinalrm_jax.data.records import Records
+from dinalrm_jax.data.scene_records import write_scene_records
+from dinalrm_jax.weights.pretrained import save_reward_model
+from tests.conftest import ROOT
+from tests.data.sources import ranking, write_hpdv2
+
+ROWS = [
+    ranking("two dogs", ["a.png", "b.png", "c.png", "d.png"], [2, 1, 2, 4]),
+    ranking("one cat", ["e.png", "a.png"], [0, 1]),
+    ranking("a red fox", ["f.png", "g.png", "h.png"], [1, 3, 2]),
+]
+FLAGS = ("--benchmark=hpdv2", "--dtype=float32", "--sigma=0.2,0.6", "--ensemble=0.2,0.6", "--seeds=2", "--batch-size=4")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Images of two sizes; c.png is missing, g.png is no image."""
+    directory = write_hpdv2(tmp_path_factory.mktemp("benchmark") / "HPDv2", ROWS)
+    rng = np.random.default_rng(0)
+    for number, name in enumerate("abdefh"):
+        pixels = rng.integers(0, 256, (64, 64 if number % 2 else 48, 3), np.uint8)
+        Image.fromarray(pixels).save(directory / "test" / f"{name}.png")
+    (directory / "test" / "c.png").unlink()
+    (directory / "test" / "g.png").write_bytes(b"garbage")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoint(scene_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("evaluated") / "model"
+    save_reward_model(scene_model, directory)
+    return directory
+
+
+def by_hand(scene_model, source, sigma, seed):
+    """(correct, strict, all) pairs of every ranking, one image at a time."""
+    out = []
+    for row in ROWS:
+        score = {
+            name: scene_model.score(row["prompt"], [source / "test" / name], sigma, seed)[0]
+            for name in row["image_path"]
+            if name not in ("c.png", "g.png")
+        }
+        ranks = dict(zip(row["image_path"], row["rank"]))
+        pairs = [(one, other) for one in score for other in score if one < other]
+        strict = [pair for pair in pairs if ranks[pair[0]] != ranks[pair[1]]]
+        correct = [(ranks[a] < ranks[b]) == (score[a] > score[b]) for a, b in strict]
+        out.append((sum(correct), len(strict), len(pairs)))
+    return np.array(out)
+
+
+def test_evaluate_by_one_process_and_by_two(scene_model, checkpoint, source, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = ["dinalrm_jax.evaluate", f"--checkpoint={checkpoint}", f"--data={source}", *FLAGS]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PROCESSES": "2", "DEVICES": "2", "PORT": str(port)}
+    environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
+    commands = (
+        ([sys.executable, "-m", *arguments, f"--output={one}"], os.environ),
+        (["launch/local_processes.sh", *arguments, f"--output={two}"], environment),
+    )
+    runs = [
+        subprocess.Popen(c, cwd=ROOT, env=e, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c, e in commands
+    ]
+    outputs = [run.communicate(timeout=180) for run in runs]
+    for run, (stdout, stderr) in zip(runs, outputs):
+        assert run.returncode == 0, stderr
+        assert "left out: test/c.png: there is no file" in stderr
+        assert "left out: test/g.png: not a readable image" in stderr
+        assert "2 images not read, 5 pairs left out" in stdout
+    for name in ("report.md", "results.json", "scores.csv", "accuracy_by_sigma.png", "reliability.png", "scores.png"):
+        assert (one / name).stat().st_size > 0
+    found = json.loads((one / "results.json").read_text())
+    assert found == json.loads((two / "results.json").read_text())
+
+    # M1 and M4 over all pairs, M2 over rankings; nobody ties here, so that M2 is M3.
+    for level, sigma in (("0.2", 0.2), ("ensemble 0.2 0.6", (0.2, 0.6))):
+        for seed in (0, 1):
+            correct, strict, pairs = by_hand(scene_model, source, sigma, seed).T
+            expected = {
+                "strict": correct.sum() / strict.sum(),
+                "strict_by_prompt": np.mean(correct / strict),
+                "inversions_by_prompt": np.mean(1 - (strict - correct) / pairs),
+                "released": correct.sum() / pairs.sum(),
+            }
+            for rule, value in expected.items():
+                assert found["levels"][level][rule]["by_seed"][seed] == pytest.approx(100 * value, abs=1e-3)
+    assert (found["pairs"], found["pairs_tied_by_people"], found["pairs_left_out"]) == (5, 0, 5)
+
+    rows = [list(csv.DictReader((directory / "scores.csv").open())) for directory in (one, two)]
+    assert [row["image"] for row in rows[0]] == [f"test/{name}" for row in ROWS for name in row["image_path"]]
+    assert [row["image"] for row in rows[0] if row["0.2, seed 0"] == ""] == ["test/c.png", "test/g.png"]
+    for mine, theirs in zip(*rows):
+        for column, value in mine.items():
+            if "seed" in column and value:
+                assert float(value) == pytest.approx(float(theirs[column]), abs=1e-4)
+
+
+def test_the_report_of_a_known_model(scene_model, source):
+    """A table whose numbers can be counted: with perfect scores, and the paper's line beside."""
+    found = evaluate_images(scene_model, hpdv2.benchmark(source), [0.4], [0])
+    perfect = [-np.array(row.ranks, np.float32)[:, None, None] for row in found.rankings]
+    summary = summarize(type(found)("HPDv2", found.levels, found.seeds, found.rankings, perfect, {}))
+    assert (summary["pairs"], summary["pairs_tied_by_people"]) == (10, 1)
+    by_rule = summary["levels"]["0.4"]
+    assert [by_rule[rule]["accuracy"] for rule in ("strict", "strict_by_prompt", "inversions_by_prompt")] == [100.0] * 3
+    assert by_rule["released"]["accuracy"] == 90.0
+    assert "| 0.4 | 100.00 (100.0 to 100.0) |" in as_markdown(summary)
+    assert "DiNa-LRM, ensemble 84.31" in as_markdown(summary)
+
+
+def test_records_are_scored_as_their_latents(scene_model, tmp_path):
+    write_scene_records(
+        tmp_path / "data", ScenesConfig(train_pairs=1, eval_pairs=5, image_size=64), scene_model.config.encoders
+    )
+    records = Records(tmp_path / "data")
+    found = evaluate_records(scene_model, records, "eval", [0.4, (0.2, 0.6)], [3], batch_size=4)
+    pairs = records.pairs("eval")
+    for scores, pair in zip(found.scores, (pairs[index] for index in range(len(pairs)))):
+        for place, image in enumerate((pair.chosen, pair.rejected)):
+            prompt = scene_model.encode_prompt([records.prompts[pair.prompt].text])
+            latents = records.images[image].latents[None].astype(np.float32)
+            for level, sigma in enumerate((0.4, (0.2, 0.6))):
+                # Records hold embeddings in float16.
+                expected = scene_model.score_latents(latents, prompt, sigma, seed=3)[0]
+                assert scores[place, level, 0] == pytest.approx(expected, abs=5e-3)
