@@ -47,7 +47,7 @@ def ascent(reward_fn: Callable, step_size: float, steps: int) -> Callable:
 def rejected_images(records: Records, count: int) -> tuple[np.ndarray, dina.PromptEmbeds, list[str]]:
     """Latents of the rejected images of the first held-out pairs, with their prompts and captions."""
     pairs = records.pairs("eval")
-    rows = [pairs[index] for index in range(count)]
+    rows = [pairs[index] for index in range(min(count, len(pairs)))]
     latents = np.stack([records.images[row.rejected].latents for row in rows]).astype(np.float32)
     prompts = [records.prompts[row.prompt] for row in rows]
     embeds = dina.PromptEmbeds(
@@ -69,7 +69,9 @@ def main(run: pathlib.Path, output: pathlib.Path, steps: int, count: int) -> Non
         before, after = (model.score_latents(x, prompt, sigma, seed=1000).mean() for x in (latents, improved))
         print(f"  sigma {sigma}: {before:+.2f} -> {after:+.2f}")
 
-    figure, axes = plt.subplots(2, count, figsize=(1.9 * count, 4.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        2, len(captions), figsize=(1.9 * len(captions), 4.4), layout="constrained", squeeze=False
+    )
     for row, (name, x) in enumerate((("before", latents), ("after", np.asarray(improved)))):
         scores = model.score_latents(x, prompt, 0.4, seed=1000)
         for axis, image, score in zip(axes[row], model.image_codec.decode(x), scores):

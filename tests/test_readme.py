@@ -2,7 +2,10 @@
 
 import os
 import re
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 
@@ -13,9 +16,11 @@ from PIL import Image
 import dinalrm_jax as dina
 from dinalrm_jax.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.data import rehearsal
+from dinalrm_jax.reward_model import ranks
 from dinalrm_jax.weights.pretrained import export_released
 from tests.conftest import GOLDEN, ROOT, randomized
 from tests.data.sources import ranking, write_hpdv2
+from tests.server.serving import running
 
 README = (ROOT / "README.md").read_text()
 GOLDEN_STAND_INS = {
@@ -68,17 +73,26 @@ def test_python_snippets(published, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for name in ("fox_1.png", "fox_2.png"):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(name)
-    session = {}
-    for block in blocks("python"):
-        # The stand-in's position table ends at 384 pixels.
-        exec(compile(with_stand_ins(block, published).replace("1024", "64"), "README.md", "exec"), session)
     exact = dina.RewardModel.from_pretrained(*published.values(), dtype="float32")
-    latents, prompt = session["latents"], exact.encode_prompt(2 * ["a red fox in the snow"])
-    # bfloat16 by default: near the float32 scores, and the ascent raises the reward.
-    np.testing.assert_allclose(session["scores"], exact.score_latents(latents, prompt, 0.4), atol=0.1)
-    np.testing.assert_allclose(session["better"], exact.score_latents(latents, prompt, (0.2, 0.5, 0.7)), atol=0.1)
-    improved = exact.score_latents(session["improved"], prompt, 0.4)
-    assert improved.sum() > exact.score_latents(latents, prompt, 0.4).sum()
+    session = {}
+    with running(exact, warmup=("8x8x205",), max_batch_size=2) as server:
+        stand_ins = {
+            **published,
+            "http://127.0.0.1:8000": server.url,
+            "1024": "64",
+        }  # the position table ends at 384 pixels
+        for block in blocks("python"):
+            exec(compile(with_stand_ins(block, stand_ins), "README.md", "exec"), session)
+    # bfloat16 by default: near the float32 scores.
+    small = exact.score("a red fox in the snow", ["fox_1.png", "fox_2.png"], (0.2, 0.5, 0.7))
+    np.testing.assert_allclose(session["better"], small, atol=0.1)
+    assert session["ranks"] == ranks(session["better"])
+    latents, prompt = session["latents"], session["prompt"]
+    at_once = exact.score_latents(latents, prompt, 0.4)
+    np.testing.assert_allclose(session["scores"], at_once, atol=0.1)
+    np.testing.assert_allclose(session["again"], at_once, atol=0.1)
+    np.testing.assert_allclose(session["served"], at_once, atol=1e-2)  # its sigma is the schedule's nearest
+    assert exact.score_latents(session["improved"], prompt, 0.4).sum() > at_once.sum()
     assert session["model"].execution.remat == "block"
 
 
@@ -86,7 +100,7 @@ def test_python_snippets(published, tmp_path, monkeypatch):
 def checkout(tmp_path_factory):
     """The files that the commands need, where `runs/` may be written."""
     directory = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "dinalrm_jax", "launch"):
+    for name in ("configs", "dinalrm_jax", "examples", "launch"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
     rows = [ranking(f"prompt {i}", [f"{i}{j}.png" for j in range(4)], [2, 1, 4, 3]) for i in range(12)]
     write_hpdv2(directory / "HPDv2", rows)
@@ -122,10 +136,14 @@ SHORT = " ".join(
 SHORT_SCENES = f"{SHORT} --config.scenes.train_pairs=8 --config.scenes.eval_pairs=4"
 
 
-def test_commands(checkout):
+def test_commands(checkout, published):
     """In README order; training commands made short by further overrides."""
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    ran = 0
+    for name in ("fox_1.png", "fox_2.png"):
+        Image.new("RGB", (40, 40), (int(name[4]) * 90, 90, 30)).save(checkout / name)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    ran, server = 0, None
     for command in commands:
         if command.startswith("pip install torch") or "local_processes.sh" in command:
             continue  # .ci/run runs the first, tests/test_launch.py the second
@@ -139,12 +157,26 @@ def test_commands(checkout):
             command += " --config.model.num_blocks=1 --config.model.visual_taps='(1,)' --config.model.text_taps='(1,)'"
         elif "dinalrm_jax.train" in command:
             command += f" {SHORT if 'hpdv2' in command else SHORT_SCENES}"
+        elif any(f"dinalrm_jax.{name} " in command for name in ("score", "evaluate", "serve", "client")):
+            command = with_stand_ins(command, {**published, "8000": port})
+            command += " --sigma 0.4" if "evaluate" in command else ""
+        if "dinalrm_jax.serve" in command:
+            serve = [sys.executable, *shlex.split(command)[1:], "--warmup=8x8x205", "--max-batch-size=1"]
+            server = subprocess.Popen(serve, cwd=checkout, stderr=subprocess.DEVNULL)
+            ran += 1
+            continue
         command = with_stand_ins(command, {**GOLDEN_STAND_INS, "path/to/HPDv2": str(checkout / "HPDv2")})
         command = command.removeprefix("pip install -r requirements.txt && ")
         result = shell(command, checkout)
         assert result.returncode == 0, (command, result.stderr)
         ran += 1
-    assert ran == 9
+        if "dinalrm_jax.client" in command:
+            assert "is ready" in result.stdout
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+    assert ran == 15
+    assert "HPDv2" in (checkout / "runs" / "hpdv2_evaluation" / "report.md").read_text()
+    assert all((checkout / "runs" / name).exists() for name in ("foxes.png", "ascent.png", "best_of_n.png"))
     exported = dina.RewardModel.from_pretrained(checkout / "runs" / "released", GOLDEN, dtype="float32")
     golden = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="float32")
     for name in golden.params:

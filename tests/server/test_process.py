@@ -17,7 +17,7 @@ from dinalrm_jax.noise import nearest_schedule_sigma
 from dinalrm_jax.server.app import RewardServer, ServerConfig
 from dinalrm_jax.weights.pretrained import save_reward_model
 from tests.conftest import ROOT
-from tests.server.conftest import inputs, take
+from tests.server.serving import inputs, take
 
 
 @pytest.fixture(scope="module")

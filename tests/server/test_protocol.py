@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from dinalrm_jax.server import protocol
 from dinalrm_jax.server.protocol import Limits, RequestError
 from tests.conftest import TINY
-from tests.server.conftest import inputs
+from tests.server.serving import inputs
 
 LIMITS = Limits.of(TINY, max_rows=4)
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from dinalrm_jax.client import AsyncRewardClient, ClientConfig, RewardClient, RewardServerError
 from dinalrm_jax.noise import nearest_schedule_sigma
 from dinalrm_jax.server import protocol
-from tests.server.conftest import HEADERS, OTHER_SHAPE, inputs, running, take
+from tests.server.serving import HEADERS, OTHER_SHAPE, inputs, running, take
 from tests.server.test_protocol import torch_request
 
 SIGMA = float(nearest_schedule_sigma(0.4))
@@ -192,6 +192,17 @@ def test_api_key(tiny_model):
                 client.score_latents(latents, prompt)
         with RewardClient(ClientConfig(server.url, "s3cret")) as client:
             assert np.isfinite(client.score_latents(latents, prompt)).all()
+
+
+def test_two_servers_give_the_same_seeded_scores(server, tiny_model):
+    latents, prompt = inputs(2, OTHER_SHAPE)
+    with (
+        running(tiny_model, warmup=("4x4x5",), max_batch_size=2) as other,
+        RewardClient(ClientConfig(server.url)) as one,
+        RewardClient(ClientConfig(other.url)) as two,
+    ):
+        scores = [client.score_latents(latents, prompt, seed=[1, 2]) for client in (one, two)]
+        np.testing.assert_allclose(*scores, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------ life
