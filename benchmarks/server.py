@@ -34,7 +34,7 @@ from dinalrm_jax.client import AsyncRewardClient, ClientConfig, RewardClient
 from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config
 from dinalrm_jax.noise import nearest_schedule_sigma
 from dinalrm_jax.server.app import RewardServer, ServerConfig
-from dinalrm_jax.server.engine import RowShape
+from dinalrm_jax.server.protocol import RowShape
 from dinalrm_jax.weights.pretrained import save_reward_model
 
 SMALL = RewardModelConfig(

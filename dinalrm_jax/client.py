@@ -7,6 +7,7 @@ says whether a server is ready, and times a score.
 
 import asyncio
 import dataclasses
+import os
 import random
 import sys
 import time
@@ -18,7 +19,7 @@ from absl import app, flags, logging
 
 from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.server import protocol
-from dinalrm_jax.server.engine import RowShape
+from dinalrm_jax.server.protocol import RowShape
 
 RETRIED = (408, 429, 500, 502, 503, 504)
 LONGEST_PAUSE = 10.0  # seconds between two tries
@@ -34,9 +35,9 @@ class ClientConfig:
 
     url: of the server, without a path.
     api_key: sent as `Authorization: Bearer KEY`.
-    timeout: seconds for one try.
-    max_retries: tries after the first, on connection errors and on 408, 429 and 5xx; a refused request
-        (400, 401, 413, 422) is not tried again.
+    timeout: seconds that one try may be without progress.
+    max_retries: tries after the first: without a connection or a proper answer, and on 408, 429, 500, 502, 503
+        and 504. A refused request (400, 401, 413, 422) is not tried again.
     backoff: seconds before the second try, doubled for every further one up to 10, and varied at random.
     rows_per_request: larger batches go in several requests.
     """
@@ -73,7 +74,7 @@ class RewardClient:
         sigma: float | Sequence[float] = 0.4,
         seed: int | Sequence[int] | None = 0,
     ) -> np.ndarray:
-        """Raw scores, as `RewardModel.score_latents` gives them.
+        """Raw scores at single noise levels; the server has no ensemble.
 
         Args:
             latents: (B, H/8, W/8, 16), channels last, clean and scaled.
@@ -87,29 +88,32 @@ class RewardClient:
         Raises:
             RewardServerError: the request was refused, or every try failed.
         """
-        return _join(self._send(body) for body in _bodies(self._config, latents, prompt, sigma, seed))
+        return _join(self._send(*body) for body in _bodies(self._config, latents, prompt, sigma, seed))
 
     def info(self) -> dict:
-        """What the server says about itself."""
-        return _answer(self._http.get("/v1/info"))
+        """What the server says about itself; raises RewardServerError without an answer."""
+        try:
+            return _answer(self._http.get("/v1/info"))
+        except httpx.HTTPError as error:
+            raise RewardServerError(f"{self._config.url} does not answer: {error}") from error
 
     def wait_until_ready(self, seconds: float = 600.0) -> None:
         """Returns once the server scores; raises RewardServerError if it does not in time."""
         deadline = time.monotonic() + seconds
         while True:
             try:
-                _answer(self._http.get("/healthz"))
+                _answer(self._http.get("/healthz", timeout=5.0))
                 return
             except (httpx.HTTPError, RewardServerError) as error:
                 if time.monotonic() > deadline:
                     raise RewardServerError(f"{self._config.url} is not ready after {seconds:g} s: {error}") from error
             time.sleep(0.2)
 
-    def _send(self, body: bytes) -> list[float]:
+    def _send(self, body: bytes, rows: int) -> list[float]:
         pauses = self._config.pauses()
         while True:
             try:
-                return _scores(self._http.post("/v1/score", content=body))
+                return _scores(self._http.post("/v1/score", content=body), rows)
             except (httpx.HTTPError, _Retry) as error:
                 time.sleep(_next_pause(pauses, error, self._config))
 
@@ -121,7 +125,7 @@ class RewardClient:
 
 
 class AsyncRewardClient:
-    """`RewardClient` for asyncio: the same, awaited; the requests of a batch go at once."""
+    """`RewardClient.score_latents` for asyncio; the requests of a batch go at once."""
 
     def __init__(self, config: ClientConfig = ClientConfig()):
         self._config = config
@@ -136,17 +140,18 @@ class AsyncRewardClient:
     ) -> np.ndarray:
         """See `RewardClient.score_latents`."""
         bodies = _bodies(self._config, latents, prompt, sigma, seed)
-        return _join(await asyncio.gather(*map(self._send, bodies)))
+        try:
+            async with asyncio.TaskGroup() as group:  # one that fails for good ends the others
+                tasks = [group.create_task(self._send(*body)) for body in bodies]
+        except* RewardServerError as errors:
+            raise errors.exceptions[0] from None
+        return _join(task.result() for task in tasks)
 
-    async def info(self) -> dict:
-        """See `RewardClient.info`."""
-        return _answer(await self._http.get("/v1/info"))
-
-    async def _send(self, body: bytes) -> list[float]:
+    async def _send(self, body: bytes, rows: int) -> list[float]:
         pauses = self._config.pauses()
         while True:
             try:
-                return _scores(await self._http.post("/v1/score", content=body))
+                return _scores(await self._http.post("/v1/score", content=body), rows)
             except (httpx.HTTPError, _Retry) as error:
                 await asyncio.sleep(_next_pause(pauses, error, self._config))
 
@@ -161,21 +166,36 @@ class _Retry(Exception):
     """An answer after which the same request may do better."""
 
 
-def _bodies(config: ClientConfig, latents, prompt: PromptEmbeds, sigma, seed) -> list[bytes]:
+def _bodies(config: ClientConfig, latents, prompt: PromptEmbeds, sigma, seed) -> list[tuple[bytes, int]]:
+    """Bodies, and how many rows each has."""
     rows = len(latents)
+    found = (len(prompt.prompt_embeds), len(prompt.pooled_prompt_embeds))
+    if found != (rows, rows):
+        raise ValueError(f"{rows} latents but {found[0]} rows of prompt_embeds and {found[1]} of pooled_prompt_embeds")
     u = np.broadcast_to(np.asarray(sigma, np.float32), rows)
     seeds = None if seed is None else np.broadcast_to(np.asarray(seed, np.int64), rows)
     bodies = []
     for start in range(0, rows, config.rows_per_request):
         part = slice(start, start + config.rows_per_request)
-        bodies.append(protocol.serialize(latents[part], prompt[part], u[part], None if seeds is None else seeds[part]))
+        body = protocol.serialize(latents[part], prompt[part], u[part], None if seeds is None else seeds[part])
+        bodies.append((body, len(u[part])))
     return bodies
 
 
-def _scores(response: httpx.Response) -> list[float]:
+def _scores(response: httpx.Response, rows: int) -> list[float]:
     if response.status_code in RETRIED:
         raise _Retry(f"HTTP {response.status_code}: {_message(response)}")
-    return _answer(response)["raw_scores"]
+    if response.status_code != 200:
+        raise RewardServerError(f"{response.url} answers HTTP {response.status_code}: {_message(response)}")
+    try:
+        answer = response.json()
+        scores = [float(score) for score in answer["raw_scores"]]
+        right = answer["protocol_version"] == protocol.VERSION and len(scores) == rows and np.isfinite(scores).all()
+    except (ValueError, KeyError, TypeError):
+        right = False
+    if not right:
+        raise _Retry(f"the answer is not that of a reward server: {response.text[:200]!r}")
+    return scores
 
 
 def _answer(response: httpx.Response) -> dict:
@@ -210,8 +230,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # httpx tells every request
     values = flags.FLAGS
-    with RewardClient(ClientConfig(values.url)) as client:
-        try:
+    api_key = None if values["api-key-env"].value is None else os.environ.get(values["api-key-env"].value)
+    try:
+        config = ClientConfig(values.url, api_key)
+        with RewardClient(config) as client:
             client.wait_until_ready(values.wait)
             info = client.info()
             shape, limits = RowShape.parse(info["shapes"][0]), info["limits"]
@@ -226,9 +248,9 @@ def main(argv: list[str]) -> None:
                 started = time.perf_counter()
                 score = client.score_latents(latents, prompt)[0]
                 seconds.append(time.perf_counter() - started)
-        except RewardServerError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+    except (RewardServerError, httpx.InvalidURL) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"{values.url} is ready: {info['model']} in {info['dtype']} on {info['device']}")
     median = 1000 * np.median(seconds)
     print(
@@ -238,6 +260,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("url", ClientConfig.url, "The server, without a path.")
+    flags.DEFINE_string("api-key-env", None, "Environment variable with the key that the server wants.")
     flags.DEFINE_float("wait", 0.0, "Seconds to wait for it to be ready.", 0)
     flags.DEFINE_integer("repeat", 5, "Scores to time.", 1)
     app.run(main)

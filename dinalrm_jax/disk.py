@@ -30,6 +30,14 @@ def whole_directory(target: str | pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_writable(path: str | pathlib.Path) -> None:
+    """Makes the directory that `path` is to be written into; raises OSError unless that can be written."""
+    parent = pathlib.Path(path).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"cannot write into {parent}")
+
+
 def write_json(path: pathlib.Path, value: Any, indent: int | None = None) -> None:
     """Writes a JSON file, keys sorted, whole or not at all; when this returns it is on disk."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -15,18 +15,16 @@ import sys
 from absl import app, flags, logging
 
 from dinalrm_jax import distributed
-from dinalrm_jax.benchmarks.evaluator import evaluate_images, evaluate_records, row_count
+from dinalrm_jax.benchmarks.evaluator import evaluate_images, evaluate_records
 from dinalrm_jax.benchmarks.report import write_evaluation
 from dinalrm_jax.compilation_cache import enable_compilation_cache
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.datasets import read_benchmark
-from dinalrm_jax.data.records import Records, RecordsError
-from dinalrm_jax.disk import whole_directory
+from dinalrm_jax.data.records import Records
+from dinalrm_jax.disk import check_writable, whole_directory
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.training.preflight import check_fit
-from dinalrm_jax.weights.rules import WeightsError
-from dinalrm_jax.weights.torch_file import TorchFileError
 
 BENCHMARKS = ("imagereward", "hpdv2", "hpdv3", "genai_bench", "records")
 
@@ -44,40 +42,27 @@ def main(argv: list[str]) -> None:
         output = pathlib.Path(values.output or f"runs/evaluation/{values.benchmark}")
         if output.exists():
             raise FileExistsError(f"{output} exists already; choose another --output or remove it first")
+        check_writable(output)
+        if values.split is not None and values.benchmark not in ("genai_bench", "records"):
+            raise ConfigError(f"--split goes with genai_bench and records; {values.benchmark} has one test set")
+        if values.size is not None and values.benchmark == "records":
+            raise ConfigError("--size goes with images; records have the sizes they were made with")
         distributed.initialize(values.distributed)
         base_model, batch_size = values["base-model"].value, values["batch-size"].value
         if values.benchmark == "records":
             records, split = Records(values.data), values.split or "eval"
-            rows = len(
-                {(pair.prompt, image) for pair in records.pairs(split) for image in (pair.chosen, pair.rejected)}
-            )
+            model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
+            check_fit(records, model.config, base_model, [split])
+            found = evaluate_records(model, records, split, levels, seeds, batch_size=batch_size)
         else:
+            size = parse_bucket(values.size) if values.size is not None else None
             benchmark = read_benchmark(pathlib.Path(values.data), values.benchmark, values.split or "test")
-            rows = row_count(benchmark.rankings)
-        model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
-        with distributed.progress(total=rows, desc=f"scoring {values.benchmark}", unit="image") as bar:
-            if values.benchmark == "records":
-                check_fit(records, model.config, base_model, [split])
-                found = evaluate_records(
-                    model, records, split, levels, seeds, batch_size=batch_size, progress=bar.update
-                )
-            else:
-                size = parse_bucket(values.size) if values.size is not None else None
-                found = evaluate_images(
-                    model, benchmark, levels, seeds, size=size, batch_size=batch_size, progress=bar.update
-                )
+            model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
+            found = evaluate_images(model, benchmark, levels, seeds, size=size, batch_size=batch_size)
         if distributed.is_first():
             with whole_directory(output) as partial:
                 text = write_evaluation(partial, found)
-    except (
-        ConfigError,
-        RecordsError,
-        WeightsError,
-        TorchFileError,
-        ValueError,
-        FileNotFoundError,
-        FileExistsError,
-    ) as error:
+    except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(2)
     if distributed.is_first():

@@ -232,7 +232,7 @@ class RewardModel:
             ValueError: not a list of texts.
             ConfigError, WeightsError, FileNotFoundError: no base model, or one that is not an SD3 pipeline.
         """
-        _check_list("prompts", prompts)
+        _check_list("prompts", "text", prompts)
         return _prompt_encoder(self.config.encoders, self.base_model, self.execution.dtype)(list(prompts))
 
     def encode_image(self, images: Sequence[ImageSource], size: tuple[int, int] | None = None) -> np.ndarray:
@@ -250,7 +250,7 @@ class RewardModel:
             ValueError: sizes that differ, or that latents cannot have.
             ConfigError, WeightsError, FileNotFoundError: as for `encode_prompt`.
         """
-        _check_list("images", images)
+        _check_list("images", "image", images)
         if size is not None and (not isinstance(size, Sequence) or len(size) != 2):
             raise ValueError(f"size must be (height, width) in pixels, got {size!r}")
         pixels = [read_rgb(image, size) for image in images]
@@ -303,7 +303,7 @@ class RewardModel:
         """
         from dinalrm_jax import scoring  # imports this module for its types
 
-        _check_list("images", images)
+        _check_list("images", "image", images)
         prompts = len(images) * [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = range(seed, seed + samples)
         found = scoring.score_images(self, prompts, images, [sigma], seeds, size=size, batch_size=batch_size)
@@ -384,10 +384,11 @@ def seed_key(seed: int | Sequence[int]) -> np.ndarray:
     return np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 
 
-def _check_list(name: str, values: Sequence) -> None:
+def _check_list(name: str, kind: str, values: Sequence) -> None:
     if isinstance(values, (str, pathlib.Path, Image.Image)) or not len(values):
-        kind = name.removesuffix("s")
-        raise ValueError(f"{name} must be a list of at least one {kind}, got {values!r}; for one: [{kind}]")
+        raise ValueError(
+            f"{name} must be a list of at least one {kind}, got {values!r}; for one: [{name.removesuffix('s')}]"
+        )
 
 
 def store(params: Params, execution: ExecutionConfig) -> Params:

@@ -19,16 +19,16 @@ from collections.abc import Sequence
 
 import numpy as np
 from absl import app, flags, logging
+from PIL import Image
 from tqdm import tqdm
 
 from dinalrm_jax.compilation_cache import enable_compilation_cache
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.images import read_rgb
+from dinalrm_jax.disk import check_writable
 from dinalrm_jax.reward_model import RewardModel, normalize, ranks
 from dinalrm_jax.scoring import ImageScores, score_images
-from dinalrm_jax.weights.rules import WeightsError
-from dinalrm_jax.weights.torch_file import TorchFileError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -110,7 +110,7 @@ def as_table(rows: Sequence[ScoredImage]) -> str:
     several = len({row.prompt for row in rows}) > 1
     lines = []
     for prompt in dict.fromkeys(row.prompt for row in rows):
-        lines += [textwrap.shorten(prompt, 100, placeholder=" ...")] if several else []
+        lines += [shortened(prompt, 100)] if several else []
         lines.append(
             f"{'rank':>4}  {'score':>8}{'  ± s.e.' if rows[0].standard_error is not None else ''}  normalized  image"
         )
@@ -120,6 +120,12 @@ def as_table(rows: Sequence[ScoredImage]) -> str:
                 lines.append(f"{row.rank:>4}  {row.score:>+8.3f}{error}  {row.normalized:>10.3f}  {row.image}")
         lines += [""] if several else []
     return "\n".join(lines).rstrip()
+
+
+def shortened(text: str, length: int) -> str:
+    """On one line, cut where it is longer."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def as_csv(rows: Sequence[ScoredImage]) -> str:
@@ -141,20 +147,23 @@ def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5
     groups = [[row for row in rows if row.prompt == prompt] for prompt in dict.fromkeys(row.prompt for row in rows)]
     heights = [-(-len(group) // columns) for group in groups]
     wide = min(columns, max(map(len, groups)))
-    figure = plt.figure(figsize=(2.3 * wide, 2.6 * sum(heights) + 0.5 * len(groups)), layout="constrained")
+    figure = plt.figure(figsize=(2.3 * max(wide, 2), 2.6 * sum(heights) + 0.5 * len(groups)), layout="constrained")
     parts = np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=[2.6 * height + 0.5 for height in heights]))
     for part, group, height in zip(parts, groups, heights):
-        title = textwrap.shorten(group[0].prompt, 60 * wide, placeholder=" ...")
-        part.suptitle(textwrap.fill(title, 32 * wide), x=0.01, ha="left", fontsize=10)
+        title = textwrap.fill(shortened(group[0].prompt, 60 * max(wide, 2)), 32 * max(wide, 2))
+        part.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)
         for place, axis in enumerate(part.subplots(height, wide, squeeze=False).flat):
             axis.set_axis_off()
             if place < len(group):
                 row = group[place]
-                axis.imshow(read_rgb(row.image))
+                thumbnail = Image.fromarray(read_rgb(row.image))
+                thumbnail.thumbnail((320, 320))
+                axis.imshow(thumbnail)
                 error = "" if row.standard_error is None else f" ± {row.standard_error:.2f}"
                 axis.set_title(f"{row.rank}.  {row.score:+.2f}{error}", fontsize=11)
-                name = textwrap.shorten(pathlib.Path(row.image).name, 34, placeholder="...")
-                axis.text(0.5, -0.03, name, fontsize=7, ha="center", va="top", transform=axis.transAxes)
+                name = shortened(pathlib.Path(row.image).name, 34)
+                place = {"ha": "center", "va": "top", "transform": axis.transAxes}
+                axis.text(0.5, -0.03, name, fontsize=7, parse_math=False, **place)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -173,6 +182,9 @@ def main(argv: list[str]) -> None:
     enable_compilation_cache()
     values = flags.FLAGS
     try:
+        for target in (values.json, values.csv, values.sheet):
+            if target not in (None, "-"):
+                check_writable(target)
         images = find_images(argv[1:])
         prompts = read_prompts(values.prompt, values["prompt-file"].value, len(images))
         size = parse_bucket(values.size) if values.size is not None else None
@@ -189,7 +201,7 @@ def main(argv: list[str]) -> None:
                 batch_size=values["batch-size"].value,
                 progress=bar.update,
             )
-    except (ConfigError, WeightsError, TorchFileError, ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     for index, problem in sorted(found.problems.items()):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from PIL import Image
 
 from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.data.buckets import Size
@@ -62,16 +63,25 @@ class LatentScorer:
         self._several = len(next(iter(model.params.values())).sharding.device_set) > 1
 
     def __call__(self, latents: np.ndarray, prompt: PromptEmbeds) -> np.ndarray:
-        """(B, levels, seeds) float32 of (B, H, W, C) latents and B prompts."""
+        """(B, levels, seeds) float32 of (B, H, W, C) latents and B prompts.
+
+        Raises:
+            ValueError: a score that is not finite.
+        """
         draws = [np.asarray(draw_noise(key, latents.shape)) for key in self._keys]
         rows = (latents, prompt, draws)
         latents, prompt, draws = split_locally(rows) if self._several else jax.device_put(rows)
         scores = [[self._score(self._params, latents, prompt, levels, eps) for eps in draws] for levels in self._levels]
-        return np.stack([np.stack([np.asarray(one) for one in row]) for row in scores]).transpose(2, 0, 1)
+        found = np.stack([np.stack([np.asarray(one) for one in row]) for row in scores]).transpose(2, 0, 1)
+        if not np.isfinite(found).all():
+            raise ValueError(
+                "the model scores NaN or infinity; its weights are broken, or the compute dtype overflows (try float32)"
+            )
+        return found
 
 
 def padded(rows: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
-    """Rows repeated to `batch_size`, or to the next smaller power of two that holds them."""
+    """Rows repeated to the next power of two, at most `batch_size`."""
     return np.resize(rows, min(batch_size, 1 << (len(rows) - 1).bit_length()))
 
 
@@ -96,6 +106,9 @@ def score_images(
         size: (height, width) that images are resized to; None: `data.images.scoring_size`.
         batch_size: images in one program.
         progress: called with the number of images after each batch, read or not.
+
+    Raises:
+        ValueError: arguments that do not fit each other, or a score that is not finite.
     """
     if len(prompts) != len(images):
         raise ValueError(
@@ -103,17 +116,25 @@ def score_images(
         )
     transformer = model.config.transformer
     unit = 8 * transformer.patch_size
-    if size is not None and (len(size) != 2 or any(side < unit or side % unit for side in size)):
-        raise ValueError(f"size must be (height, width) in positive multiples of {unit} pixels, got {size}")
+    if size is not None:
+        if np.shape(size) != (2,) or any(side < unit or side % unit for side in size):
+            raise ValueError(f"size must be (height, width) in positive multiples of {unit} pixels, got {size!r}")
+        size = tuple(size)
     sides = 8 * transformer.sample_size, unit * transformer.pos_embed_max_size
     scorer, codec = LatentScorer(model, levels, seeds), model.image_codec
     scores = np.full((len(images), len(levels), len(seeds)), np.nan, np.float32)
     problems: dict[int, str] = {}
+    for index, image in enumerate(images):
+        if isinstance(image, Image.Image):
+            try:
+                image.load()  # here: PIL's lazy reading is not for threads, and one picture may stand in several rows
+            except DAMAGE as error:
+                problems[index] = _reason(error)
     with ThreadPoolExecutor(THREADS) as pool:
         by_size: dict[Size, list[int]] = collections.defaultdict(list)
         for index, found in enumerate(pool.map(_size, images)):
-            if isinstance(found, str):
-                problems[index] = found
+            if isinstance(found, str) or index in problems:
+                problems.setdefault(index, found)
                 progress(1)
             else:
                 by_size[size or scoring_size(found, *sides)].append(index)

@@ -21,8 +21,6 @@ from dinalrm_jax.compilation_cache import enable_compilation_cache
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server.app import RewardServer, ServerConfig
-from dinalrm_jax.weights.rules import WeightsError
-from dinalrm_jax.weights.torch_file import TorchFileError
 
 DEFAULTS = ServerConfig()
 
@@ -64,13 +62,9 @@ def main(argv: list[str]) -> None:
             allow_new_shapes=values["allow-new-shapes"].value,
         )
         model = RewardModel.from_pretrained(values.checkpoint, values["base-model"].value, values.dtype)
-        server = RewardServer(model, config, values.checkpoint, api_key)
-        status = asyncio.run(server.serve())
-    except (ConfigError, WeightsError, TorchFileError, FileNotFoundError) as error:
+        status = asyncio.run(RewardServer(model, config, values.checkpoint, api_key).serve())
+    except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: cannot listen on {config.host}:{config.port}: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status)
 

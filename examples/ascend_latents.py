@@ -1,6 +1,6 @@
 """Gradient ascent of the reward on latents: reward_fn under jit, grad and scan.
 
-    python examples/ascend_latents.py [--run runs/quickstart] [--output runs/ascent.png]
+    python -m examples.ascend_latents [--run runs/quickstart] [--output runs/ascent.png]
 
 Takes images that break their captions or are degraded, from the held-out pairs of the quickstart, and moves
 their latents up the reward's gradient, every step with new noise. Then it scores them with noise that was not

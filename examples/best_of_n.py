@@ -1,6 +1,6 @@
 """Best-of-N: a policy samples N images for a prompt, the reward picks one; both on one copy of the backbone.
 
-    python examples/best_of_n.py [--run runs/quickstart] [--prompt TEXT] [--output runs/best_of_n.png]
+    python -m examples.best_of_n [--run runs/quickstart] [--prompt TEXT] [--output runs/best_of_n.png]
 
 The policy is the quickstart's generator, a whole SD3-style transformer sampled by Euler steps; the reward model
 was trained on its first blocks. `from_pretrained(..., backbone=...)` takes those arrays from the policy as they

@@ -43,6 +43,21 @@ TINY = RewardModelConfig(
 )
 
 
+# The longest files, begun first, so that no worker is left with one of them at the end.
+LONGEST = (
+    "test_readme.py",
+    "test_launch.py",
+    "test_train.py",
+    "test_step.py",
+    "test_process.py",
+    "test_reward_model.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def randomized(params: Params, seed: int = 0) -> Params:
     """Every parameter redrawn, so that nothing hides behind a zero or a one of the initialisation."""
     rng = np.random.default_rng(seed)

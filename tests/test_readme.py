@@ -16,6 +16,7 @@ from PIL import Image
 import dinalrm_jax as dina
 from dinalrm_jax.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.data import rehearsal
+from dinalrm_jax.noise import nearest_schedule_sigma
 from dinalrm_jax.reward_model import ranks
 from dinalrm_jax.weights.pretrained import export_released
 from tests.conftest import GOLDEN, ROOT, randomized
@@ -91,7 +92,8 @@ def test_python_snippets(published, tmp_path, monkeypatch):
     at_once = exact.score_latents(latents, prompt, 0.4)
     np.testing.assert_allclose(session["scores"], at_once, atol=0.1)
     np.testing.assert_allclose(session["again"], at_once, atol=0.1)
-    np.testing.assert_allclose(session["served"], at_once, atol=1e-2)  # its sigma is the schedule's nearest
+    nearest = float(nearest_schedule_sigma(0.4))
+    np.testing.assert_allclose(session["served"], exact.score_latents(latents, prompt, nearest), atol=1e-4)
     assert exact.score_latents(session["improved"], prompt, 0.4).sum() > at_once.sum()
     assert session["model"].execution.remat == "block"
 

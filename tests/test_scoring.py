@@ -60,16 +60,35 @@ def test_ranks_are_of_the_input_order(scene_model, pictures):
     assert dina.normalize(-10.0) == 0.0
 
 
-def test_each_prompt_is_encoded_once(scene_model, pictures, monkeypatch):
+def test_each_prompt_is_encoded_once_while_it_is_kept(scene_model, pictures, monkeypatch):
     encoded = []
     plain = dina.RewardModel.encode_prompt
     monkeypatch.setattr(
         dina.RewardModel, "encode_prompt", lambda model, prompts: encoded.extend(prompts) or plain(model, prompts)
     )
-    scene_model.score(PROMPTS, pictures, batch_size=8)
-    distinct = set(PROMPTS)
-    assert set(encoded) == distinct
-    assert len(encoded) < 2 * len(distinct)  # padded to a power of two
+    scene_model.score(PROMPTS, pictures, batch_size=1)
+    assert sorted(encoded) == sorted(set(PROMPTS))
+    encoded.clear()
+    many = [f"{number} dogs" for number in range(12)]  # more than are kept
+    found = scene_model.score([*many, *many], 24 * [pictures[0]], batch_size=1)
+    assert sorted(encoded) == sorted([*many, *many])
+    np.testing.assert_allclose(found[:12], found[12:], atol=1e-6)
+    assert found[3] == pytest.approx(alone(scene_model, "3 dogs", pictures[0], 0.4), abs=1e-5)
+
+
+def test_one_unread_picture_in_many_rows(scene_model, pictures, tmp_path):
+    """PIL reads when it is asked to, and not from several threads at once."""
+    pictures[0].save(tmp_path / "one.png")
+    expected = scene_model.score("two dogs", pictures[:1])
+    for _ in range(5):
+        found = scene_model.score("two dogs", 32 * [Image.open(tmp_path / "one.png")])
+        np.testing.assert_allclose(found, 32 * expected, atol=1e-5)
+
+
+def test_scores_that_are_not_finite_are_an_error(scene_model, pictures):
+    broken = {**scene_model.params, "head.head.weight": scene_model.params["head.head.weight"] * np.nan}
+    with pytest.raises(ValueError, match="the model scores NaN or infinity"):
+        dina.RewardModel(scene_model.config, broken).score("two dogs", pictures[:1])
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_scored(scene_model, pictures, tmp_path):
@@ -103,8 +122,12 @@ def test_bad_arguments(scene_model, arguments, message):
 def test_bad_levels_and_sizes(scene_model, pictures):
     with pytest.raises(ValueError, match=r"sigma must lie in \[0, 1\]"):
         scene_model.score("a", pictures[:1], 1.5)
-    with pytest.raises(ValueError, match=r"size must be \(height, width\) in positive multiples of 16 pixels"):
-        scene_model.score("a", pictures[:1], size=(60, 64))
+    for size in ((60, 64), (64,), 64):
+        with pytest.raises(ValueError, match=r"size must be \(height, width\) in positive multiples of 16 pixels"):
+            scene_model.score("a", pictures[:1], size=size)
+    np.testing.assert_allclose(
+        scene_model.score("a", pictures[:1], size=[64, 64]), scene_model.score("a", pictures[:1]), atol=1e-6
+    )
     with pytest.raises(ValueError, match="rank compares images of one prompt"):
         scene_model.rank(["a"], pictures[:1])
 
@@ -191,6 +214,15 @@ def test_score_table(scene_model, pictures):
     best = np.argsort(-found.scores[:, 0, 0])
     assert [line[-1] for line in lines] == [["a.png", "b.png", "c.png"][i] for i in best]
     assert [float(line[1]) for line in lines] == pytest.approx(sorted(found.scores[:, 0, 0], reverse=True), abs=1e-3)
+
+
+def test_contact_sheets_of_any_text(pictures, tmp_path):
+    name = tmp_path / ("狐" * 40 + " $^$.png")
+    pictures[0].save(name)
+    rows = [score.ScoredImage(1, 0.5, None, 1.05, str(name), prompt) for prompt in ("' $^$ '", "狐" * 200)]
+    score.draw_sheet(tmp_path / "sheet.png", rows)
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+    assert score.shortened("狐" * 200, 100).startswith("狐" * 97)
 
 
 def test_score_command_inputs(tmp_path):

@@ -22,6 +22,7 @@ RULES = {
     "released": "released (M4)",
 }
 RESAMPLES = 1000
+MAX_WEIGHTS = 10_000_000  # held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,23 +87,29 @@ def accuracies(counts: PairCounts, weights: np.ndarray | None = None) -> dict[st
         }
 
 
-def resampled(prompts: Sequence[str], seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """Bootstrap weights (resamples, R): prompts drawn with replacement, the rankings of one together.
+def intervals(draws: Sequence[PairCounts], prompts: Sequence[str], seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95 % percentile bootstrap intervals of the mean over noise draws, by rule.
 
-    Images and raters of a prompt are not independent of each other; prompts are.
+    Prompts are drawn with replacement, with all rankings of one: images and raters of a prompt are not
+    independent of each other, prompts are.
+
+    Args:
+        draws: the pair counts of R rankings, one a noise draw.
+        prompts: of the R rankings.
+        seed: of the resampling.
     """
     _, group = np.unique(np.asarray(prompts), return_inverse=True)
-    count = group.max() + 1
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
-    return draws[:, group]
-
-
-def intervals(draws: Sequence[PairCounts], weights: np.ndarray) -> dict[str, tuple[float, float]]:
-    """95 % percentile bootstrap intervals of the mean over noise draws, by rule, from `resampled` weights."""
-    values = [accuracies(counts, weights) for counts in draws]
+    count, rng = group.max() + 1, np.random.default_rng(seed)
+    found: dict[str, list[np.ndarray]] = {rule: [] for rule in RULES}
+    at_once = max(1, MAX_WEIGHTS // len(prompts))
+    for start in range(0, RESAMPLES, at_once):
+        size = min(at_once, RESAMPLES - start)
+        weights = rng.multinomial(count, np.full(count, 1 / count), size)[:, group]
+        values = [accuracies(counts, weights) for counts in draws]
+        for rule in RULES:
+            found[rule].append(np.mean([value[rule] for value in values], axis=0))
     return {
-        rule: tuple(np.nanpercentile(np.mean([value[rule] for value in values], axis=0), [2.5, 97.5]).tolist())
-        for rule in RULES
+        rule: tuple(np.nanpercentile(np.concatenate(values), [2.5, 97.5]).tolist()) for rule, values in found.items()
     }
 
 

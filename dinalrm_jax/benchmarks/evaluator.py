@@ -1,14 +1,14 @@
 """Scores a benchmark's images: every distinct (prompt, image) once, at all levels and noise draws.
 
 Rankings are split over processes, each of which scores its own on its own devices; then every process has
-all scores. What a row scores depends on nothing but the row and the seed, so the numbers are those of one process.
+all scores. What a row scores depends on nothing but the row and the seed, up to the rounding of another batch.
 """
 
 import collections
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -22,8 +22,6 @@ from dinalrm_jax.data.records import Records
 from dinalrm_jax.local_devices import on_every_device
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.scoring import LatentScorer, Level, padded, score_images
-
-Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,21 +57,21 @@ def evaluate_images(
     *,
     size: Size | None = None,
     batch_size: int = 8,
-    progress: Progress = lambda count: None,
 ) -> Evaluation:
     """Scores a benchmark from its image files; see `scoring.score_images` for the arguments."""
     mine = _my_share(benchmark.rankings)
     rows = list(dict.fromkeys((ranking.prompt, image) for ranking in mine for image in ranking.images))
-    found = score_images(
-        _on_every_device(model),
-        [prompt for prompt, _ in rows],
-        [functools.partial(benchmark.open, image) for _, image in rows],
-        levels,
-        seeds,
-        size=size,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    with distributed.progress(total=len(rows), desc=f"scoring {benchmark.name}", unit="image") as bar:
+        found = score_images(
+            _on_every_device(model),
+            [prompt for prompt, _ in rows],
+            [functools.partial(benchmark.open, image) for _, image in rows],
+            levels,
+            seeds,
+            size=size,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
     problems = {rows[index][1]: problem for index, problem in found.problems.items()}
     return _gathered(benchmark.name, benchmark.rankings, levels, seeds, rows, found.scores, problems)
 
@@ -86,39 +84,35 @@ def evaluate_records(
     seeds: Sequence[int],
     *,
     batch_size: int = 8,
-    progress: Progress = lambda count: None,
 ) -> Evaluation:
-    """Scores the pairs of a split of records, as rankings of two."""
-    pairs = records.pairs(split)
-    rankings = [
-        Ranking(str(pair.prompt), (str(pair.chosen), str(pair.rejected)), (1, 2))
-        for pair in map(pairs.__getitem__, range(len(pairs)))
-    ]
+    """Scores the pairs of a split of records, as rankings of two; prompts and images are named by their indices."""
+    rows_of_pairs = records.pairs(split)
+    pairs = [rows_of_pairs[index] for index in range(len(rows_of_pairs))]
+    rankings = [Ranking(str(pair.prompt), (str(pair.chosen), str(pair.rejected)), (1, 2)) for pair in pairs]
     mine = _my_share(rankings)
     rows = list(dict.fromkeys((ranking.prompt, image) for ranking in mine for image in ranking.images))
+    shapes = {}
+    for bucket, places in records.buckets(split).items():
+        shapes |= {str(image): bucket for place in places for image in (pairs[place].chosen, pairs[place].rejected)}
     by_shape = collections.defaultdict(list)
     for index, (_, image) in enumerate(rows):
-        by_shape[records.images[int(image)].latents.shape].append(index)
+        by_shape[shapes[image]].append(index)
     scorer = LatentScorer(_on_every_device(model), levels, seeds)
     scores = np.empty((len(rows), len(levels), len(seeds)), np.float32)
-    for indices in by_shape.values():
-        for start in range(0, len(indices), batch_size):
-            some = indices[start : start + batch_size]
-            batch = [rows[index] for index in padded(some, min(batch_size, len(indices)))]
-            prompts = [records.prompts[int(prompt)] for prompt, _ in batch]
-            prompt = PromptEmbeds(
-                np.stack([row.prompt_embeds for row in prompts]),
-                np.stack([row.pooled_prompt_embeds for row in prompts]),
-            )
-            latents = np.stack([records.images[int(image)].latents for _, image in batch])
-            scores[some] = scorer(latents, prompt)[: len(some)]
-            progress(len(some))
+    with distributed.progress(total=len(rows), desc=f"scoring {records.directory}", unit="image") as bar:
+        for indices in by_shape.values():
+            for start in range(0, len(indices), batch_size):
+                some = indices[start : start + batch_size]
+                batch = [rows[index] for index in padded(some, min(batch_size, len(indices)))]
+                prompts = [records.prompts[int(prompt)] for prompt, _ in batch]
+                prompt = PromptEmbeds(
+                    np.stack([row.prompt_embeds for row in prompts]),
+                    np.stack([row.pooled_prompt_embeds for row in prompts]),
+                )
+                latents = np.stack([records.images[int(image)].latents for _, image in batch])
+                scores[some] = scorer(latents, prompt)[: len(some)]
+                bar.update(len(some))
     return _gathered(f"{records.directory} {split}", rankings, levels, seeds, rows, scores, {})
-
-
-def row_count(rankings: Sequence[Ranking]) -> int:
-    """How many rows this process scores."""
-    return len({(ranking.prompt, image) for ranking in _my_share(rankings) for image in ranking.images})
 
 
 def _my_share(rankings: Sequence[Ranking]) -> Sequence[Ranking]:

@@ -18,11 +18,11 @@ from dinalrm_jax.benchmarks.accuracy import (  # noqa: E402
     accuracies,
     intervals,
     reliability,
-    resampled,
     strict_pairs,
 )
 from dinalrm_jax.benchmarks.evaluator import Evaluation  # noqa: E402
 from dinalrm_jax.config import LossConfig  # noqa: E402
+from dinalrm_jax.data.records import RecordsError  # noqa: E402
 from dinalrm_jax.scoring import level_name  # noqa: E402
 
 INK, PREFERRED, OTHER = "#222222", "#1b7f4b", "#b3372f"
@@ -31,15 +31,24 @@ INK, PREFERRED, OTHER = "#222222", "#1b7f4b", "#b3372f"
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
     """Everything the report says, as JSON values; accuracies in per cent.
 
+    Raises:
+        RecordsError: no pair with a winner was scored.
+
     The accuracy of a level is the mean over the noise draws, with their standard deviation; its interval is that
     of this mean under resampled prompts.
     """
-    weights = resampled([ranking.prompt for ranking in evaluation.rankings])
+    if not evaluation.counts(0, 0).strict.sum():
+        examples = "".join(f"\n  {name}: {problem}" for name, problem in list(evaluation.problems.items())[:3])
+        raise RecordsError(
+            f"{evaluation.name}: no pair that people did not tie was scored; {len(evaluation.problems)} images could "
+            f"not be read{examples}"
+        )
+    prompts = [ranking.prompt for ranking in evaluation.rankings]
     by_level = {}
     for place, level in enumerate(evaluation.levels):
         draws = [evaluation.counts(place, seed) for seed in range(len(evaluation.seeds))]
         points = [accuracies(counts) for counts in draws]
-        ends = intervals(draws, weights)
+        ends = intervals(draws, prompts)
         by_level[level_name(level)] = {
             rule: {
                 "accuracy": _percent(np.mean([point[rule] for point in points])),
@@ -108,7 +117,7 @@ def write_evaluation(directory: pathlib.Path, evaluation: Evaluation) -> str:
     """Writes `results.json`, `report.md`, `scores.csv` and plots into an existing directory; the report's text."""
     summary = summarize(evaluation)
     text = as_markdown(summary)
-    (directory / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (directory / "results.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     (directory / "report.md").write_text(text)
     write_scores(directory / "scores.csv", evaluation)
     plot_accuracy(directory / "accuracy_by_sigma.png", summary)

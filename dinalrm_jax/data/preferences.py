@@ -124,10 +124,16 @@ def read_rankings(path: pathlib.Path, names: str, ranks: str, prefix: str, datas
     """
     rankings = []
     for index, row in enumerate(read_rows(path, ("prompt", names, ranks), dataset)):
+        if not _list_of(row[names], str) or not _list_of(row[ranks], int | float):
+            raise RecordsError(f"{path}, row {index}: {names} must be a list of texts and {ranks} one of numbers")
         if len(row[names]) != len(row[ranks]):
             raise RecordsError(f"{path}, row {index}: {len(row[names])} {names} but {len(row[ranks])} ranks")
         rankings.append(Ranking(row["prompt"], tuple(prefix + name for name in row[names]), tuple(row[ranks])))
     return rankings
+
+
+def _list_of(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) and value == value for value in values)
 
 
 def ranked_pairs(ranking: Ranking, counts: Counter) -> list[Preference]:

@@ -23,9 +23,9 @@ from dinalrm_jax.noise import schedule_sigmas
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server import protocol
 from dinalrm_jax.server.batcher import DEAD, Batcher
-from dinalrm_jax.server.engine import Engine, Row, RowShape
+from dinalrm_jax.server.engine import Engine, Row
 from dinalrm_jax.server.metrics import Metrics
-from dinalrm_jax.server.protocol import Limits, RequestError, ScoreRequest
+from dinalrm_jax.server.protocol import Limits, RequestError, RowShape, ScoreRequest
 from dinalrm_jax.version import __version__
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class RewardServer:
     def __init__(self, model: RewardModel, config: ServerConfig, name: str, api_key: str | None = None):
         self.config, self._name, self._api_key = config, name, api_key
         self._model_dtype = model.execution.dtype
+        self._drained = True
         shapes = [RowShape.parse(text) for text in config.warmup] or default_shapes(model)
         self._limits = Limits.of(model.config, config.max_batch_size)
         for shape in shapes:
@@ -117,7 +118,10 @@ class RewardServer:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with self.listening() as port:
             log.info("listening on http://%s:%d; compiling, /healthz says when ready", self.config.host, port)
-            return await self._until(stop)
+            status = await self._until(stop)
+        if not self._drained:
+            os._exit(DEVICE_FAILED)  # a thread that hangs on the device cannot be joined
+        return status
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
@@ -126,14 +130,18 @@ class RewardServer:
         await runner.setup()
         site = web.TCPSite(runner, self.config.host, self.config.port, backlog=1024)
         try:
-            await site.start()
+            try:
+                await site.start()
+            except OSError as error:
+                raise OSError(f"cannot listen on {self.config.host}:{self.config.port}: {error}") from error
             self.batcher.start()
             yield runner.addresses[0][1]
             self.batcher.drain()
-            if await asyncio.to_thread(self.batcher.join, self.config.drain_s):
+            self._drained = await asyncio.to_thread(self.batcher.join, self.config.drain_s)
+            if self._drained:
                 log.info("stopped; every row that waited is answered")
             else:
-                log.warning("stopped with rows unfinished after %g s", self.config.drain_s)
+                log.error("stopped, but the device was not done after %g s", self.config.drain_s)
         finally:
             await runner.cleanup()
             self._parsers.shutdown(wait=False)
@@ -203,6 +211,8 @@ class RewardServer:
             raise RequestError(
                 408, "slow_upload", f"the body did not arrive within {self.config.deadline_s:g} s"
             ) from None
+        except web.RequestPayloadError as error:
+            raise RequestError(400, "bad_request", f"the body cannot be read: {error}") from None
         except web.HTTPRequestEntityTooLarge:
             raise RequestError(
                 413, "too_large", f"the body is larger than {limit} MiB, which is what is taken"
@@ -222,7 +232,7 @@ class RewardServer:
         if self._api_key is None:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._api_key.encode()):
+        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._api_key.encode()):
             raise RequestError(401, "unauthorized", "this server wants its API key: Authorization: Bearer KEY")
 
     async def _healthz(self, request: web.Request) -> web.Response:

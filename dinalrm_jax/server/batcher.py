@@ -10,12 +10,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 
 import numpy as np
 
-from dinalrm_jax.server.engine import Engine, Row, RowShape
-from dinalrm_jax.server.protocol import RequestError
+from dinalrm_jax.server.engine import Engine, Row
+from dinalrm_jax.server.protocol import RequestError, RowShape
 
 log = logging.getLogger(__name__)
 LOADING, READY, DRAINING, DEAD = "loading", "ready", "draining", "dead"
@@ -74,7 +74,7 @@ class Batcher:
         self._announced: dict[object, float] = {}  # requests being read: since when
         self._flying: dict[int, float] = {}  # a batch's number: when it went to the device
         self._flown, self._last_end = 0, 0.0
-        self._compiling: dict[RowShape, Future] = {}
+        self._compiling: set[RowShape] = set()
         self._finishers = ThreadPoolExecutor(1, "finish")
         self._compilers = ThreadPoolExecutor(1, "compile")
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -103,7 +103,8 @@ class Batcher:
                         f"{', '.join(map(str, self.engine.shapes))} (more with --warmup, any with --allow-new-shapes)",
                     )
                 if shape not in self._compiling:
-                    self._compiling[shape] = self._compilers.submit(self._compile, shape)
+                    self._compiling.add(shape)
+                    self._compilers.submit(self._compile_new, shape)
             if len(self._queue) + len(rows) > self._max_queue:
                 raise RequestError(
                     429,
@@ -179,8 +180,10 @@ class Batcher:
     def _run(self) -> None:
         try:
             for shape in self._shapes:
-                self._compile(shape)
-            self._try_device()
+                if self.state == LOADING:
+                    self._compile(shape)
+            if self.state == LOADING:
+                self._try_device()
         except Exception as error:
             log.exception("the model cannot be compiled or run")
             self._die(error)
@@ -194,18 +197,22 @@ class Batcher:
 
     def _compile(self, shape: RowShape) -> None:
         started = time.monotonic()
+        self.engine.compile(shape)
+        buckets = ", ".join(map(str, self.engine.buckets))
+        log.info("compiled %s for %s rows in %.1f s", shape, buckets, time.monotonic() - started)
+
+    def _compile_new(self, shape: RowShape) -> None:
+        """Beside the work; rows of this shape wait, and are answered with an error where it fails."""
+        failure = None
         try:
-            self.engine.compile(shape)
+            self._compile(shape)
         except Exception as error:
-            if self.state == LOADING:
-                raise
+            failure = error
             log.exception("shape %s cannot be compiled", shape)
-            self._fail([item for item in self._queue if item.row.shape == shape], error)
-        else:
-            buckets = ", ".join(map(str, self.engine.buckets))
-            log.info("compiled %s for %s rows in %.1f s", shape, buckets, time.monotonic() - started)
         with self._changed:
-            self._compiling.pop(shape, None)
+            self._compiling.remove(shape)
+            if failure is not None:
+                self._fail([item for item in self._queue if item.row.shape == shape], failure)
             self._changed.notify_all()
 
     def _try_device(self) -> None:
@@ -219,25 +226,31 @@ class Batcher:
         with self._changed:
             while True:
                 self._queue = [item for item in self._queue if not item.future.done()]
-                ready = [item for item in self._queue if item.row.shape not in self._compiling]
-                if not ready and not self._queue and self.state != READY:
+                if not self._queue and self.state != READY:
                     return None
-                wait = None
-                if ready and len(self._flying) < IN_FLIGHT:
-                    shape = ready[0].row.shape
-                    batch = [item for item in ready if item.row.shape == shape][: self.engine.max_batch]
-                    full = len(batch) == self.engine.max_batch
-                    wait = ready[0].arrived + self._patience() - time.monotonic()
-                    if full or (not self._flying and (wait <= 0 or self.state != READY)):
-                        taken = set(map(id, batch))
-                        self._queue = [item for item in self._queue if id(item) not in taken]
-                        wanted = [item for item in batch if item.future.set_running_or_notify_cancel()]
-                        if wanted:
-                            return wanted
-                        continue
-                    if self._flying:
-                        wait = None  # for the batch to fill, or the device to be free
-                self._changed.wait(wait)
+                batch, wait = self._choose()
+                if batch:
+                    taken = set(map(id, batch))
+                    self._queue = [item for item in self._queue if id(item) not in taken]
+                    if wanted := [item for item in batch if item.future.set_running_or_notify_cancel()]:
+                        return wanted
+                else:
+                    self._changed.wait(wait)
+
+    def _choose(self) -> tuple[list[_Waiting], float | None]:
+        """The batch that goes now: of the oldest row if it waited enough, else a full one; or how long to wait."""
+        by_shape: dict[RowShape, list[_Waiting]] = {}
+        for item in self._queue:
+            if item.row.shape not in self._compiling:
+                by_shape.setdefault(item.row.shape, []).append(item)
+        if not by_shape or len(self._flying) == IN_FLIGHT:
+            return [], None
+        batches = [items[: self.engine.max_batch] for items in by_shape.values()]
+        wait = batches[0][0].arrived + self._patience() - time.monotonic()
+        if not self._flying and (wait <= 0 or self.state != READY):
+            return batches[0], None
+        full = next((batch for batch in batches if len(batch) == self.engine.max_batch), [])
+        return full, None if self._flying else max(wait, 0.0)  # behind a batch, only a full one lines up
 
     def _patience(self) -> float:
         """Seconds for which a batch's first row waits for others."""
@@ -266,11 +279,6 @@ class Batcher:
             failure = error
             log.exception("a batch of %d rows of %s failed", len(batch), batch[0].row.shape)
         ended = time.monotonic()
-        with self._changed:
-            started = max(started, self._last_end)  # dispatched behind another batch, it began at that one's end
-            self._last_end = ended
-            del self._flying[number]
-            self._changed.notify_all()
         if failure is not None:
             self._fail(batch, failure)
             try:
@@ -278,6 +286,12 @@ class Batcher:
             except Exception as error:
                 log.exception("the device does not recover")
                 self._die(error)
+        with self._changed:
+            started = max(started, self._last_end)  # dispatched behind another batch, it began at that one's end
+            self._last_end = ended
+            del self._flying[number]
+            self._changed.notify_all()
+        if failure is not None:
             return
         self._observe(len(batch), ended - started)
         for item, score in zip(batch, scores):
@@ -296,5 +310,5 @@ class Batcher:
     @staticmethod
     def _fail(batch: Sequence[_Waiting], error: Exception) -> None:
         for item in batch:
-            if not item.future.done():
+            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
                 item.future.set_exception(RequestError(500, "device_failure", f"the device failed: {error}"))

@@ -7,34 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.reward_model import RewardModel, draw_noise, reward_functional, seed_key
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape:
-    """Latent height and width, and text tokens, of a row; written 64x64x333."""
-
-    height: int
-    width: int
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.height}x{self.width}x{self.tokens}"
-
-    @classmethod
-    def parse(cls, text: str) -> "RowShape":
-        """Raises ConfigError unless `text` is three positive numbers."""
-        try:
-            shape = cls(*map(int, text.split("x")))
-        except (TypeError, ValueError):
-            shape = None
-        if shape is None or min(dataclasses.astuple(shape)) < 1:
-            raise ConfigError(
-                f"a shape to warm up is LATENT_HEIGHTxLATENT_WIDTHxTOKENS, for instance 64x64x333; got {text!r}"
-            )
-        return shape
+from dinalrm_jax.server.protocol import RowShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +45,8 @@ class Engine:
                 latents, prompt, sigma, draw_noise(keys, latents.shape)
             )
         )
+        self.shapes: list[RowShape] = []  # those that are compiled for every bucket
         self._programs: dict[tuple[int, RowShape], jax.stages.Compiled] = {}
-
-    @property
-    def shapes(self) -> list[RowShape]:
-        """The shapes that are compiled for every bucket."""
-        shapes = dict.fromkeys(shape for _, shape in self._programs)
-        return [shape for shape in shapes if all((size, shape) in self._programs for size in self.buckets)]
 
     def compile(self, shape: RowShape) -> None:
         """Makes the programs of a shape, all buckets."""
@@ -92,6 +62,7 @@ class Engine:
                 jax.ShapeDtypeStruct((size, 2), jnp.uint32),
             )
             self._programs[size, shape] = self._score.lower(self._params, *inputs).compile()
+        self.shapes.append(shape)
 
     def probe(self, shape: RowShape) -> Row:
         """A row of a shape, to try the device with."""

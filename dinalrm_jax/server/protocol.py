@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
-from dinalrm_jax.config import RewardModelConfig
+from dinalrm_jax.config import ConfigError, RewardModelConfig
 from dinalrm_jax.data.batch import PromptEmbeds
 
 VERSION = "1"
@@ -44,6 +44,31 @@ class RequestError(Exception):
     def __init__(self, status: int, code: str, message: str):
         super().__init__(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " ...")
         self.status, self.code = status, code
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Latent height and width, and text tokens, of a row; written 64x64x333."""
+
+    height: int
+    width: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.tokens}"
+
+    @classmethod
+    def parse(cls, text: str) -> "RowShape":
+        """Raises ConfigError unless `text` is three positive numbers."""
+        try:
+            shape = cls(*map(int, text.split("x")))
+        except (TypeError, ValueError):
+            shape = None
+        if shape is None or min(dataclasses.astuple(shape)) < 1:
+            raise ConfigError(
+                f"a shape to warm up is LATENT_HEIGHTxLATENT_WIDTHxTOKENS, for instance 64x64x333; got {text!r}"
+            )
+        return shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +156,8 @@ def check_headers(headers: Mapping[str, str]) -> None:
     if found != VERSION:
         said = f"the request says {found!r}" if found is not None else "the request does not say"
         raise _bad(f"this server speaks protocol version {VERSION!r} (header {VERSION_HEADER}); {said}", "bad_protocol")
+    if (encoding := headers.get("content-encoding", "identity")) != "identity":
+        raise _bad(f"content-encoding {encoding[:50]!r} is not taken; send the blob as it is", "bad_protocol")
     content = headers.get("content-type", "").split(";")[0].strip().lower()
     if content != CONTENT_TYPE:
         raise _bad(f"content-type must be {CONTENT_TYPE}, a safetensors blob; got {content!r}", "bad_protocol")

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import psutil
-from tensorboardX import SummaryWriter
 
 from dinalrm_jax import distributed
 
@@ -59,6 +58,8 @@ class MetricsLog:
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             with self._path.open("a") as file:
                 file.write("\n")  # ends a line that a kill tore, which must not swallow the next one
+        from tensorboardX import SummaryWriter  # brings torch with it, where that is installed
+
         self._board = SummaryWriter(str(directory / "tensorboard" / stage))
         if wandb_project is not None:
             import wandb  # optional, and only where it is asked for

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -144,6 +145,8 @@ def share(backbone: Params, config: RewardModelConfig, execution: ExecutionConfi
         array = backbone.get(name.removeprefix("backbone."))
         if array is None:
             problems.append(f"{name.removeprefix('backbone.')} is missing")
+        elif not isinstance(array, jax.Array):
+            problems.append(f"{name.removeprefix('backbone.')} is not on a device; use jax.device_put")
         elif (array.shape, array.dtype) != (shape.shape, jnp.dtype(execution.dtype)):
             problems.append(
                 f"{name.removeprefix('backbone.')} is {array.dtype} {array.shape}, expected "

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dinalrm_jax.benchmarks.accuracy import accuracies, count_pairs, intervals, reliability, resampled, strict_pairs
+from dinalrm_jax.benchmarks.accuracy import accuracies, count_pairs, intervals, reliability, strict_pairs
 from dinalrm_jax.data import hpdv2, imagereward
 from tests.conftest import ROOT
 
@@ -82,7 +82,7 @@ def test_intervals_cover_and_prompts_stay_together():
     right = np.repeat(np.arange(400) < 280, 5)
     prompts = np.repeat([f"p{i}" for i in range(400)], 5)
     counts = count_pairs([(1, 2)] * 2000, [np.array([1.0, 0.0]) if r else np.array([0.0, 1.0]) for r in right])
-    low, high = intervals([counts], resampled(prompts))["strict"]
+    low, high = intervals([counts], prompts)["strict"]
     assert low < 0.7 < high
     # 2 x 1.96 standard errors of 400 independent outcomes; a percentile of 1000 draws is good to some 10 %.
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 400), rel=0.15)

@@ -205,6 +205,8 @@ def test_json_lines(tmp_path):
         ),
         ("hpdv2", {}, "is not a directory of HPDv2: it has no test.json"),
         ("hpdv2", {"test.json": '[{"prompt": "p", "image_path": ["a"], "rank": [1, 2]}]'}, "1 image_path but 2 ranks"),
+        ("hpdv2", {"test.json": '[{"prompt": "p", "image_path": "ab", "rank": [1, 2]}]'}, "image_path must be a list"),
+        ("hpdv2", {"test.json": '[{"prompt": "p", "image_path": ["a"], "rank": [null]}]'}, "and rank one of numbers"),
         (
             "hpdv2",
             {"test.json": '[{"prompt": "p", "image_path": ["a", "b"], "rank": [1, 2]}]'},

@@ -77,14 +77,19 @@ def test_killed_and_started_again_under_load_then_ended(checkpoint, tiny_model, 
     assert lines[-1]["message"] == "stopped; every row that waited is answered"
 
 
-def test_a_hanging_device_ends_the_process(checkpoint, tmp_path):
-    """A batch that never ends: 504 for its request, then the end of the process, for its supervisor to restart it."""
+@pytest.mark.parametrize(
+    ("deadline", "ask", "message"),
+    [(0.5, "pass", "the device hangs"), (100, "os.kill(os.getpid(), signal.SIGTERM)", "not done after 0.5 s")],
+)
+def test_a_hanging_device_ends_the_process(checkpoint, deadline, ask, message):
+    """A batch that never ends is the end of the process, by itself or at SIGTERM, for its supervisor to restart it."""
     program = f"""
-import asyncio, sys, time
+import asyncio, os, signal, time
 import dinalrm_jax as dina
 from dinalrm_jax.server.app import RewardServer, ServerConfig
 model = dina.RewardModel.from_pretrained({str(checkpoint)!r}, dtype="float32")
-server = RewardServer(model, ServerConfig(port=0, warmup=("4x4x5",), max_batch_size=1, deadline_s=0.5), "tiny")
+config = ServerConfig(port=0, warmup=("4x4x5",), max_batch_size=1, deadline_s={deadline}, drain_s=0.5)
+server = RewardServer(model, config, "tiny")
 engine, plain = server.batcher.engine, server.batcher.engine.start
 engine.start = lambda rows: plain(rows) if server.batcher.state == "loading" else lambda: time.sleep(100)
 async def main():
@@ -92,13 +97,15 @@ async def main():
     while server.batcher.state != "ready":
         await asyncio.sleep(0.05)
     server.batcher.submit([engine.probe(server.batcher.engine.shapes[0])])
+    await asyncio.sleep(0.2)
+    {ask}
     await task
 asyncio.run(main())
 """
     started = time.monotonic()
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 70, result.stderr
-    assert "the device hangs" in result.stderr
+    assert message in result.stderr
     assert time.monotonic() - started < 60
 
 

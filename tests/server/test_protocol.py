@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from benchmarks.fuzz import mutated
 from dinalrm_jax.server import protocol
 from dinalrm_jax.server.protocol import Limits, RequestError
 from tests.conftest import TINY
@@ -141,18 +142,9 @@ def test_any_bytes_give_a_request_or_a_request_error():
     rng = np.random.default_rng(0)
     taken = 0
     for _ in range(3000):
-        body = bytearray(GOOD)
-        for _ in range(rng.integers(1, 4)):
-            place = rng.integers(END if rng.random() < 0.8 else len(body))
-            match rng.integers(3):
-                case 0:
-                    body[place] = rng.integers(256)
-                case 1:
-                    del body[place : place + rng.integers(1, 9)]
-                case 2:
-                    body[place:place] = bytes(rng.integers(32, 127, rng.integers(1, 9), np.uint8))
+        body = mutated(GOOD, rng)
         try:
-            parsed = protocol.parse(bytes(body), LIMITS)
+            parsed = protocol.parse(body, LIMITS)
         except RequestError:
             continue
         taken += 1

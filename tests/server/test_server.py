@@ -1,6 +1,7 @@
 """The server over real sockets."""
 
 import asyncio
+import http.server
 import importlib.util
 import os
 import pathlib
@@ -21,6 +22,8 @@ from safetensors.torch import save
 from dinalrm_jax.client import AsyncRewardClient, ClientConfig, RewardClient, RewardServerError
 from dinalrm_jax.noise import nearest_schedule_sigma
 from dinalrm_jax.server import protocol
+from dinalrm_jax.server.engine import Engine
+from dinalrm_jax.server.protocol import RequestError
 from tests.server.serving import HEADERS, OTHER_SHAPE, inputs, running, take
 from tests.server.test_protocol import torch_request
 
@@ -99,6 +102,7 @@ def test_a_score_does_not_depend_on_its_batch(server, client):
         ({**HEADERS, protocol.VERSION_HEADER: "2"}, "protocol version '1' .*; the request says '2'"),
         ({**HEADERS, protocol.VERSION_HEADER: "1.0"}, "the request says '1.0'"),
         ({**HEADERS, "content-type": "application/json"}, "content-type must be application/octet-stream"),
+        ({**HEADERS, "content-encoding": "gzip"}, "content-encoding 'gzip' is not taken"),
     ],
 )
 def test_bad_headers(server, headers, message):
@@ -169,21 +173,35 @@ def test_large_and_slow_bodies(tiny_model):
 
 def test_deadline_drops_rows_and_a_stuck_device_is_unhealthy(tiny_model):
     with running(tiny_model, warmup=("8x12x5",), max_batch_size=1, deadline_s=0.5) as server:
-        engine, stuck = server.server.batcher.engine, threading.Event()
+        engine, stuck, started = server.server.batcher.engine, threading.Event(), []
         plain = engine.start
-        engine.start = lambda rows: lambda: (stuck.wait(20), plain(rows)())[1]
-        status, answer = server.request("/v1/score", save(torch_request()))
+
+        def hang(rows):
+            started.append([row.seed for row in rows])
+            return lambda: (stuck.wait(20), plain(rows)())[1]
+
+        engine.start = hang
+        late = [threading.Thread(target=server.request, args=("/v1/score", save(torch_request())), daemon=True)]
+        late += [threading.Thread(target=server.request, args=("/v1/score", save(torch_request())), daemon=True)]
+        for thread in late:
+            thread.start()
+        while len(started) < 2:  # one on the device, one lined up behind it
+            time.sleep(0.01)
+        status, answer = server.request("/v1/score", save(torch_request(seeds=torch.tensor([77]))))
         assert (status, answer["error"]["code"]) == (504, "deadline")
         server.wait(status=503)
-        stuck.set()
         engine.start = plain
+        stuck.set()
         server.wait(status=200)
         server.score(save(torch_request()))
+        assert [77] not in started
 
 
 def test_api_key(tiny_model):
     latents, prompt = inputs(1, OTHER_SHAPE)
     with running(tiny_model, warmup=("4x4x5",), max_batch_size=1, api_key="s3cret") as server:
+        odd = {**HEADERS, "authorization": b"Bearer \xff".decode("latin-1")}
+        assert server.request("/v1/score", save(torch_request()), odd)[0] == 401
         for key in (None, "wrong"):
             with (
                 RewardClient(ClientConfig(server.url, key)) as client,
@@ -208,12 +226,15 @@ def test_two_servers_give_the_same_seeded_scores(server, tiny_model):
 # ------------------------------------------------------------------------------ life
 
 
-def test_ready_means_compiled_and_tried(tiny_model):
+def test_ready_means_compiled_and_tried(tiny_model, monkeypatch):
+    may_compile, plain = threading.Event(), Engine.compile
+    monkeypatch.setattr(Engine, "compile", lambda engine, shape: may_compile.wait(30) and plain(engine, shape))
     with running(tiny_model, ready=False, warmup=("4x4x5",), max_batch_size=2) as server:
         assert server.request("/livez") == (200, {"protocol_version": "1", "status": "loading"})
         status, answer = server.request("/healthz")
         assert (status, answer["error"]["code"]) == (503, "loading")
         assert server.request("/v1/score", save(torch_request()))[0] == 503
+        may_compile.set()
         server.wait()
         body = save(torch_request(latents=torch.zeros(1, 16, 4, 4)))
         compiled = server.metric("dinalrm_xla_compilations")
@@ -227,8 +248,9 @@ def test_a_model_that_scores_nan_is_never_ready(tiny_model):
     broken = {**tiny_model.params, "head.head.weight": tiny_model.params["head.head.weight"] * np.nan}
     model = type(tiny_model)(tiny_model.config, broken, tiny_model.execution)
     with running(model, ready=False, warmup=("4x4x5",), max_batch_size=1) as server:
-        server.wait("/healthz", 503)
-        while server.request("/livez")[1]["status"] == "loading":
+        for _ in range(600):
+            if server.request("/livez")[1]["status"] != "loading":
+                break
             time.sleep(0.05)
         status, answer = server.request("/healthz")
         assert (status, answer["error"]["code"]) == (503, "dead")
@@ -299,23 +321,59 @@ def test_many_at_once_of_mixed_shapes(server, tiny_model):
     assert server.metric("dinalrm_xla_compilations") == compiled
 
 
-def test_unready_servers_are_retried_until_the_tries_are_used_up(server):
+def test_unready_servers_are_retried_until_the_tries_are_used_up(server, monkeypatch):
     latents, prompt = inputs(1)
-    batcher = server.server.batcher
-    config = ClientConfig(server.url, max_retries=20, backoff=0.05)
-    batcher.state = "draining"
-    back = threading.Timer(0.5, lambda: setattr(batcher, "state", "ready"))
-    with RewardClient(config) as client:
-        back.start()
+    refusals = iter(5 * [RequestError(503, "loading", "not yet")])
+
+    def refuse():
+        if (error := next(refusals, None)) is not None:
+            raise error
+
+    monkeypatch.setattr(server.server.batcher, "check_ready", refuse)
+    with RewardClient(ClientConfig(server.url, max_retries=20, backoff=0.01)) as client:
         assert np.isfinite(client.score_latents(latents, prompt)).all()
-    free = socket.create_server(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-    free.close()
+    assert next(refusals, None) is None
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     with (
         RewardClient(ClientConfig(f"http://127.0.0.1:{port}", max_retries=2, backoff=0.01)) as client,
         pytest.raises(RewardServerError, match="after 3 tries; the last: .*refused"),
     ):
         client.score_latents(latents, prompt)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'{"protocol_version": "1", "raw_scores": [null, 1.0]}',
+        b'{"protocol_version": "1", "raw_scores": [NaN, 1.0]}',
+        b'{"protocol_version": "1", "raw_scores": [1.0]}',
+        b'{"protocol_version": 1, "raw_scores": [1.0, 2.0]}',
+        b"{}",
+        b"<html>a proxy's page</html>",
+    ],
+)
+def test_answers_that_are_no_scores_are_never_rewards(answer):
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    latents, prompt = inputs(2)
+    with http.server.HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        config = ClientConfig(f"http://127.0.0.1:{proxy.server_port}", max_retries=1, backoff=0.01)
+        with RewardClient(config) as client, pytest.raises(RewardServerError, match="not that of a reward server"):
+            client.score_latents(latents, prompt)
+        proxy.shutdown()
+    with RewardClient() as client, pytest.raises(ValueError, match="2 latents but 1 rows of prompt_embeds"):
+        client.score_latents(latents, take(prompt, slice(1)))
 
 
 # ---------------------------------------------------------------- the public verl-omni client
