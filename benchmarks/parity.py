@@ -4,7 +4,8 @@
 
 The golden model (tests/golden/released-tiny) is a tiny random one in the released layout with the
 released code's own outputs. Errors are absolute for scores, taps and velocity, and relative to the
-largest entry for gradients. The last lines compare bfloat16 compute with float32.
+largest entry for gradients. The last lines compare bfloat16 compute with float32, and a row's score in
+batches of different size.
 """
 
 import pathlib
@@ -74,6 +75,15 @@ def main() -> None:
         report(
             f"bfloat16 against float32, sigma {level}, scores {exact.min():.2f} to {exact.max():.2f}",
             error(exact, rounded),
+        )
+
+    rows = len(both[0])
+    for name, m in (("float32", model), ("bfloat16", half)):
+        together = m.score_latents(*both, 0.4)
+        parts = [m.score_latents(both[0][r : r + n], both[1][r : r + n], 0.4)[0] for r in range(rows) for n in (1, 2)]
+        report(
+            f"a row alone and first of two against the row in a batch of {rows}, {name}",
+            error(parts, np.repeat(together, 2)),
         )
 
 
