@@ -207,7 +207,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("tokens", 205, "Text tokens: 77 of CLIP, the rest T5's.", 1)
     flags.DEFINE_integer("blocks", 12, "Blocks of the backbone.", 1, 24)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
-    flags.DEFINE_enum("attention", "xla", ["xla", "cudnn"], "Its implementation.")
+    flags.DEFINE_enum("attention", "auto", ["auto", "xla", "cudnn", "grouped"], "Its implementation.")
     flags.DEFINE_enum("layers", "loop", ["loop", "scan"], "How the blocks are run.")
     flags.DEFINE_enum("remat", "none", ["none", "dots", "block"], "What a block keeps for its backward pass.")
     flags.DEFINE_bool("merged", False, "Add LoRA into the weights first (not for train).")

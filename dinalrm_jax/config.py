@@ -275,7 +275,7 @@ class ExecutionConfig:
     """How the same numbers are computed. None of these changes what a checkpoint means.
 
     dtype: compute dtype; frozen weights are stored in it, trainable ones in float32.
-    attention: `jax.nn.dot_product_attention`'s implementation.
+    attention: see `backbone.attention.attend`.
     layers: "loop" unrolls the blocks (fastest on CPU); "scan" stacks each run of equal blocks
         between taps and scans over it (compiles several times quicker, for GPU and TPU).
     remat: what a block keeps for its backward pass: everything ("none"), matrix products
@@ -283,7 +283,7 @@ class ExecutionConfig:
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["xla", "cudnn"] = "xla"
+    attention: Literal["auto", "xla", "cudnn", "grouped"] = "auto"
     layers: Literal["loop", "scan"] = "loop"
     remat: Literal["none", "dots", "block"] = "none"
 

@@ -76,22 +76,35 @@ class CrossAttention(nnx.Module):
         """(B, Q, C), (B, Nv, C), (B, Nt, C) -> (B, Q, C), residual included."""
         query = self.to_q(self.norm_q(queries))
         image = self.norm_v(image)
-        attended = self._attend(query, self.to_k_vis(image), _gated(self.to_v_vis(image), image, self.gate_vis))
+        attended = self._attend(query, image, self.to_k_vis, self.to_v_vis, self.gate_vis)
         if text is not None:
-            text = self.norm_t(text)
-            attended += self._attend(query, self.to_k_text(text), _gated(self.to_v_text(text), text, self.gate_text))
+            attended += self._attend(query, self.norm_t(text), self.to_k_text, self.to_v_text, self.gate_text)
         return queries + self.to_out[0](attended)
 
-    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        query, key, value = (x.reshape(*x.shape[:2], self.heads, -1) for x in (query, key, value))
-        out = jax.nn.dot_product_attention(query, key, value)
-        return out.reshape(*out.shape[:2], -1)
+    def _attend(self, query: jax.Array, tokens: jax.Array, to_key: Linear, to_value: Linear, gate: MLP | None):
+        """Attention of a few queries over many tokens, without a key or a value of any token.
 
-
-def _gated(value: jax.Array, token: jax.Array, gate: MLP | None) -> jax.Array:
-    if gate is None:
-        return value
-    return value * jax.nn.sigmoid(gate[2](jax.nn.silu(gate[0](token))))
+        With W_k and W_v of one head, `q . (W_k x + b_k)` is `(W_k^T q) . x` plus what all tokens share and the
+        softmax drops, and `sum_n a_n g_n (W_v x_n + b_v)` is `W_v (sum_n a_n g_n x_n) + (sum_n a_n g_n) b_v`: the
+        two largest products shrink from all tokens to the queries.
+        """
+        batch, count, width = query.shape
+        dim = width // self.heads
+        query = query.reshape(batch, count, self.heads, dim) * dim**-0.5
+        key_weight, value_weight = (
+            linear.weight[...].astype(tokens.dtype).reshape(self.heads, dim, -1) for linear in (to_key, to_value)
+        )
+        wide = {"preferred_element_type": jnp.float32}
+        seen = jnp.einsum("bqhd,hdc->bqhc", query, key_weight)
+        weights = jax.nn.softmax(jnp.einsum("bqhc,bnc->bhqn", seen, tokens, **wide), axis=-1)
+        if gate is not None:
+            gates = jax.nn.sigmoid(gate[2](jax.nn.silu(gate[0](tokens))))
+            weights = weights * gates.astype(jnp.float32)[:, None, None, :, 0]
+        pooled = jnp.einsum("bhqn,bnc->bqhc", weights.astype(tokens.dtype), tokens)
+        bias = to_value.bias[...].astype(jnp.float32).reshape(self.heads, dim)
+        out = jnp.einsum("bqhc,hdc->bqhd", pooled, value_weight, **wide)
+        out += weights.sum(axis=-1).transpose(0, 2, 1)[..., None] * bias
+        return out.astype(tokens.dtype).reshape(batch, count, width)
 
 
 class RewardHead(nnx.Module):

@@ -305,8 +305,8 @@ def fit(
 
 
 def plain_execution(config: TrainConfig) -> ExecutionConfig:
-    """Without rematerialisation, whose work is done twice, or scan, whose body XLA counts once."""
-    return dataclasses.replace(config.execution, layers="loop", remat="none")
+    """Without rematerialisation, whose work is done twice, or loops, whose body XLA counts once."""
+    return dataclasses.replace(config.execution, layers="loop", remat="none", attention="xla")
 
 
 def draw(module: Functional, seed: int) -> dict[str, np.ndarray]:
