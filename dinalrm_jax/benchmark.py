@@ -86,7 +86,7 @@ def run(values) -> dict:
             values.dtype,
             **sizes,
             blocks=values.blocks,
-            compiled=values.compile_reference,
+            compiled=values["compile-reference"].value,
         )
     ours, theirs = [], []
     for number in tqdm(range(values.repeats + 1), desc=values.mode, unit="call"):
@@ -213,7 +213,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("merged", False, "Add LoRA into the weights first (not for train).")
     flags.DEFINE_integer("repeats", 5, "Timed calls after one warm-up.", 1)
     flags.DEFINE_string("reference", None, "A checkout of HKUST-C4G/diffusion-rm to time in turn.")
-    flags.DEFINE_bool("compile_reference", False, "torch.compile its backbone.")
+    flags.DEFINE_bool("compile-reference", False, "torch.compile its backbone.")
     flags.DEFINE_bool("cache", False, "Use the compilation cache.")
     flags.DEFINE_string("output", None, "Save the result to this JSON file.")
     app.run(main)

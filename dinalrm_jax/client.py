@@ -49,6 +49,13 @@ class ClientConfig:
     backoff: float = 0.5
     rows_per_request: int = 8
 
+    def __post_init__(self):
+        url = httpx.URL(self.url)
+        if url.scheme not in ("http", "https") or not url.host or url.path not in ("", "/"):
+            raise ValueError(
+                f"url must be a server's, without a path, for instance http://127.0.0.1:8000; got {self.url!r}"
+            )
+
     @property
     def headers(self) -> dict[str, str]:
         headers = {"content-type": protocol.CONTENT_TYPE, protocol.VERSION_HEADER: protocol.VERSION}
@@ -71,7 +78,7 @@ class RewardClient:
         self,
         latents: np.ndarray,
         prompt: PromptEmbeds,
-        sigma: float | Sequence[float] = 0.4,
+        sigma: float | np.ndarray = 0.4,
         seed: int | Sequence[int] | None = 0,
     ) -> np.ndarray:
         """Raw scores at single noise levels; the server has no ensemble.
@@ -79,13 +86,14 @@ class RewardClient:
         Args:
             latents: (B, H/8, W/8, 16), channels last, clean and scaled.
             prompt: B prompts; they and the latents travel in the dtype they have (float32, float16, bfloat16).
-            sigma: one level, or one a row; the server moves it to the nearest of its schedule.
+            sigma: one level, or an array (B,) of one a row; the server moves it to the nearest of its schedule.
             seed: of the noise; one for all rows or one a row; None: new noise.
 
         Returns:
             (B,) float32.
 
         Raises:
+            ValueError: numbers of rows that differ, or a tuple of levels.
             RewardServerError: the request was refused, or every try failed.
         """
         return _join(self._send(*body) for body in _bodies(self._config, latents, prompt, sigma, seed))
@@ -135,7 +143,7 @@ class AsyncRewardClient:
         self,
         latents: np.ndarray,
         prompt: PromptEmbeds,
-        sigma: float | Sequence[float] = 0.4,
+        sigma: float | np.ndarray = 0.4,
         seed: int | Sequence[int] | None = 0,
     ) -> np.ndarray:
         """See `RewardClient.score_latents`."""
@@ -172,6 +180,10 @@ def _bodies(config: ClientConfig, latents, prompt: PromptEmbeds, sigma, seed) ->
     found = (len(prompt.prompt_embeds), len(prompt.pooled_prompt_embeds))
     if found != (rows, rows):
         raise ValueError(f"{rows} latents but {found[0]} rows of prompt_embeds and {found[1]} of pooled_prompt_embeds")
+    if isinstance(sigma, (tuple, list)):
+        raise ValueError(
+            f"the server scores single levels, not the ensemble {sigma}; for one level a row give an array"
+        )
     u = np.broadcast_to(np.asarray(sigma, np.float32), rows)
     seeds = None if seed is None else np.broadcast_to(np.asarray(seed, np.int64), rows)
     bodies = []
@@ -248,7 +260,7 @@ def main(argv: list[str]) -> None:
                 started = time.perf_counter()
                 score = client.score_latents(latents, prompt)[0]
                 seconds.append(time.perf_counter() - started)
-    except (RewardServerError, httpx.InvalidURL) as error:
+    except (RewardServerError, ValueError, httpx.InvalidURL) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{values.url} is ready: {info['model']} in {info['dtype']} on {info['device']}")

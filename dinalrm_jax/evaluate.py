@@ -65,6 +65,9 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        distributed.leave(130)
     if distributed.is_first():
         for name, problem in sorted(found.problems.items())[:10]:
             print(f"left out: {name}: {problem}", file=sys.stderr)

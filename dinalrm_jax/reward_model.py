@@ -304,7 +304,11 @@ class RewardModel:
         from dinalrm_jax import scoring  # imports this module for its types
 
         _check_list("images", "image", images)
-        prompts = len(images) * [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = len(images) * [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts must be one text, or a list of one an image, got {prompts!r}")
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
         seeds = range(seed, seed + samples)
         found = scoring.score_images(self, prompts, images, [sigma], seeds, size=size, batch_size=batch_size)
         if found.problems:
@@ -349,8 +353,8 @@ _image_codec = functools.lru_cache(maxsize=1)(load_image_codec)
 
 
 def normalize(raw):
-    """The score as the published model's users show it: `(raw + 10) / 10`."""
-    return (raw + 10) / 10
+    """The score as the published model's users show it: `(raw + 10) / 10`; of a number, an array or a list."""
+    return ((np.asarray(raw) if isinstance(raw, (list, tuple)) else raw) + 10) / 10
 
 
 def ranks(scores: Sequence[float]) -> list[int]:

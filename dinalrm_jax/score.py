@@ -185,6 +185,8 @@ def main(argv: list[str]) -> None:
         for target in (values.json, values.csv, values.sheet):
             if target not in (None, "-"):
                 check_writable(target)
+        if values.sheet is not None and pathlib.Path(values.sheet).suffix.lower() not in EXTENSIONS:
+            raise ConfigError(f"--sheet {values.sheet} is not an image's name; try sheet.png")
         images = find_images(argv[1:])
         prompts = read_prompts(values.prompt, values["prompt-file"].value, len(images))
         size = parse_bucket(values.size) if values.size is not None else None
@@ -204,6 +206,9 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
     for index, problem in sorted(found.problems.items()):
         print(f"not scored: {images[index]}: {problem}", file=sys.stderr)
     rows = table_rows(prompts, images, found)

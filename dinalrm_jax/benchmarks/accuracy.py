@@ -3,8 +3,8 @@
 | rule | two images people tied | two images the model ties | average | used by |
 |---|---|---|---|---|
 | strict (M1) | left out | wrong | over all pairs | ImageReward, HPSv3; our headline |
-| strict, by prompt (M2) | left out | wrong | of rankings, then their mean | HPSv2 on ImageReward |
-| inversions, by prompt (M3) | right | in the order they stand | of rankings, then their mean | HPSv2 on HPDv2 |
+| strict, by ranking (M2) | left out | wrong | of rankings, then their mean | HPSv2 on ImageReward |
+| inversions, by ranking (M3) | right | in the order they stand | of rankings, then their mean | HPSv2 on HPDv2 |
 | ties in the denominator (M4) | wrong | wrong | over all pairs | the released DiNa-LRM code |
 
 Where people tied nothing, M1 is M4; where the model ties nothing either, M2 is M3.
@@ -17,7 +17,7 @@ import numpy as np
 
 RULES = {
     "strict": "strict (M1)",
-    "strict_by_prompt": "by prompt (M2)",
+    "strict_by_prompt": "by ranking (M2)",
     "inversions_by_prompt": "HPSv2's (M3)",
     "released": "released (M4)",
 }

@@ -30,6 +30,7 @@ from dinalrm_jax.version import __version__
 
 log = logging.getLogger(__name__)
 SIGMA_RULE = "u is moved to the nearest of FlowMatchEuler's 1000 sigmas, shift 3, as in the released code"
+MAX_ROWS = 64  # of one request; they are batched like those of many
 DEVICE_FAILED = 70  # exit status, EX_SOFTWARE
 
 
@@ -83,7 +84,7 @@ class RewardServer:
         self._model_dtype = model.execution.dtype
         self._drained = True
         shapes = [RowShape.parse(text) for text in config.warmup] or default_shapes(model)
-        self._limits = Limits.of(model.config, config.max_batch_size)
+        self._limits = Limits.of(model.config, min(MAX_ROWS, config.max_queue))
         for shape in shapes:
             if problems := self._limits.problems(*dataclasses.astuple(shape)):
                 raise ConfigError(f"--warmup {shape}: {'; '.join(problems)}")

@@ -136,7 +136,7 @@ def share(backbone: Params, config: RewardModelConfig, execution: ExecutionConfi
     """`truncate`, of arrays that a reward model of this dtype can use as they are.
 
     Raises:
-        WeightsError: arrays that are missing, or have another shape or dtype; all of them are listed.
+        WeightsError: arrays that are missing, not on a device, or of another shape or dtype.
     """
     problems = []
     for name, shape in reward_functional(config, execution).shapes.items():
@@ -153,7 +153,10 @@ def share(backbone: Params, config: RewardModelConfig, execution: ExecutionConfi
                 f"{execution.dtype} {shape.shape}"
             )
     if problems:
-        raise WeightsError("the backbone cannot be shared with this model:\n  " + "\n  ".join(problems))
+        shown = [*problems[:5], f"... and {len(problems) - 5} more"] if len(problems) > 6 else problems
+        raise WeightsError(
+            f"the backbone cannot be shared with a {execution.dtype} model (dtype=...):\n  " + "\n  ".join(shown)
+        )
     return truncate(backbone, config)
 
 
