@@ -45,9 +45,11 @@ def test_scores_are_the_models(server, client, tiny_model):
     expected = tiny_model.score_latents(latents, prompt, SIGMA, seed=seeds)
     np.testing.assert_allclose(client.score_latents(latents, prompt, 0.4, seeds), expected, atol=1e-5)
     assert len(set(expected)) == 7
-    levels = [0.0, 0.1, 0.4, 0.7, 0.9, 1.0, 0.5]
+    levels = np.array([0.0, 0.1, 0.4, 0.7, 0.9, 1.0, 0.5])
     given = client.score_latents(latents, prompt, levels, 3)
-    for row, sigma in enumerate(np.asarray(nearest_schedule_sigma(np.array(levels)))):
+    with pytest.raises(ValueError, match=r"single levels, not the ensemble \(0.2, 0.5\)"):
+        client.score_latents(latents, prompt, (0.2, 0.5))
+    for row, sigma in enumerate(np.asarray(nearest_schedule_sigma(levels))):
         one = tiny_model.score_latents(latents[row : row + 1], take(prompt, slice(row, row + 1)), float(sigma), seed=3)
         np.testing.assert_allclose(given[row], one[0], atol=1e-5)
 
@@ -372,6 +374,9 @@ def test_answers_that_are_no_scores_are_never_rewards(answer):
         with RewardClient(config) as client, pytest.raises(RewardServerError, match="not that of a reward server"):
             client.score_latents(latents, prompt)
         proxy.shutdown()
+    for url in ("127.0.0.1:8000", "http://127.0.0.1:8000/v1/score"):
+        with pytest.raises(ValueError, match="url must be a server's, without a path"):
+            ClientConfig(url)
     with RewardClient() as client, pytest.raises(ValueError, match="2 latents but 1 rows of prompt_embeds"):
         client.score_latents(latents, take(prompt, slice(1)))
 
