@@ -62,11 +62,10 @@ def main(argv: list[str]) -> None:
             allow_new_shapes=values["allow-new-shapes"].value,
         )
         model = RewardModel.from_pretrained(values.checkpoint, values["base-model"].value, values.dtype)
-        status = asyncio.run(RewardServer(model, config, values.checkpoint, api_key).serve())
+        asyncio.run(RewardServer(model, config, values.checkpoint, api_key).serve())
     except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -112,17 +112,16 @@ class RewardServer:
 
     # --------------------------------------------------------------------------------- life
 
-    async def serve(self) -> int:
-        """Serves until SIGTERM or SIGINT, then finishes what waits; the exit status."""
+    async def serve(self) -> None:
+        """Serves until SIGTERM or SIGINT, then finishes what waits; ends the process where the device hangs."""
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with self.listening() as port:
             log.info("listening on http://%s:%d; compiling, /healthz says when ready", self.config.host, port)
-            status = await self._until(stop)
+            await self._until(stop)
         if not self._drained:
             os._exit(DEVICE_FAILED)  # a thread that hangs on the device cannot be joined
-        return status
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
@@ -147,7 +146,7 @@ class RewardServer:
             await runner.cleanup()
             self._parsers.shutdown(wait=False)
 
-    async def _until(self, stop: asyncio.Event) -> int:
+    async def _until(self, stop: asyncio.Event) -> None:
         """Waits for the signal; ends the process where the device is dead or hangs."""
         ready = False
         while not stop.is_set():
@@ -161,7 +160,6 @@ class RewardServer:
                 os._exit(DEVICE_FAILED)  # a hanging thread cannot be joined
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), 0.2)
-        return 0
 
     # ----------------------------------------------------------------------------- handlers
 
