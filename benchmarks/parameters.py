@@ -1,6 +1,6 @@
 """Parameter counts of the full-size reward model (SD3.5-M, 12 blocks), by abstract evaluation: no memory needed.
 
-    python -m benchmarks.parameters
+python -m benchmarks.parameters
 """
 
 from collections import Counter

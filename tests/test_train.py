@@ -248,6 +248,7 @@ def test_command_line_errors_are_one_message(tmp_path, flag, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.heavy
 def test_a_sweep_shares_its_generator(tmp_path, capsys):
     base = from_mapping(TrainConfig, tiny_run.get_config())
     short = dataclasses.replace(

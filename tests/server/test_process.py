@@ -37,6 +37,7 @@ def serve(*flags, log=None) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stderr=log or subprocess.DEVNULL)
 
 
+@pytest.mark.heavy
 def test_killed_and_started_again_under_load_then_ended(checkpoint, tiny_model, tmp_path):
     """A retrying client loses nothing to kill -9; SIGTERM answers what waits and exits with 0."""
     port = free_port()
