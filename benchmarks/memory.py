@@ -9,6 +9,7 @@ memory analysis says of each device: arguments (weights, optimizer, EMA, batch),
 sum against the device's memory.
 """
 
+import dataclasses
 import os
 import time
 
@@ -72,7 +73,9 @@ def main(_) -> None:
     limit = MEMORY[generation]
     devices = np.array(topologies.get_topology_desc(values.topology, "tpu").devices)
     config = from_mapping(TrainConfig, hpdv3.get_config())
-    execution = config.execution
+    # "auto" asks which backend this process has, which is not the one that is compiled for.
+    execution = dataclasses.replace(config.execution, attention="xla")
+    config = dataclasses.replace(config, execution=execution)
     print(
         f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}, 12 blocks, {values.resolution} x "
         f"{values.resolution}, {values.pairs} pairs a device, {execution.dtype}, remat {execution.remat}, "
