@@ -134,7 +134,12 @@ SHORT = " ".join(
 SHORT_SCENES = f"{SHORT} --config.scenes.train_pairs=8 --config.scenes.eval_pairs=4"
 
 
-def test_commands(checkout, published):
+# Preprocessing and training of preference datasets, whose parts tests/data, test_train.py and test_launch.py run.
+PREFERENCES = ("--dataset", "configs/hpdv2.py", ":smoke")
+
+
+@pytest.mark.parametrize("preferences", [False, pytest.param(True, marks=pytest.mark.heavy)])
+def test_commands(checkout, published, preferences):
     """In README order; training commands made short by further overrides."""
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     for name in ("fox_1.png", "fox_2.png"):
@@ -144,6 +149,8 @@ def test_commands(checkout, published):
     ran, server = 0, None
     for command in commands:
         if any(name in command for name in RUN_ELSEWHERE):
+            continue
+        if any(name in command for name in PREFERENCES) != preferences:
             continue
         if "--dataset hpdv3" in command:
             # The published data and pipeline in small, and sizes to match.
@@ -171,17 +178,17 @@ def test_commands(checkout, published):
             assert "is ready" in result.stdout
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0
-    assert ran == 12
+    assert ran == (4 if preferences else 8)
+    if preferences:
+        report = (checkout / "runs" / "hpdv2" / "run" / "report" / "report.md").read_text()
+        assert "Baseline without a model, the larger image file wins" in report
+        return
     assert "HPDv2" in (checkout / "runs" / "hpdv2_evaluation" / "report.md").read_text()
     assert all((checkout / "runs" / name).exists() for name in ("foxes.png", "best_of_n.png"))
     exported = dina.RewardModel.from_pretrained(checkout / "runs" / "released", GOLDEN, dtype="float32")
     golden = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="float32")
     for name in golden.params:
         np.testing.assert_array_equal(exported.params[name], golden.params[name], err_msg=name)
-    assert (
-        "Baseline without a model, the larger image file wins"
-        in (checkout / "runs" / "hpdv2" / "run" / "report" / "report.md").read_text()
-    )
     assert (checkout / "runs" / "quickstart" / "report" / "pairs.png").exists()
 
 
