@@ -7,7 +7,6 @@ says whether a server is ready, and times a score.
 
 import asyncio
 import dataclasses
-import os
 import random
 import sys
 import time
@@ -19,7 +18,7 @@ from absl import app, flags, logging
 
 from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.server import protocol
-from dinalrm_jax.server.protocol import RowShape
+from dinalrm_jax.server.protocol import RowShape, read_api_key
 
 RETRIED = (408, 429, 500, 502, 503, 504)
 LONGEST_PAUSE = 10.0  # seconds between two tries
@@ -242,9 +241,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # httpx tells every request
     values = flags.FLAGS
-    api_key = None if values["api-key-env"].value is None else os.environ.get(values["api-key-env"].value)
     try:
-        config = ClientConfig(values.url, api_key)
+        config = ClientConfig(values.url, read_api_key(values["api-key-env"].value))
         with RewardClient(config) as client:
             client.wait_until_ready(values.wait)
             info = client.info()

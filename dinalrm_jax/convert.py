@@ -48,7 +48,7 @@ def convert(
         check_torch()
     execution = ExecutionConfig(dtype=dtype)
     if direction == "released":
-        model = pretrained.load_reward_model(checkpoint, base_model, execution)
+        model = pretrained.open_reward_model(checkpoint, base_model, execution).load()
         if verify:
             print(verify_against_released(model, checkpoint, base_model))
         pretrained.save_reward_model(model, output)

@@ -66,7 +66,7 @@ def progress(**options) -> tqdm:
     return tqdm(**options, disable=not is_first(), dynamic_ncols=True)
 
 
-def gather(data: bytes) -> list[bytes]:
+def gather_bytes(data: bytes) -> list[bytes]:
     """Every process's bytes, in the processes' order, on every process."""
     if jax.process_count() == 1:
         return [data]

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dinalrm_jax.placement import place
+
 T = TypeVar("T")
 
 
@@ -16,7 +18,7 @@ def _mesh() -> Mesh:
 
 def on_local_devices(params: Mapping[str, np.ndarray], dtype) -> dict[str, jax.Array]:
     """Weights in `dtype`, whole on every device of this process."""
-    return {name: on_every_device(array.astype(jax.numpy.dtype(dtype))) for name, array in params.items()}
+    return place(params, dtype, dict.fromkeys(params, NamedSharding(_mesh(), PartitionSpec())))
 
 
 def on_every_device(params: T) -> T:

@@ -4,10 +4,11 @@
 released code's u). Everything here is a pure function of arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dinalrm_jax.config import ConfigError, SigmaConfig
 
@@ -17,6 +18,32 @@ def add_noise(latents: jax.Array, sigma: jax.Array, noise: jax.Array) -> jax.Arr
     sigma = jnp.asarray(sigma, latents.dtype)
     sigma = sigma.reshape(sigma.shape + (1,) * (latents.ndim - sigma.ndim)) if sigma.ndim else sigma
     return (1 - sigma) * latents + sigma * noise
+
+
+def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jnp.asarray(key)  # `seed_key`'s, or an old-style jax.random.PRNGKey
+        key = jax.random.wrap_key_data(key, impl="threefry2x32" if key.shape[-1] == 2 else None)
+    if key.ndim == 0:
+        return jnp.broadcast_to(jax.random.normal(key, shape[1:]), shape)
+    return jax.vmap(lambda row_key: jax.random.normal(row_key, shape[1:]))(key)
+
+
+def seed_key(seed: int | Sequence[int]) -> np.ndarray:
+    """The key of a seed, a signed integer of 64 bits, as data: (2,) uint32; (B, 2) of B seeds.
+
+    For seeds below 2^32 it is `jax.random.key`'s, which drops the higher half of larger ones where JAX
+    has no 64-bit numbers.
+
+    Raises:
+        ValueError: more than 64 bits.
+    """
+    try:
+        bits = np.asarray(seed, np.int64).view(np.uint64)
+    except OverflowError:
+        raise ValueError(f"a seed is an integer of 64 bits, got {seed}") from None
+    return np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 
 
 def timestep(sigma: jax.Array) -> jax.Array:

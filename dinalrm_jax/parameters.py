@@ -54,8 +54,18 @@ class Functional(Generic[M]):
 
 def functional(build: Callable[[nnx.Rngs], M]) -> Functional[M]:
     """Traces `build` for its structure; allocates nothing, at any model size."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(_OneKey())))
     return Functional(build, graphdef, tuple(nnx.to_flat_state(state)))
+
+
+class _OneKey:
+    """Stands in for `nnx.Rngs` where only shapes matter: its counters, traced, take seconds at full size."""
+
+    def __init__(self):
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self._key
 
 
 def _named(module: nnx.Module) -> Params:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from dinalrm_jax import lora, noise
+from dinalrm_jax import lora
 from dinalrm_jax.backbone.features import Features
 from dinalrm_jax.backbone.sd3 import SD3Transformer
 from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
@@ -19,6 +19,7 @@ from dinalrm_jax.data.batch import PromptEmbeds, validate_latents
 from dinalrm_jax.data.images import ImageSource, read_rgb
 from dinalrm_jax.encoders import ImageCodec, load_image_codec, load_prompt_encoder
 from dinalrm_jax.head import RewardHead
+from dinalrm_jax.noise import add_noise, draw_noise, seed_key, timestep
 from dinalrm_jax.parameters import Functional, Params, functional
 
 
@@ -74,10 +75,10 @@ class RewardModule(nnx.Module):
 
     def features(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> Features:
         """What the head sees of the noised latents; arguments as for a single level."""
-        noisy = noise.add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
+        noisy = add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
         config = self.config
         return self.backbone.features(
-            noisy, noise.timestep(sigma), prompt, visual_taps=config.visual_taps, text_taps=config.text_taps
+            noisy, timestep(sigma), prompt, visual_taps=config.visual_taps, text_taps=config.text_taps
         )
 
     def _tokens(self, latents, prompt, sigma, eps) -> tuple[jax.Array, jax.Array | None]:
@@ -148,7 +149,7 @@ class RewardModel:
         """
         from dinalrm_jax.weights import pretrained  # imports this module for its types
 
-        return pretrained.load_reward_model(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone)
+        return pretrained.open_reward_model(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone).load()
 
     @classmethod
     def init(cls, config: RewardModelConfig, execution: ExecutionConfig = ExecutionConfig(), seed: int = 0):
@@ -362,32 +363,6 @@ def ranks(scores: Sequence[float]) -> list[int]:
     return [1 + int(np.sum(np.asarray(scores) > score)) for score in scores]
 
 
-def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jnp.asarray(key)  # `seed_key`'s, or an old-style jax.random.PRNGKey
-        key = jax.random.wrap_key_data(key, impl="threefry2x32" if key.shape[-1] == 2 else None)
-    if key.ndim == 0:
-        return jnp.broadcast_to(jax.random.normal(key, shape[1:]), shape)
-    return jax.vmap(lambda row_key: jax.random.normal(row_key, shape[1:]))(key)
-
-
-def seed_key(seed: int | Sequence[int]) -> np.ndarray:
-    """The key of a seed, a signed integer of 64 bits, as data: (2,) uint32; (B, 2) of B seeds.
-
-    For seeds below 2^32 it is `jax.random.key`'s, which drops the higher half of larger ones where JAX
-    has no 64-bit numbers.
-
-    Raises:
-        ValueError: more than 64 bits.
-    """
-    try:
-        bits = np.asarray(seed, np.int64).view(np.uint64)
-    except OverflowError:
-        raise ValueError(f"a seed is an integer of 64 bits, got {seed}") from None
-    return np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
-
-
 def _check_list(name: str, kind: str, values: Sequence) -> None:
     if isinstance(values, (str, pathlib.Path, Image.Image)) or not len(values):
         raise ValueError(
@@ -395,10 +370,21 @@ def _check_list(name: str, kind: str, values: Sequence) -> None:
         )
 
 
+def stored_dtype(name: str, execution: ExecutionConfig) -> str:
+    """The dtype that a parameter is held in: a frozen one the compute dtype, a trainable one float32."""
+    return "float32" if is_trainable(name) else execution.dtype
+
+
 def store(params: Params, execution: ExecutionConfig) -> Params:
-    """Frozen parameters in the compute dtype, trainable ones in float32."""
+    """Parameters in the dtypes they are held in."""
+    return {name: array.astype(stored_dtype(name, execution)) for name, array in params.items()}
+
+
+def stored_shapes(config: RewardModelConfig, execution: ExecutionConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of a model without their arrays, as `store` leaves them."""
     return {
-        name: array.astype(jnp.float32 if is_trainable(name) else execution.dtype) for name, array in params.items()
+        name: jax.ShapeDtypeStruct(shape.shape, stored_dtype(name, execution))
+        for name, shape in reward_functional(config, execution).shapes.items()
     }
 
 

@@ -139,15 +139,14 @@ def as_csv(rows: Sequence[ScoredImage]) -> str:
 
 def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5) -> None:
     """A contact sheet: images in rank order with their scores, prompt by prompt."""
-    import matplotlib
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from dinalrm_jax.plots import save
 
     groups = [[row for row in rows if row.prompt == prompt] for prompt in dict.fromkeys(row.prompt for row in rows)]
     heights = [-(-len(group) // columns) for group in groups]
     wide = min(columns, max(map(len, groups)))
-    figure = plt.figure(figsize=(2.3 * max(wide, 2), 2.6 * sum(heights) + 0.5 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(2.3 * max(wide, 2), 2.6 * sum(heights) + 0.5 * len(groups)), layout="constrained")
     parts = np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=[2.6 * height + 0.5 for height in heights]))
     for part, group, height in zip(parts, groups, heights):
         title = textwrap.fill(shortened(group[0].prompt, 60 * max(wide, 2)), 32 * max(wide, 2))
@@ -164,8 +163,7 @@ def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5
                 name = shortened(pathlib.Path(row.image).name, 34)
                 place = {"ha": "center", "va": "top", "transform": axis.transAxes}
                 axis.text(0.5, -0.03, name, fontsize=7, parse_math=False, **place)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def write(target: str | None, text: str) -> bool:

@@ -17,7 +17,8 @@ from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.data.buckets import Size
 from dinalrm_jax.data.images import DAMAGE, ImageSource, map_ahead, open_image, read_rgb, scoring_size
 from dinalrm_jax.local_devices import split_locally
-from dinalrm_jax.reward_model import RewardModel, check_levels, draw_noise, jitted_score, seed_key
+from dinalrm_jax.noise import draw_noise, seed_key
+from dinalrm_jax.reward_model import RewardModel, check_levels, jitted_score
 
 THREADS = 8  # that read and decode images
 PROMPTS_KEPT = 8  # batches of embeddings, 3 MB a prompt for SD3.5
@@ -61,6 +62,7 @@ class LatentScorer:
         self._params = model.params
         self._score = jitted_score(model.config, model.execution)
         self._several = len(next(iter(model.params.values())).sharding.device_set) > 1
+        self._draws: list[np.ndarray] = []  # of the last shape
 
     def __call__(self, latents: np.ndarray, prompt: PromptEmbeds) -> np.ndarray:
         """(B, levels, seeds) float32 of (B, H, W, C) latents and B prompts.
@@ -68,8 +70,9 @@ class LatentScorer:
         Raises:
             ValueError: a score that is not finite.
         """
-        draws = [np.asarray(draw_noise(key, latents.shape)) for key in self._keys]
-        rows = (latents, prompt, draws)
+        if not self._draws or self._draws[0].shape != latents.shape:
+            self._draws = [np.asarray(draw_noise(key, latents.shape)) for key in self._keys]
+        rows = (latents, prompt, self._draws)
         latents, prompt, draws = split_locally(rows) if self._several else jax.device_put(rows)
         scores = [[self._score(self._params, latents, prompt, levels, eps) for eps in draws] for levels in self._levels]
         found = np.stack([np.stack([np.asarray(one) for one in row]) for row in scores]).transpose(2, 0, 1)

@@ -11,16 +11,16 @@ something that starts it again.
 import asyncio
 import json
 import logging
-import os
 import sys
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from dinalrm_jax.compilation_cache import enable_compilation_cache
-from dinalrm_jax.config import ConfigError
-from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.config import ExecutionConfig
 from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.protocol import read_api_key
+from dinalrm_jax.weights.pretrained import open_reward_model
 
 DEFAULTS = ServerConfig()
 
@@ -52,16 +52,15 @@ def main(argv: list[str]) -> None:
     configure_logging(values["log-json"].value)
     enable_compilation_cache()
     try:
-        api_key = None
-        if (variable := values["api-key-env"].value) is not None and not (api_key := os.environ.get(variable)):
-            raise ConfigError(f"--api-key-env names {variable}, which is empty or not set")
+        api_key = read_api_key(values["api-key-env"].value)
         names = ("host", "port", "max_batch_size", "max_wait_ms", "max_queue", "max_body_mb", "deadline_s", "drain_s")
         config = ServerConfig(
             **{name: values[name.replace("_", "-")].value for name in names},
             warmup=tuple(values.warmup),
             allow_new_shapes=values["allow-new-shapes"].value,
         )
-        model = RewardModel.from_pretrained(values.checkpoint, values["base-model"].value, values.dtype)
+        execution = ExecutionConfig(dtype=values.dtype)
+        model = open_reward_model(values.checkpoint, values["base-model"].value, execution)
         asyncio.run(RewardServer(model, config, values.checkpoint, api_key).serve())
     except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)

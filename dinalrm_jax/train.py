@@ -46,7 +46,8 @@ from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.scene_records import write_scene_records
 from dinalrm_jax.encoders import ImageCodec, load_image_codec
 from dinalrm_jax.parameters import Functional, Params
-from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, store
+from dinalrm_jax.placement import place
+from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional
 from dinalrm_jax.scoring import level_name
 from dinalrm_jax.training.ahead import batch_shapes, compile_ahead, on_device
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -63,12 +64,11 @@ from dinalrm_jax.training.sharding import (
     local_rows,
     make_mesh,
     parameter_shardings,
-    place,
 )
 from dinalrm_jax.training.step import TrainState, make_step, model_flops
 from dinalrm_jax.training.stopping import Stopped, StopSignals
 from dinalrm_jax.weights.pretrained import (
-    load_backbone,
+    open_backbone,
     save_backbone,
     save_reward_model,
     transformer_functional,
@@ -102,7 +102,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
     backbone = make_backbone(config, base_model, records, workdir, mesh)
 
     # LoRA and head learn the reward on the frozen backbone's features.
-    frozen = place(store(truncate(backbone, config.model), config.execution), shardings)
+    frozen = place(truncate(backbone, config.model), config.execution.dtype, shardings)
     del backbone
     trainable = {name: array for name, array in draw(module, config.seed).items() if is_trainable(name)}
     levels = tuple(dict.fromkeys((config.evaluation.sigma, *config.evaluation.levels)))
@@ -177,11 +177,11 @@ def make_rehearsal(config: TrainConfig, wanted: RehearsalConfig, workdir: pathli
 
 def make_backbone(
     config: TrainConfig, base_model: str | None, records: Records, workdir: pathlib.Path, mesh: Mesh
-) -> Mapping[str, np.ndarray | jax.Array]:
+) -> Mapping[str, np.ndarray]:
     """A whole transformer's parameters: a finished generator stage's, else loaded or random, then trained."""
     finished = workdir / "generator" / "backbone"
     if finished.exists():
-        return load_backbone(finished)[1]
+        return open_backbone(finished)[1]
     transformer = config.model.transformer
     # Blocks that will be trained start as the identity; frozen random ones would teach LoRA nothing that way.
     zero_init = config.generator is not None
@@ -189,7 +189,7 @@ def make_backbone(
     if base_model is None:
         params = draw(module, config.seed)
     else:
-        found, params = load_backbone(base_model, config.execution)
+        found, params = open_backbone(base_model)
         if found != transformer:
             raise ConfigError(f"base_model {base_model} has geometry {found}, the config says {transformer}")
     if config.generator is None:
@@ -200,7 +200,7 @@ def make_backbone(
         config.generator,
         flow_matching_objective(module, config.generator.sigma),
         flow_matching_objective(plain, config.generator.sigma),
-        {name: np.asarray(array, np.float32) for name, array in params.items()},
+        params,
         {},
         records,
         config,
@@ -219,7 +219,7 @@ def fit(
     stage: StageConfig,
     objective: Objective,
     plain_objective: Objective,
-    params: Params,
+    params: Mapping[str, np.ndarray],
     frozen: Params,
     records: Records,
     config: TrainConfig,
@@ -238,7 +238,7 @@ def fit(
     shardings = parameter_shardings(params, mesh)
     create = lambda params: TrainState.create(params, optimizer)  # noqa: E731
     state_shardings = like_parameters(jax.eval_shape(create, params), shardings, mesh)
-    state = jax.jit(create, out_shardings=state_shardings)(place(params, shardings))
+    state = jax.jit(create, out_shardings=state_shardings)(place(params, np.float32, shardings))
     frozen_shardings = {key: array.sharding for key, array in frozen.items()}
     step_fn = make_step(objective, optimizer, stage.optimizer, mesh, config.seed, state_shardings, frozen_shardings)
     batches = TrainingBatches(records, stage.batch_size, config.seed, local_rows(stage.batch_size, mesh))
@@ -270,7 +270,9 @@ def fit(
             shapes = batch_shapes(records, stage.batch_size, mesh)
             compiled, flops = compile_ahead(step_fn, state, frozen, shapes, mesh)
             if config.execution != plain_execution(config):
-                flops = {shape: model_flops(plain_objective, params, frozen, batch) for shape, batch in shapes.items()}
+                flops = {
+                    shape: model_flops(plain_objective, state.params, frozen, batch) for shape, batch in shapes.items()
+                }
         if asked := stop.asked():
             raise Stopped(asked, name, first)
         queue = on_device(batches, stage.batch_size, mesh)

@@ -16,11 +16,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 import dinalrm_jax as dina
 from dinalrm_jax.data.records import Records
@@ -69,9 +66,8 @@ def main(run: pathlib.Path, output: pathlib.Path, steps: int, count: int) -> Non
         before, after = (model.score_latents(x, prompt, sigma, seed=1000).mean() for x in (latents, improved))
         print(f"  sigma {sigma}: {before:+.2f} -> {after:+.2f}")
 
-    figure, axes = plt.subplots(
-        2, len(captions), figsize=(1.9 * len(captions), 4.4), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(1.9 * len(captions), 4.4), layout="constrained")
+    axes = figure.subplots(2, len(captions), squeeze=False)
     for row, (name, x) in enumerate((("before", latents), ("after", np.asarray(improved)))):
         scores = model.score_latents(x, prompt, 0.4, seed=1000)
         for axis, image, score in zip(axes[row], model.image_codec.decode(x), scores):

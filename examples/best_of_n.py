@@ -13,11 +13,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 import dinalrm_jax as dina
 from dinalrm_jax.backbone.sd3 import SD3Transformer
@@ -60,8 +57,7 @@ def best_of_n(sample: Callable, reward_fn: Callable) -> Callable:
 
 
 def main(run: pathlib.Path, output: pathlib.Path, prompt: str, count: int, seed: int) -> None:
-    transformer, backbone = load_backbone(run / "generator" / "backbone")
-    backbone = jax.device_put(backbone)  # once, for both
+    transformer, backbone = load_backbone(run / "generator" / "backbone")  # once, for both
     policy = transformer_functional(transformer, ExecutionConfig())
     model = dina.RewardModel.from_pretrained(run / "model", dtype="float32", backbone=backbone)
 
@@ -74,7 +70,8 @@ def main(run: pathlib.Path, output: pathlib.Path, prompt: str, count: int, seed:
     )
 
     order = np.argsort(-np.asarray(rewards))
-    figure, axes = plt.subplots(1, count, figsize=(1.5 * count, 2.2), layout="constrained")
+    figure = Figure(figsize=(1.5 * count, 2.2), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
     for axis, row, image in zip(axes, order, model.image_codec.decode(np.asarray(latents)[order])):
         axis.imshow(image)
         axis.set_axis_off()

@@ -73,7 +73,6 @@ def test_best_of_n_takes_the_best(run, capsys):
     assert (run / "best.png").exists()
 
     transformer, backbone = load_backbone(run / "generator" / "backbone")
-    backbone = jax.device_put(backbone)
     model = dina.RewardModel.from_pretrained(run / "model", dtype="float32", backbone=backbone)
     sample = best_of_n.sampler(
         transformer_functional(transformer, ExecutionConfig()), np.linspace(1, 0, 4, dtype=np.float32)
@@ -90,7 +89,6 @@ def test_best_of_n_takes_the_best(run, capsys):
 
 def test_a_shared_backbone_is_one_copy(run):
     _, backbone = load_backbone(run / "generator" / "backbone")
-    backbone = jax.device_put(backbone)
     shared = dina.RewardModel.from_pretrained(run / "model", dtype="float32", backbone=backbone)
     own = dina.RewardModel.from_pretrained(run / "model", dtype="float32")
     assert shared.params.keys() == own.params.keys()

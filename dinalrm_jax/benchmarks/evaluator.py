@@ -131,7 +131,7 @@ def _gathered(name, rankings, levels, seeds, rows, scores, problems) -> Evaluati
     """The evaluation of all processes, from each one's rows."""
     mine = json.dumps([rows, problems]).encode()
     by_row, all_problems = {}, {}
-    for text, data in zip(distributed.gather(mine), distributed.gather(scores.tobytes())):
+    for text, data in zip(distributed.gather_bytes(mine), distributed.gather_bytes(scores.tobytes())):
         their_rows, their_problems = json.loads(text)
         all_problems |= their_problems
         values = np.frombuffer(data, np.float32).reshape(len(their_rows), len(levels), len(seeds))

@@ -6,13 +6,11 @@ import pathlib
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-
-from dinalrm_jax import preference  # noqa: E402
-from dinalrm_jax.benchmarks.accuracy import (  # noqa: E402
+from dinalrm_jax import preference
+from dinalrm_jax.benchmarks.accuracy import (
     PAPER,
     RULES,
     accuracies,
@@ -20,12 +18,11 @@ from dinalrm_jax.benchmarks.accuracy import (  # noqa: E402
     reliability,
     strict_pairs,
 )
-from dinalrm_jax.benchmarks.evaluator import Evaluation  # noqa: E402
-from dinalrm_jax.config import LossConfig  # noqa: E402
-from dinalrm_jax.data.records import RecordsError  # noqa: E402
-from dinalrm_jax.scoring import level_name  # noqa: E402
-
-INK, PREFERRED, OTHER = "#222222", "#1b7f4b", "#b3372f"
+from dinalrm_jax.benchmarks.evaluator import Evaluation
+from dinalrm_jax.config import LossConfig
+from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.plots import BETTER, INK, WORSE, chance_line, save
+from dinalrm_jax.scoring import level_name
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
@@ -142,10 +139,11 @@ def write_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
 
 def plot_accuracy(path: pathlib.Path, summary: dict[str, Any]) -> None:
     """Accuracy against the single level with its interval; ensembles as lines across."""
-    figure, axes = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    axes = figure.subplots()
     single = {float(name): row for name, row in summary["levels"].items() if not name.startswith("ensemble")}
     sigmas = sorted(single)
-    for rule, color, label in (("strict", INK, "ties left out (M1)"), ("released", OTHER, "released rule (M4)")):
+    for rule, color, label in (("strict", INK, "ties left out (M1)"), ("released", WORSE, "released rule (M4)")):
         rows = [single[sigma][rule] for sigma in sigmas]
         axes.plot(sigmas, [row["accuracy"] for row in rows], "o-", color=color, label=label, markersize=4)
         if rule == "strict" and rows:
@@ -156,18 +154,18 @@ def plot_accuracy(path: pathlib.Path, summary: dict[str, Any]) -> None:
                 axes.axhline(row[rule]["accuracy"], color=color, linestyle="--", linewidth=0.9, label=label)
         if not summary["pairs_tied_by_people"]:
             break  # the rules agree
-    axes.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
+    chance_line(axes)
     axes.set(xlabel="noise level sigma", ylabel="pair accuracy, %", title=summary["benchmark"])
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def plot_reliability(path: pathlib.Path, evaluation: Evaluation, places: list[int]) -> None:
     """How often the preferred image is named against how sure the likelihood is, by level."""
-    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    axes = figure.subplots()
     axes.plot([50, 100], [50, 100], color="#999999", linewidth=0.8, linestyle=":")
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(places)))
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(places)))
     for place, color in zip(places, colors):
         curve = _reliability(evaluation, place)
         label = f"{level_name(evaluation.levels[place])} (error {100 * curve.calibration_error:.1f} %)"
@@ -175,26 +173,25 @@ def plot_reliability(path: pathlib.Path, evaluation: Evaluation, places: list[in
     axes.set(xlabel="predicted probability of the order, %", ylabel="pairs in that order, %", ylim=(0, 102))
     axes.set_title(f"{evaluation.name}: reliability by sigma")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def plot_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
     """Histograms of the scores of the preferred and of the other images, and of the margins, at the last level."""
     chosen, rejected = _pairs(evaluation, len(evaluation.levels) - 1)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), 40)
-    left.hist(chosen, edges, color=PREFERRED, alpha=0.55, label="preferred")
-    left.hist(rejected, edges, color=OTHER, alpha=0.55, label="other")
+    left.hist(chosen, edges, color=BETTER, alpha=0.55, label="preferred")
+    left.hist(rejected, edges, color=WORSE, alpha=0.55, label="other")
     left.set(xlabel="score", ylabel="pairs")
     left.legend(frameon=False)
     margins = chosen - rejected
     right.hist(margins, 40, color=INK, alpha=0.7)
-    right.axvline(0, color=OTHER, linewidth=1)
+    right.axvline(0, color=WORSE, linewidth=1)
     right.set(xlabel="score of the preferred less the other's", ylabel="pairs")
     figure.suptitle(f"{evaluation.name}, sigma {level_name(evaluation.levels[-1])}", fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _pairs(evaluation: Evaluation, place: int) -> tuple[np.ndarray, np.ndarray]:

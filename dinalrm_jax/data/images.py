@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dinalrm_jax.data.buckets import Size
 
@@ -37,14 +37,21 @@ def open_image(source: ImageSource) -> Image.Image:
     return Image.open(source() if callable(source) else source)
 
 
-def read_rgb(source: ImageSource, size: Size | None = None) -> np.ndarray:
-    """(H, W, 3) uint8 pixels, resized (Lanczos) to (height, width) where given; errors as for `open_image`."""
+def read_rgb(source: ImageSource, size: Size | None = None, *, crop: bool = False) -> np.ndarray:
+    """(H, W, 3) uint8 pixels, brought to (height, width) where given; errors as for `open_image`.
+
+    They are resized (Lanczos), after cutting the edges to the new shape where `crop`, else distorting it.
+    """
     image = open_image(source)
     rgb = image.convert("RGB")
     if image is not source:
         image.close()
     if size is not None and size != (rgb.height, rgb.width):
-        rgb = rgb.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        width_first = (size[1], size[0])
+        if crop:
+            rgb = ImageOps.fit(rgb, width_first, Image.Resampling.LANCZOS)
+        else:
+            rgb = rgb.resize(width_first, Image.Resampling.LANCZOS)
     return np.asarray(rgb)
 
 

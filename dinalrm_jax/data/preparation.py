@@ -24,14 +24,14 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from dinalrm_jax import distributed
 from dinalrm_jax.config import PreparationConfig, to_mapping
 from dinalrm_jax.data import buckets, records
 from dinalrm_jax.data.buckets import Size, bucket_name, parse_bucket
-from dinalrm_jax.data.images import DAMAGE, map_ahead
+from dinalrm_jax.data.images import DAMAGE, map_ahead, read_rgb
 from dinalrm_jax.data.preferences import Preference, Source, pick, select, stable_hash
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, RecordsError, Shard
 from dinalrm_jax.disk import write_json
@@ -347,22 +347,15 @@ def _encoded(shard, decoded, codec, batch_size, failed, error, bar) -> Iterator[
 
 def _decode(source: Source, name: str, size: Size, config: PreparationConfig) -> tuple[np.ndarray | str, int]:
     """((H, W, 3) uint8, bytes of the file), or the reason why there are no pixels."""
-    height, width = size
     try:
         with source.open(name) as file:
             data = file.read()  # an error of the file system is none of the image, and ends the run
     except FileNotFoundError:
         return MISSING, 0
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            rgb = image.convert("RGB")
+        return read_rgb(lambda: io.BytesIO(data), size, crop=config.fit == "crop"), len(data)
     except DAMAGE:
         return UNREADABLE, 0
-    if config.fit == "crop":
-        rgb = ImageOps.fit(rgb, (width, height), Image.Resampling.LANCZOS)
-    else:
-        rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(rgb), len(data)
 
 
 def _error(written: Sequence[dict[str, Any]]) -> dict[str, float]:

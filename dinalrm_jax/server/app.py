@@ -22,11 +22,12 @@ from dinalrm_jax.config import ConfigError
 from dinalrm_jax.noise import schedule_sigmas
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server import protocol
-from dinalrm_jax.server.batcher import DEAD, Batcher
+from dinalrm_jax.server.batcher import DEAD, READY, Batcher
 from dinalrm_jax.server.engine import Engine, Row
 from dinalrm_jax.server.metrics import Metrics
 from dinalrm_jax.server.protocol import Limits, RequestError, RowShape, ScoreRequest
 from dinalrm_jax.version import __version__
+from dinalrm_jax.weights.pretrained import PretrainedModel
 
 log = logging.getLogger(__name__)
 SIGMA_RULE = "u is moved to the nearest of FlowMatchEuler's 1000 sigmas, shift 3, as in the released code"
@@ -61,7 +62,7 @@ class ServerConfig:
     allow_new_shapes: bool = False
 
 
-def default_shapes(model: RewardModel) -> list[RowShape]:
+def default_shapes(model: RewardModel | PretrainedModel) -> list[RowShape]:
     """What is compiled where nothing is said: 512 x 512 pixels, and 77 CLIP and 256 T5 tokens as the recipe has."""
     geometry, encoders = model.config.transformer, model.config.encoders
     side = min(64, geometry.pos_embed_max_size * geometry.patch_size)
@@ -73,13 +74,15 @@ class RewardServer:
     """One model behind HTTP.
 
     Args:
-        model: what scores.
+        model: what scores; a checkpoint that is only open is read while programs are compiled.
         config: how.
         name: of the model, for /v1/info.
         api_key: what clients must send as `Authorization: Bearer KEY`; None: nothing.
     """
 
-    def __init__(self, model: RewardModel, config: ServerConfig, name: str, api_key: str | None = None):
+    def __init__(
+        self, model: RewardModel | PretrainedModel, config: ServerConfig, name: str, api_key: str | None = None
+    ):
         self.config, self._name, self._api_key = config, name, api_key
         self._model_dtype = model.execution.dtype
         self._drained = True
@@ -150,7 +153,7 @@ class RewardServer:
         """Waits for the signal; ends the process where the device is dead or hangs."""
         ready = False
         while not stop.is_set():
-            if not ready and self.batcher.state == "ready":
+            if not ready and self.batcher.state == READY:
                 ready = True
                 log.info("ready for %s", ", ".join(map(str, self.batcher.engine.shapes)))
             hangs = self.batcher.busy > 2 * self.config.deadline_s

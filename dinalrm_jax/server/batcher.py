@@ -179,13 +179,16 @@ class Batcher:
 
     def _run(self) -> None:
         try:
-            for shape in self._shapes:
-                if self.state == LOADING:
-                    self._compile(shape)
+            with ThreadPoolExecutor(1, "load") as loader:
+                loading = loader.submit(self.engine.load)
+                for shape in self._shapes:
+                    if self.state == LOADING:
+                        self._compile(shape)
+            loading.result()
             if self.state == LOADING:
                 self._try_device()
         except Exception as error:
-            log.exception("the model cannot be compiled or run")
+            log.exception("the model cannot be loaded, compiled or run")
             self._die(error)
             return
         with self._changed:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dinalrm_jax.data.batch import PromptEmbeds
-from dinalrm_jax.reward_model import RewardModel, draw_noise, reward_functional, seed_key
+from dinalrm_jax.noise import draw_noise, seed_key
+from dinalrm_jax.reward_model import RewardModel, reward_functional, stored_shapes
 from dinalrm_jax.server.protocol import RowShape
+from dinalrm_jax.weights.pretrained import PretrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +34,16 @@ class Engine:
 
     A batch is padded, by its first row, to the next of 1, 2, 4, 8 ... `max_batch`. A row's noise comes
     from its own seed, as in `RewardModel.score_latents`, so its score does not depend on the others.
+
+    Programs are compiled without the weights, which may be on their way meanwhile.
     """
 
-    def __init__(self, model: RewardModel, max_batch: int):
+    def __init__(self, model: RewardModel | PretrainedModel, max_batch: int):
         self.max_batch = max_batch
         self.buckets = sorted({min(2**power, max_batch) for power in range(max_batch.bit_length() + 1)})
         self._transformer = model.config.transformer
-        self._params = model.params
+        self._model = model
+        self._param_shapes = stored_shapes(model.config, model.execution)
         module = reward_functional(model.config, model.execution)
         self._score = jax.jit(
             lambda params, latents, prompt, sigma, keys: module.bind(params)(
@@ -47,6 +52,10 @@ class Engine:
         )
         self.shapes: list[RowShape] = []  # those that are compiled for every bucket
         self._programs: dict[tuple[int, RowShape], jax.stages.Compiled] = {}
+
+    def load(self) -> None:
+        """Reads the weights, where they are not in memory yet."""
+        jax.block_until_ready(self._model.params)
 
     def compile(self, shape: RowShape) -> None:
         """Makes the programs of a shape, all buckets."""
@@ -61,7 +70,7 @@ class Engine:
                 jax.ShapeDtypeStruct((size,), jnp.float32),
                 jax.ShapeDtypeStruct((size, 2), jnp.uint32),
             )
-            self._programs[size, shape] = self._score.lower(self._params, *inputs).compile()
+            self._programs[size, shape] = self._score.lower(self._param_shapes, *inputs).compile()
         self.shapes.append(shape)
 
     def probe(self, shape: RowShape) -> Row:
@@ -111,7 +120,7 @@ class Engine:
             return np.stack([getattr(row, name) for row in padded], dtype=np.float32, casting="unsafe")
 
         return self._programs[size, rows[0].shape](
-            self._params,
+            self._model.params,
             stack("latents"),
             PromptEmbeds(stack("prompt_embeds"), stack("pooled_prompt_embeds")),
             np.array([row.sigma for row in padded], np.float32),

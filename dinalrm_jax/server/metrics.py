@@ -3,6 +3,8 @@
 import jax
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from dinalrm_jax.server.batcher import READY
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 _compilations = 0
@@ -35,7 +37,7 @@ class Metrics:
         )
         for name, text, value in (
             ("dinalrm_queue_rows", "Rows waiting.", lambda: batcher.waiting),
-            ("dinalrm_ready", "1 while rows are scored.", lambda: batcher.state == "ready"),
+            ("dinalrm_ready", "1 while rows are scored.", lambda: batcher.state == READY),
             ("dinalrm_xla_compilations", "Programs compiled by this process.", lambda: _compilations),
         ):
             Gauge(name, text, registry=registry).set_function(value)

@@ -15,6 +15,7 @@ and the answer `{"protocol_version": "1", "raw_scores": [B numbers], ...}`, or
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import ml_dtypes
@@ -261,3 +262,16 @@ def _check_finite(name: str, array: np.ndarray) -> None:
     if not finite.all():
         rows = np.flatnonzero(~finite).tolist()
         raise RequestError(422, "non_finite", f"{name} holds NaN or infinity in rows {rows}; nothing was scored")
+
+
+def read_api_key(variable: str | None) -> str | None:
+    """The key that `--api-key-env` names; None where it names none.
+
+    Raises:
+        ConfigError: the variable is empty or not set.
+    """
+    if variable is None:
+        return None
+    if not (key := os.environ.get(variable)):
+        raise ConfigError(f"--api-key-env names {variable}, which is empty or not set")
+    return key

@@ -19,7 +19,7 @@ from dinalrm_jax.data.batch import PreferenceBatch, PromptEmbeds
 from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, store
 from dinalrm_jax.training.objectives import reward_objective
 from dinalrm_jax.training.optimizer import make_optimizer
-from dinalrm_jax.training.sharding import like_parameters, make_mesh, parameter_shardings, place, put_rows
+from dinalrm_jax.training.sharding import like_parameters, make_mesh, parameter_shardings, put_rows
 from dinalrm_jax.training.step import TrainState, make_step
 
 MODES = ("score", "ensemble", "gradient", "train")
@@ -110,8 +110,8 @@ def _train(config, execution, params, latents, prompt) -> Work:
     shardings = parameter_shardings(trained, mesh)
     create = lambda params: TrainState.create(params, optimizer)  # noqa: E731
     state_shardings = like_parameters(jax.eval_shape(create, trained), shardings, mesh)
-    state = jax.jit(create, out_shardings=state_shardings)(place(trained, shardings))
-    frozen = place(frozen, parameter_shardings(frozen, mesh))
+    state = jax.jit(create, out_shardings=state_shardings)(jax.device_put(trained, shardings))
+    frozen = jax.device_put(frozen, parameter_shardings(frozen, mesh))
     del trained
     module = reward_functional(config, execution)
     objective = reward_objective(module, LossConfig(), SigmaConfig("constant", (SIGMA,)))

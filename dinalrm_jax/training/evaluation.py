@@ -11,8 +11,9 @@ from dinalrm_jax.config import EvaluationConfig
 from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.data.loader import distinct_rows
 from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.noise import draw_noise
 from dinalrm_jax.parameters import Functional, Params
-from dinalrm_jax.reward_model import RewardModule, draw_noise
+from dinalrm_jax.reward_model import RewardModule
 from dinalrm_jax.scoring import Level
 from dinalrm_jax.training.sharding import WHOLE, local_rows, put_rows
 

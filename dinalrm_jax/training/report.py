@@ -5,18 +5,14 @@ import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 
-import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-
-from dinalrm_jax.data.records import Records  # noqa: E402
-from dinalrm_jax.encoders import ImageCodec  # noqa: E402
-from dinalrm_jax.scoring import Level, level_name  # noqa: E402
-from dinalrm_jax.training.evaluation import PairScores  # noqa: E402
-
-INK, CHOSEN, REJECTED, ENSEMBLE = "#222222", "#1b7f4b", "#b3372f", "#2c5aa0"
+from dinalrm_jax.data.records import Records
+from dinalrm_jax.encoders import ImageCodec
+from dinalrm_jax.plots import BETTER, ENSEMBLE, INK, WORSE, chance_line, save
+from dinalrm_jax.scoring import Level, level_name
+from dinalrm_jax.training.evaluation import PairScores
 
 
 def groups(scores: PairScores) -> dict[str, np.ndarray]:
@@ -92,7 +88,8 @@ def write_report(
 
 def plot_learning_curve(path: pathlib.Path, history: list[dict]) -> None:
     """Training loss and accuracy, with held-out accuracy where it was measured."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     steps = [row["step"] for row in history if "loss" in row]
     left.plot(steps, [row["loss"] for row in history if "loss" in row], color=INK)
     left.set(xlabel="step", ylabel="training loss")
@@ -106,29 +103,30 @@ def plot_learning_curve(path: pathlib.Path, history: list[dict]) -> None:
             color=ENSEMBLE,
             label=f"held-out, sigma {measured[0]['eval_sigma']:g}",
         )
-    right.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
+    chance_line(right)
     right.set(xlabel="step", ylabel="pair accuracy, %")
     _accuracy_limits(right)
     right.legend(frameon=False, loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_accuracy_by_sigma(path: pathlib.Path, scores: PairScores) -> None:
     """Held-out accuracy against the single level, with the ensembles as lines across."""
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.subplots()
     single = [level for level in scores.levels if not isinstance(level, tuple)]
-    colors = [INK, REJECTED, CHOSEN]
+    colors = [INK, WORSE, BETTER]
     for (name, mask), color in zip(groups(scores).items(), colors):
         accuracies = [100 * scores.accuracy(level, mask) for level in single]
         axes.plot(single, accuracies, "o-", color=color, label=name, markersize=4)
         for level in scores.levels[len(single) :]:
             axes.axhline(100 * scores.accuracy(level, mask), color=color, linestyle="--", linewidth=0.9)
-    axes.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
+    chance_line(axes)
     axes.set(xlabel="noise level sigma", ylabel="held-out pair accuracy, %")
     _accuracy_limits(axes)
     axes.set_title("dashed: " + ", ".join(level_name(level) for level in scores.levels[len(single) :]), fontsize=9)
     axes.legend(frameon=False, loc="lower left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_pairs(
@@ -139,7 +137,7 @@ def plot_pairs(
     shown = np.linspace(0, len(scores.kinds) - 1, min(count, len(scores.kinds))).round().astype(int)
     columns = 3
     rows = -(-len(shown) // columns)
-    figure = plt.figure(figsize=(3.4 * columns, 0.4 + 2.25 * rows))
+    figure = Figure(figsize=(3.4 * columns, 0.4 + 2.25 * rows))
     cells = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.45, left=0.02, right=0.98, bottom=0.07, top=0.92)
     for place, pair in enumerate(shown):
         chosen, rejected, prompt = scores.records[pair]
@@ -147,23 +145,18 @@ def plot_pairs(
         halves = cells[place // columns, place % columns].subgridspec(1, 2, wspace=0.06).subplots()
         for axis, index, score in zip(halves, (chosen, rejected), (scores.chosen, scores.rejected)):
             axis.imshow(codec.decode(records.images[int(index)].latents[None])[0])
-            axis.set_title(f"{score[row, pair]:+.2f}", fontsize=10, color=CHOSEN if right else REJECTED, pad=2)
+            axis.set_title(f"{score[row, pair]:+.2f}", fontsize=10, color=BETTER if right else WORSE, pad=2)
             axis.set_axis_off()
         lines = [*textwrap.wrap(records.prompts[int(prompt)].text, 52)[:2], f"({scores.kinds[pair]})"]
         halves[0].text(0, -0.05, "\n".join(lines), fontsize=7.5, va="top", transform=halves[0].transAxes)
     title = f"Held-out pairs, preferred image left; scores at {level_name(level)}, red: wrong order"
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _accuracy_limits(axes) -> None:
     """From below chance, and below the lowest point, to the top."""
     axes.set_ylim(min(40, axes.get_ylim()[0]), 101)
-
-
-def _save(figure, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def sweep_table(accuracies: Mapping[str, Sequence[Mapping[str, float]]]) -> str:

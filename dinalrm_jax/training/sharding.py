@@ -1,4 +1,4 @@
-"""The device mesh, which part of every array lies where, and how arrays get there.
+"""The device mesh and which part of every array lies where.
 
 Three axes. Rows of a batch are split over `data` and `fsdp`; parameters over `fsdp`, which gathers
 each where it is used, and `tensor`, which splits the matrix products themselves.
@@ -119,17 +119,6 @@ def like_parameters(tree: T, shardings: Mapping[str, NamedSharding], mesh: Mesh)
         return shardings.get(name, replicated)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
-
-
-def place(params: Mapping[str, np.ndarray | jax.Array], shardings: Mapping[str, NamedSharding]) -> Params:
-    """Host arrays, the same on every process, as arrays of the mesh; each device takes its part only."""
-    return {name: _place(array, shardings[name]) for name, array in params.items()}
-
-
-def _place(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
-    if jax.process_count() == 1:
-        return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> list[int]:

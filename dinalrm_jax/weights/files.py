@@ -1,10 +1,10 @@
-"""safetensors on disk: single files and sharded directories, read lazily."""
+"""safetensors on disk: single files and sharded directories, memory-mapped."""
 
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors needs
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -12,11 +12,17 @@ from safetensors.numpy import save_file
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.weights.rules import WeightsError
 
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+
 
 class SafetensorsDirectory(Mapping[str, np.ndarray]):
     """The tensors of `<stem>.safetensors`, or of the shards that `<stem>.safetensors.index.json` names.
 
-    Memory-mapped: a tensor is read when it is asked for.
+    Read-only views of the mapped files: nothing is read before its bytes are used, and nothing is copied.
 
     Raises:
         FileNotFoundError: neither file is there, or a shard is not.
@@ -32,25 +38,41 @@ class SafetensorsDirectory(Mapping[str, np.ndarray]):
             shards = [single.name]
         else:
             raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
-        self._files = {}
+        self._tensors: dict[str, np.ndarray] = {}
         for shard in shards:
-            try:
-                file = safe_open(directory / shard, framework="np")
-            except SafetensorError as error:
-                raise WeightsError(f"{directory / shard} is not a whole safetensors file: {error}") from error
-            for name in file.keys():  # noqa: SIM118  a safe_open is no mapping
-                if name in self._files:
+            for name, tensor in _map_file(directory / shard).items():
+                if name in self._tensors:
                     raise WeightsError(f"{name} stands in two shards of {directory}")
-                self._files[name] = file
+                self._tensors[name] = tensor
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+        return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._tensors)
+
+
+def _map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """A safetensors file's tensors as views of it; the library checks the file, but can only copy out of it."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
+    data = np.memmap(path, mode="r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
+    if unknown:
+        raise WeightsError(f"{path} holds tensors of {', '.join(unknown)}; this reads {', '.join(DTYPES)}")
+    return {
+        name: np.ndarray(entry["shape"], DTYPES[entry["dtype"]], data, start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def save_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

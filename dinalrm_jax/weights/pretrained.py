@@ -6,8 +6,11 @@ names: a reward model's frozen part in `backbone.safetensors` and its trained pa
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +20,13 @@ from dinalrm_jax.backbone.sd3 import SD3Transformer
 from dinalrm_jax.config import ConfigError, ExecutionConfig, RewardModelConfig, SD3Config, from_mapping, to_mapping
 from dinalrm_jax.disk import whole_directory
 from dinalrm_jax.parameters import Functional, Params, functional
+from dinalrm_jax.placement import place
 from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional
 from dinalrm_jax.weights import released, rules, sd3, torch_file
 from dinalrm_jax.weights.files import SafetensorsDirectory, read_json, resolve, save_safetensors
 from dinalrm_jax.weights.rules import WeightsError
+
+A = TypeVar("A", np.ndarray, jax.Array)
 
 FORMAT = "dinalrm_jax/1"
 CHECKPOINT_FILES = ("config.json", "checkpoint/*", "backbone.safetensors", "trained.safetensors")
@@ -44,17 +50,43 @@ DIFFUSERS_DEFAULTS = {
 }
 
 
-def load_reward_model(
+@dataclasses.dataclass(frozen=True)
+class PretrainedModel:
+    """A checkpoint whose files are open and fit the model they describe; they are read when `params` is used.
+
+    Attributes:
+        config, execution, base_model: as of the `RewardModel`.
+        arrays: parameters as views of mapped files, in their dtype.
+        shared: parameters that are on the device already.
+    """
+
+    config: RewardModelConfig
+    execution: ExecutionConfig
+    base_model: str | pathlib.Path | None
+    arrays: dict[str, np.ndarray] = dataclasses.field(repr=False)
+    shared: Params = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def params(self) -> Params:
+        trained = {name: array for name, array in self.arrays.items() if is_trainable(name)}
+        frozen = {name: array for name, array in self.arrays.items() if name not in trained}
+        return self.shared | place(frozen, self.execution.dtype) | place(trained, np.float32)
+
+    def load(self) -> RewardModel:
+        return RewardModel(self.config, self.params, self.execution, self.base_model)
+
+
+def open_reward_model(
     checkpoint: str | pathlib.Path,
     base_model: str | pathlib.Path | None,
     execution: ExecutionConfig,
     backbone: Params | None = None,
-) -> RewardModel:
-    """See `RewardModel.from_pretrained`."""
+) -> PretrainedModel:
+    """What `RewardModel.from_pretrained` loads, with its arguments and errors."""
     directory = resolve(checkpoint, CHECKPOINT_FILES)
     config = read_json(directory / "config.json")
     if "format" in config:
-        return dataclasses.replace(_load_native(directory, config, execution, backbone), base_model=base_model)
+        return _open_native(directory, config, base_model, execution, backbone)
     if (directory / "model" / "config.json").is_file():
         raise ConfigError(f"{directory} is the directory of a training run; its model is {directory / 'model'}")
     if base_model is None:
@@ -66,19 +98,19 @@ def load_reward_model(
     model_config = released.model_config(config, transformer)
     shapes = reward_functional(model_config, execution).shapes
     parts = _released_parts(directory / "checkpoint", transformer_dir, model_config)
-    params, problems = {}, []
+    arrays, problems = {}, []
     for source, tensors, table, belongs, unused in parts:
         if backbone is not None and belongs is _is_frozen:
             continue
         wanted = {name: shape for name, shape in shapes.items() if belongs(name)}
         try:
-            params |= rules.load(tensors, table, wanted, source=str(source), unused=unused)
+            arrays |= rules.load(tensors, table, wanted, source=str(source), unused=unused)
         except WeightsError as error:
             problems.append(str(error))
     if problems:
         raise WeightsError("\n".join(problems))
     shared = {} if backbone is None else share(backbone, model_config, execution)
-    return RewardModel(model_config, shared | _to_device(params, execution), execution, base_model)
+    return PretrainedModel(model_config, execution, base_model, arrays, shared)
 
 
 def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path, SD3Config]:
@@ -111,8 +143,14 @@ def transformer_functional(
 
 def load_backbone(
     base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig()
-) -> tuple[SD3Config, dict[str, np.ndarray]]:
-    """A whole transformer from a diffusers directory or a native backbone, on the host in the compute dtype."""
+) -> tuple[SD3Config, Params]:
+    """A whole transformer from a diffusers directory or a native backbone, on the device in the compute dtype."""
+    transformer, arrays = open_backbone(base_model)
+    return transformer, place(arrays, execution.dtype)
+
+
+def open_backbone(base_model: str | pathlib.Path) -> tuple[SD3Config, dict[str, np.ndarray]]:
+    """The same as views of the mapped files, in their dtype: only what is used of them is read."""
     directory = resolve(base_model, TRANSFORMER_FILES)
     config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     if "format" in config:
@@ -121,12 +159,11 @@ def load_backbone(
     else:
         directory, transformer = read_diffusers_config(base_model)
         tensors, table = SafetensorsDirectory(directory, "diffusion_pytorch_model"), sd3.rules(transformer)
-    shapes = transformer_functional(transformer, execution).shapes
-    params = rules.load(tensors, table, shapes, source=str(directory))
-    return transformer, {name: array.astype(jnp.dtype(execution.dtype)) for name, array in params.items()}
+    shapes = transformer_functional(transformer, ExecutionConfig()).shapes
+    return transformer, rules.load(tensors, table, shapes, source=str(directory))
 
 
-def truncate(backbone: Params, config: RewardModelConfig) -> Params:
+def truncate(backbone: Mapping[str, A], config: RewardModelConfig) -> dict[str, A]:
     """The frozen parameters that a reward model takes from a whole transformer."""
     shapes = reward_functional(config, ExecutionConfig()).shapes
     return {name: backbone[name.removeprefix("backbone.")] for name in shapes if not is_trainable(name)}
@@ -139,19 +176,15 @@ def share(backbone: Params, config: RewardModelConfig, execution: ExecutionConfi
         WeightsError: arrays that are missing, not on a device, or of another shape or dtype.
     """
     problems = []
-    for name, shape in reward_functional(config, execution).shapes.items():
-        if is_trainable(name):
-            continue
-        array = backbone.get(name.removeprefix("backbone."))
+    shapes = reward_functional(config, execution).shapes
+    for name, shape in ((name.removeprefix("backbone."), shapes[name]) for name in shapes if not is_trainable(name)):
+        array = backbone.get(name)
         if array is None:
-            problems.append(f"{name.removeprefix('backbone.')} is missing")
+            problems.append(f"{name} is missing")
         elif not isinstance(array, jax.Array):
-            problems.append(f"{name.removeprefix('backbone.')} is not on a device; use jax.device_put")
+            problems.append(f"{name} is not on a device; use jax.device_put")
         elif (array.shape, array.dtype) != (shape.shape, jnp.dtype(execution.dtype)):
-            problems.append(
-                f"{name.removeprefix('backbone.')} is {array.dtype} {array.shape}, expected "
-                f"{execution.dtype} {shape.shape}"
-            )
+            problems.append(f"{name} is {array.dtype} {array.shape}, expected {execution.dtype} {shape.shape}")
     if problems:
         shown = [*problems[:5], f"... and {len(problems) - 5} more"] if len(problems) > 6 else problems
         raise WeightsError(
@@ -207,9 +240,13 @@ def export_diffusers(config: SD3Config, params: Params, output: str | pathlib.Pa
         save_safetensors(directory / "diffusion_pytorch_model.safetensors", rules.dump(params, sd3.rules(config)))
 
 
-def _load_native(
-    directory: pathlib.Path, config: dict, execution: ExecutionConfig, backbone: Params | None
-) -> RewardModel:
+def _open_native(
+    directory: pathlib.Path,
+    config: dict,
+    base_model: str | pathlib.Path | None,
+    execution: ExecutionConfig,
+    backbone: Params | None,
+) -> PretrainedModel:
     model_config = from_mapping(
         RewardModelConfig, _native(config, "reward_model", directory), f"{directory}/config.json"
     )
@@ -219,8 +256,8 @@ def _load_native(
     for stem in ("trained",) if shared else ("backbone", "trained"):
         tensors |= SafetensorsDirectory(directory, stem)
     wanted = {name: shape for name, shape in shapes.items() if name not in shared}
-    params = rules.load(tensors, rules.IDENTITY, wanted, source=str(directory))
-    return RewardModel(model_config, shared | _to_device(params, execution), execution)
+    arrays = rules.load(tensors, rules.IDENTITY, wanted, source=str(directory))
+    return PretrainedModel(model_config, execution, base_model, arrays, shared)
 
 
 def _released_parts(checkpoint: pathlib.Path, transformer: pathlib.Path, config: RewardModelConfig):
@@ -255,13 +292,6 @@ def _check_adapter_config(adapter: pathlib.Path, config: RewardModelConfig) -> N
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if peft.get(key):
             raise ConfigError(f"{adapter}/adapter_config.json sets {key}, which this model does not have")
-
-
-def _to_device(params: dict[str, np.ndarray], execution: ExecutionConfig) -> Params:
-    return {
-        name: jnp.asarray(array, jnp.float32 if is_trainable(name) else execution.dtype)
-        for name, array in params.items()
-    }
 
 
 def _write_config(directory: pathlib.Path, kind: str, config: dict) -> None:

@@ -24,6 +24,9 @@ class FakeEngine:
         self.gate.set()
         self.broken = lambda seeds: None
 
+    def load(self):
+        pass
+
     def compile(self, shape):
         self.shapes.append(shape)
 
@@ -264,3 +267,29 @@ def test_new_shapes_are_refused_or_compiled_beside_the_work(engine, batcher):
         open_to_all.submit([row(4, RowShape(8, 8, 3))])[0].result(10)
     open_to_all.drain()
     assert open_to_all.join(10)
+
+
+def test_programs_are_compiled_while_weights_are_read(engine):
+    """And no row is scored before both are done."""
+    compiled, read = threading.Event(), threading.Event()
+    engine.load = lambda: compiled.wait(10) and read.wait(10)
+    engine.compile = lambda shape: compiled.set()
+    batcher = Batcher(engine, [SMALL])
+    batcher.start()
+    assert compiled.wait(10)
+    time.sleep(0.05)
+    assert batcher.state == "loading"
+    read.set()
+    until(lambda: batcher.state == "ready")
+    batcher.drain()
+
+
+def test_weights_that_cannot_be_read_end_the_server(engine, caplog):
+    def load():
+        raise OSError("Stale file handle")
+
+    engine.load = load
+    batcher = Batcher(engine, [SMALL])
+    batcher.start()
+    until(lambda: batcher.state == "dead")
+    assert "Stale file handle" in caplog.text

@@ -136,3 +136,10 @@ def test_what_the_command_refuses(checkpoint):
             result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
             assert result.returncode == 2, result.stderr
             assert message in result.stderr
+
+
+def test_a_client_without_its_key_says_so():
+    command = [sys.executable, "-m", "dinalrm_jax.client", "--api-key-env=NO_SUCH_KEY"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "error: --api-key-env names NO_SUCH_KEY, which is empty or not set" in result.stderr

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dinalrm_jax.config import ConfigError, ExecutionConfig, HeadConfig, MeshConfig, RewardModelConfig, SD3Config
+from dinalrm_jax.placement import place
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import Checkpoints
 from dinalrm_jax.training.sharding import (
@@ -16,7 +17,6 @@ from dinalrm_jax.training.sharding import (
     local_rows,
     make_mesh,
     parameter_shardings,
-    place,
     put_rows,
 )
 from dinalrm_jax.training.step import TrainState
@@ -90,7 +90,7 @@ def test_placed_and_gathered(mesh):
     shapes = reward_functional(TINY, ExecutionConfig()).shapes
     rng = np.random.default_rng(0)
     params = {name: rng.standard_normal(shape.shape).astype(np.float32) for name, shape in shapes.items()}
-    placed = place(params, parameter_shardings(shapes, mesh))
+    placed = place(params, np.float32, parameter_shardings(shapes, mesh))
     query = placed["backbone.transformer_blocks.0.attn.to_q.weight"]
     assert {shard.data.shape for shard in query.addressable_shards} == {(8, 8)}
     for name, array in gather(placed).items():
@@ -126,7 +126,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(mesh, tmp_path):
 
     def state_on(mesh, params):
         shardings = parameter_shardings(params, mesh)
-        state = TrainState.create(place(params, shardings), optimizer)
+        state = TrainState.create(place(params, np.float32, shardings), optimizer)
         return jax.device_put(state, like_parameters(state, shardings, mesh))
 
     checkpoints = Checkpoints(tmp_path / "checkpoints")

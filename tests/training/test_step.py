@@ -9,10 +9,11 @@ import torch
 
 import dinalrm_jax as dina
 from dinalrm_jax.config import ExecutionConfig, LossConfig, MeshConfig, OptimizerConfig, SigmaConfig
+from dinalrm_jax.placement import place
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.objectives import flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dinalrm_jax.training.sharding import like_parameters, make_mesh, parameter_shardings, place, put_rows
+from dinalrm_jax.training.sharding import like_parameters, make_mesh, parameter_shardings, put_rows
 from dinalrm_jax.training.step import TrainState, make_step, model_flops
 from dinalrm_jax.weights.pretrained import transformer_functional
 from tests.conftest import TINY, TINY_SD3, random_inputs, randomized
@@ -37,7 +38,7 @@ def run_steps(tiny_model, batch, config, *, mesh=MeshConfig(data=1), steps=3, ob
     mesh = make_mesh(mesh)
     optimizer = optimizer or make_optimizer(config, steps)
     shardings = parameter_shardings(module.shapes, mesh)
-    params = place(tiny_model.params, shardings)
+    params = place(tiny_model.params, np.float32, shardings)
     frozen = {name: array for name, array in params.items() if not is_trainable(name)}
     state = TrainState.create({name: array for name, array in params.items() if is_trainable(name)}, optimizer)
     state_shardings = like_parameters(state, shardings, mesh)
