@@ -1,31 +1,40 @@
 """Times the model at full size on this machine, beside the machine's own limit and the PyTorch original.
 
-    python -m dinalrm_jax.benchmark --mode score --resolution 256 [--reference PATH] [--output benchmarks/NAME.json]
+    python -m dinalrm_jax.benchmark --mode score --resolution 256 [--reference PATH] [--output FILE.json]
 
 Random weights, 12 blocks and head. Prints, and with --output saves, seconds a call after warm-up, compile
 time, FLOPs by XLA and by the cost model, the share of the rate that the same machine reaches in the model's
 largest matrix products, and memory. With --reference, a checkout of HKUST-C4G/diffusion-rm, its PyTorch code
 does the same work in another process, call by call in turn (A B A B); the ratio is its time over ours.
+
+Modes: score, ensemble (three noise levels), gradient (of the score in the latents), train (one optimizer step
+on a pair), text and image (the encoders), load (a float32 checkpoint from disk, written to --scratch first).
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import platform
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 
 import jax
+import jaxlib
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from dinalrm_jax.compilation_cache import enable_compilation_cache
-from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
+from dinalrm_jax.compilation import enable_compilation_cache
+from dinalrm_jax.config import ConfigError
 from dinalrm_jax.disk import check_writable, write_json
-from dinalrm_jax.timing.work import MODES, gemm_peak, make_work, model_flops
+from dinalrm_jax.timing import loading
+from dinalrm_jax.timing.memory import forget_peak, peak_bytes
+from dinalrm_jax.timing.work import MODES, PASSES, Setting, gemm_peak, make_work, model_flops
 
 FROM_ENVIRONMENT = ("XLA_FLAGS", "OMP_NUM_THREADS", "JAX_PLATFORMS")
 
@@ -33,17 +42,15 @@ FROM_ENVIRONMENT = ("XLA_FLAGS", "OMP_NUM_THREADS", "JAX_PLATFORMS")
 class Reference:
     """The PyTorch original in a process of its own."""
 
-    def __init__(
-        self, path: str, mode: str, dtype: str, rows: int, side: int, tokens: int, blocks: int, compiled: bool
-    ):
-        arguments = [f"--mode={mode}", f"--dtype={dtype}", f"--rows={rows}", f"--side={side}", f"--tokens={tokens}"]
-        arguments += [f"--blocks={blocks}"] + ["--compile"] * compiled
-        command = [sys.executable, "-m", "dinalrm_jax.timing.reference", path, *arguments]
+    def __init__(self, path: str, setting: Setting, compiled: bool):
+        script = pathlib.Path(__file__).with_name("timing") / "reference.py"
+        command = [sys.executable, "-P", str(script), path, json.dumps(dataclasses.asdict(setting))]
+        command += ["--compile"] * compiled
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
 
     def call(self) -> dict:
-        """Seconds and peak bytes of one call."""
+        """Seconds of one call, and the peak of memory since the first one."""
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         return self._answer()
@@ -59,75 +66,49 @@ class Reference:
         raise RuntimeError("the reference ended; its error stands above")
 
 
-def seconds_of(call) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
+def spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "calls": len(seconds)}
 
 
-def run(values) -> dict:
-    """Everything that is measured, as JSON values."""
-    config = RewardModelConfig(num_blocks=values.blocks, **_taps(values.blocks))
-    execution = ExecutionConfig(values.dtype, values.attention, values.layers, values.remat)
-    side = values.resolution // 8
-    sizes = {"rows": values.batch, "side": side, "tokens": values.tokens}
-    image_tokens = (side // config.transformer.patch_size) ** 2
-    peak = gemm_peak(values.dtype, values.batch * (image_tokens + values.tokens), config.transformer.inner_dim)
-    work = make_work(values.mode, config, execution, **sizes, merged=values.merged)
-    reference = None
-    if values.reference is not None:
-        reference = Reference(
-            values.reference,
-            values.mode,
-            values.dtype,
-            **sizes,
-            blocks=values.blocks,
-            compiled=values["compile-reference"].value,
-        )
+def run(setting: Setting, repeats: int, reference_path: str | None, compile_reference: bool) -> dict:
+    """Everything that is measured of one mode, as JSON values."""
+    work = make_work(setting)
+    config, side = setting.model, setting.resolution // 8
+    rows = setting.batch * ((side // config.transformer.patch_size) ** 2 + setting.tokens)
+    peak = gemm_peak(setting.dtype, rows, config.transformer.inner_dim)
+    reference = Reference(reference_path, setting, compile_reference) if reference_path is not None else None
     ours, theirs = [], []
-    for number in tqdm(range(values.repeats + 1), desc=values.mode, unit="call"):
+    for number in tqdm(range(repeats + 1), desc=setting.mode, unit="call"):
         seconds = seconds_of(work.call)
         answer = reference.call() if reference is not None else None
-        if number:  # the first is a warm-up
-            ours.append(seconds)
-            if answer is not None:
-                theirs.append(answer["seconds"])
-    modelled = model_flops(config, values.mode, **sizes)
+        if not number:  # a warm-up
+            forget_peak()
+            continue
+        ours.append(seconds)
+        if answer is not None:
+            theirs.append(answer["seconds"])
+    modelled = None
+    if setting.mode in PASSES:
+        modelled = model_flops(config, setting.mode, setting.batch, side, setting.tokens)
     median = statistics.median(ours)
-    stats = jax.local_devices()[0].memory_stats() or {}
+    rate = (modelled or work.flops) / median / (setting.data * setting.fsdp * setting.tensor)
     result = {
-        "mode": values.mode,
-        "resolution": values.resolution,
-        "batch": values.batch,
-        "text_tokens": values.tokens,
-        "blocks": values.blocks,
-        "merged": values.merged,
-        "execution": {
-            "dtype": values.dtype,
-            "attention": values.attention,
-            "layers": values.layers,
-            "remat": values.remat,
-        },
-        "machine": {
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "processor": _processor(),
-            "environment": {name: os.environ[name] for name in FROM_ENVIRONMENT if name in os.environ},
-        },
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        **_conditions(setting),
         "seconds": spread(ours),
         "trace_seconds": work.trace_seconds,
         "compile_seconds": work.compile_seconds,
-        "gflop": {"xla": work.flops / 1e9, "cost_model": modelled / 1e9},
-        "gflop_per_second": modelled / median / 1e9,
+        "gflop": {"xla": work.flops / 1e9, "cost_model": modelled and modelled / 1e9},
+        "gflop_per_second_and_device": rate / 1e9,
         "gemm_peak_gflop_per_second": peak / 1e9,
-        "share_of_gemm_peak": modelled / median / peak,
-        "temporary_bytes": work.temporary_bytes,
-        "peak_bytes": stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+        "share_of_gemm_peak": rate / peak,
+        "bytes": {"accessed": work.bytes_accessed, "arguments": work.argument_bytes, "temporary": work.temporary_bytes},
+        "peak_bytes": _peak_bytes(),
     }
     if reference is not None:
         result["reference"] = {**reference.about, "seconds": spread(theirs), "peak_bytes": answer["peak_bytes"]}
@@ -136,26 +117,86 @@ def run(values) -> dict:
     return result
 
 
+def run_load(setting: Setting, repeats: int, scratch: str | None) -> dict:
+    """Loading a float32 checkpoint, in turn with reading its bytes; the files are in the page cache."""
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="dinalrm_load_", dir=scratch))
+    try:
+        loading.write_checkpoint(directory / "native", setting.model)
+        reads, loads = [], []
+        for number in tqdm(range(repeats + 1), desc="load", unit="call"):
+            read_seconds, file_bytes = loading.read(directory / "native")
+            seconds, peak = loading.load(directory / "native", setting.dtype)
+            if number:
+                reads.append(read_seconds)
+                loads.append(seconds)
+    finally:
+        shutil.rmtree(directory)
+    return {
+        **_conditions(setting),
+        "seconds": spread(loads),
+        "read_seconds": spread(reads),
+        "times_reading": statistics.median(loads) / statistics.median(reads),
+        "file_bytes": file_bytes,
+        "peak_bytes": peak,
+    }
+
+
+def _conditions(setting: Setting) -> dict:
+    return {
+        "setting": dataclasses.asdict(setting),
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "processor": _processor(),
+            "environment": {name: os.environ[name] for name in FROM_ENVIRONMENT if name in os.environ},
+        },
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _peak_bytes() -> int:
+    """Of the device where it has memory of its own, of all time; else of this process, since the warm-up."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or peak_bytes()
+
+
 def as_text(result: dict) -> str:
     """The lines for people."""
-    machine, flops = result["machine"], result["gflop"]
-    size = f"{result['resolution']} x {result['resolution']} pixels, batch {result['batch']}"
-    how = ", ".join(result["execution"].values()) + ", LoRA merged" * result["merged"]
-    share = f"{100 * result['share_of_gemm_peak']:.0f} % of its GEMMs' {result['gemm_peak_gflop_per_second']:.0f}"
+    machine, setting = result["machine"], Setting(**result["setting"])
+    size = f"{setting.resolution} x {setting.resolution} pixels, batch {setting.batch}, {setting.tokens} text tokens"
+    how = [setting.dtype, f"attention {setting.attention}", setting.layers, f"remat {setting.remat}"]
+    how += ["LoRA merged"] * setting.merged
+    mesh = {name: getattr(setting, name) for name in ("data", "fsdp", "tensor") if getattr(setting, name) > 1}
+    how += [f"{name}={count}" for name, count in mesh.items()]
     lines = [
-        f"{result['mode']}, {size}, {result['text_tokens']} text tokens, {result['blocks']} blocks, {how}",
+        f"{setting.mode}, {size}, {setting.blocks} blocks; {', '.join(how)}",
         f"jax {result['versions']['jax']}, {machine['device']}, {machine['cores']} cores, {machine['processor']}",
+    ]
+    if setting.mode == "load":
+        lines[0] = f"load, {result['file_bytes'] / 1e9:.2f} GB of float32 to {setting.dtype}, page cache warm"
+        lines += [
+            f"  {_seconds(result['seconds'])}; reading the same bytes {_seconds(result['read_seconds'])}: "
+            f"{result['times_reading']:.2f} times",
+            f"  peak resident memory {_gib(result['peak_bytes'])}, the mapped files among it",
+        ]
+        return "\n".join(lines)
+    flops = result["gflop"]
+    by_model = "" if flops["cost_model"] is None else f"{flops['cost_model']:.0f} GFLOP by the cost model, "
+    lines += [
         f"  {_seconds(result['seconds'])} a call; trace {result['trace_seconds']:.1f} s, "
         f"compile {result['compile_seconds']:.1f} s",
-        f"  {flops['cost_model']:.0f} GFLOP by the cost model, {flops['xla']:.0f} by XLA; "
-        f"{result['gflop_per_second']:.0f} GFLOP/s, {share}",
-        f"  peak memory {_gib(result['peak_bytes'])}, temporaries {_gib(result['temporary_bytes'])}",
+        f"  {by_model}{flops['xla']:.0f} by XLA; {result['gflop_per_second_and_device']:.0f} GFLOP/s a device, "
+        f"{100 * result['share_of_gemm_peak']:.0f} % of its GEMMs' {result['gemm_peak_gflop_per_second']:.0f}",
+        f"  peak memory {_gib(result['peak_bytes'])}; of the program, arguments {_gib(result['bytes']['arguments'])}, "
+        f"temporaries {_gib(result['bytes']['temporary'])}",
     ]
     if "reference" in result:
         theirs = result["reference"]
         lines.append(
-            f"  the original, torch {theirs['torch']}: {_seconds(theirs['seconds'])}, peak memory "
-            f"{_gib(theirs['peak_bytes'])}; its time over ours: {result['ratio']:.2f}"
+            f"  the original, torch {theirs['torch']}{', compiled' * theirs['compiled']}: "
+            f"{_seconds(theirs['seconds'])}, peak memory {_gib(theirs['peak_bytes'])}; its time over ours: "
+            f"{result['ratio']:.2f}"
         )
     return "\n".join(lines)
 
@@ -166,11 +207,6 @@ def _seconds(spread: dict[str, float]) -> str:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-
-def _taps(blocks: int) -> dict[str, tuple[int, ...]]:
-    taps = tuple(range(4, blocks + 1, 4)) or (blocks,)
-    return {"visual_taps": taps, "text_taps": taps}
 
 
 def _processor() -> str:
@@ -186,12 +222,18 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
+    setting = Setting(**{field.name: values[field.name].value for field in dataclasses.fields(Setting)})
     if values.cache:
         enable_compilation_cache()
     try:
         if values.output is not None:
             check_writable(values.output)
-        result = run(values)
+        if setting.mode == "load" and values.reference is not None:
+            raise ConfigError("--reference has no load mode")
+        if setting.mode == "load":
+            result = run_load(setting, values.repeats, values.scratch)
+        else:
+            result = run(setting, values.repeats, values.reference, values["compile-reference"].value)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -201,19 +243,23 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("mode", "score", MODES, "What to time.")
+    flags.DEFINE_enum("mode", "score", (*MODES, "load"), "What to time.")
     flags.DEFINE_integer("resolution", 256, "Image side in pixels.", 16)
-    flags.DEFINE_integer("batch", 1, "Images, or pairs for train.", 1)
+    flags.DEFINE_integer("batch", 1, "Images, pairs for train, prompts for text.", 1)
     flags.DEFINE_integer("tokens", 205, "Text tokens: 77 of CLIP, the rest T5's.", 1)
     flags.DEFINE_integer("blocks", 12, "Blocks of the backbone.", 1, 24)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; of load, what is loaded to.")
     flags.DEFINE_enum("attention", "auto", ["auto", "xla", "cudnn", "grouped"], "Its implementation.")
     flags.DEFINE_enum("layers", "loop", ["loop", "scan"], "How the blocks are run.")
     flags.DEFINE_enum("remat", "none", ["none", "dots", "block"], "What a block keeps for its backward pass.")
     flags.DEFINE_bool("merged", False, "Add LoRA into the weights first (not for train).")
+    flags.DEFINE_integer("data", 1, "Devices that split the batch.", 1)
+    flags.DEFINE_integer("fsdp", 1, "Devices that split the batch and hold a part of the parameters each.", 1)
+    flags.DEFINE_integer("tensor", 1, "Devices that split heads and hidden units.", 1)
     flags.DEFINE_integer("repeats", 5, "Timed calls after one warm-up.", 1)
     flags.DEFINE_string("reference", None, "A checkout of HKUST-C4G/diffusion-rm to time in turn.")
     flags.DEFINE_bool("compile-reference", False, "torch.compile its backbone.")
+    flags.DEFINE_string("scratch", None, "Where load writes its checkpoint, 5.6 GB; the system's temporary directory.")
     flags.DEFINE_bool("cache", False, "Use the compilation cache.")
     flags.DEFINE_string("output", None, "Save the result to this JSON file.")
     app.run(main)

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from dinalrm_jax import distributed
 from dinalrm_jax.benchmarks.evaluator import evaluate_images, evaluate_records
 from dinalrm_jax.benchmarks.report import write_evaluation
-from dinalrm_jax.compilation_cache import enable_compilation_cache
+from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.datasets import read_benchmark

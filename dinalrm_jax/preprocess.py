@@ -14,7 +14,7 @@ import sys
 from absl import app, flags, logging
 
 from dinalrm_jax import distributed
-from dinalrm_jax.compilation_cache import enable_compilation_cache
+from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ConfigError, PreparationConfig, from_mapping
 from dinalrm_jax.data.datasets import preprocess
 from dinalrm_jax.data.records import RecordsError

@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from PIL import Image
 from tqdm import tqdm
 
-from dinalrm_jax.compilation_cache import enable_compilation_cache
+from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.images import read_rgb

@@ -16,7 +16,7 @@ import sys
 from absl import app, flags
 from absl import logging as absl_logging
 
-from dinalrm_jax.compilation_cache import enable_compilation_cache
+from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ExecutionConfig
 from dinalrm_jax.server.app import RewardServer, ServerConfig
 from dinalrm_jax.server.protocol import read_api_key

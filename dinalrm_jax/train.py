@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from dinalrm_jax import distributed
-from dinalrm_jax.compilation_cache import enable_compilation_cache
+from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import (
     ConfigError,
     ExecutionConfig,
@@ -110,7 +110,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         levels += (config.evaluation.ensemble,)
 
     def held_out_accuracy(state: TrainState) -> dict[str, float]:
-        scores = evaluator.run({**frozen, **state.ema}, levels)
+        scores = evaluator.run({**frozen, **state.result}, levels)
         values = {"eval_accuracy": scores.accuracy(levels[0]), "eval_sigma": levels[0]}
         return values | {f"eval_accuracy/{level_name(level)}": scores.accuracy(level) for level in levels[1:]}
 
@@ -129,7 +129,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         evaluate=held_out_accuracy,
         profile=config.profile,
     )
-    params = {**frozen, **state.ema}
+    params = {**frozen, **state.result}
     if not (workdir / "model").exists():
         whole = gather(params)
         if distributed.is_first():
@@ -207,7 +207,7 @@ def make_backbone(
         workdir=workdir,
         mesh=mesh,
     )
-    whole = gather(state.ema)
+    whole = gather(state.result)
     if distributed.is_first():
         save_backbone(transformer, whole, finished)
     distributed.barrier("generator")
@@ -236,7 +236,8 @@ def fit(
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     learning_rate = learning_rate_schedule(stage.optimizer, stage.steps)
     shardings = parameter_shardings(params, mesh)
-    create = lambda params: TrainState.create(params, optimizer)  # noqa: E731
+    averaged = stage.optimizer.ema_decay > 0
+    create = lambda params: TrainState.create(params, optimizer, averaged)  # noqa: E731
     state_shardings = like_parameters(jax.eval_shape(create, params), shardings, mesh)
     state = jax.jit(create, out_shardings=state_shardings)(place(params, np.float32, shardings))
     frozen_shardings = {key: array.sharding for key, array in frozen.items()}

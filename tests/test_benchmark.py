@@ -1,5 +1,6 @@
 """What the benchmark command counts and runs; the times themselves are nobody's test."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,9 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
-from dinalrm_jax.timing.work import make_work, model_flops
+from dinalrm_jax.config import ConfigError, RewardModelConfig
+from dinalrm_jax.timing import loading
+from dinalrm_jax.timing.memory import forget_peak, peak_bytes
+from dinalrm_jax.timing.work import Setting, make_work, model_flops
 from tests.conftest import ROOT, TINY
+
+SMALL = Setting(resolution=64, batch=2, tokens=5)
 
 
 @pytest.mark.parametrize(("side", "tera"), [(128, 6.4), (64, 1.3), (32, 0.4)])
@@ -23,7 +28,8 @@ def test_cost_model(side, tera):
 
 @pytest.mark.parametrize("mode", ["score", "train"])
 def test_modes_run(mode):
-    work = make_work(mode, TINY, ExecutionConfig(), rows=2, side=8, tokens=5, merged=mode == "score")
+    setting = dataclasses.replace(SMALL, mode=mode, merged=mode == "score", data=2)
+    work = make_work(setting, TINY)
     result = work.call()
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(result))
     assert work.flops > model_flops(TINY, "score", 1, 8, 5) / 2
@@ -31,6 +37,35 @@ def test_modes_run(mode):
         second, metrics = work.call()  # the next step, not the same one again
         assert int(second.step) == 2
         assert metrics["finite"]
+    else:
+        assert result.sharding.device_set == set(jax.devices()[:2])  # the batch was split
+
+
+def test_what_cannot_be_timed():
+    with pytest.raises(ConfigError, match="LoRA is what train trains"):
+        make_work(dataclasses.replace(SMALL, mode="train", merged=True), TINY)
+    with pytest.raises(ConfigError, match="batch 2 must be a multiple of .* 1 x 4 x 1"):
+        make_work(dataclasses.replace(SMALL, data=4), TINY)
+
+
+def test_loading_reads_every_byte_once(tmp_path):
+    loading.write_checkpoint(tmp_path / "native", TINY)
+    files = sum(path.stat().st_size for path in (tmp_path / "native").glob("*.safetensors"))
+    seconds, count = loading.read(tmp_path / "native")
+    assert count == files
+    assert seconds > 0
+    assert loading.load(tmp_path / "native", "bfloat16")[0] > 0
+
+
+def test_peak_memory_is_that_since_it_was_forgotten():
+    forget_peak()
+    before = peak_bytes()
+    held = np.ones(50 * 2**20, np.uint8)
+    assert peak_bytes() >= before + 40 * 2**20
+    high = peak_bytes()
+    del held
+    forget_peak()
+    assert peak_bytes() < high - 40 * 2**20
 
 
 @pytest.mark.heavy
@@ -41,8 +76,8 @@ def test_benchmark_command(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "out" / "score.json").read_text())
-    assert (saved["mode"], saved["blocks"], saved["seconds"]["calls"]) == ("score", 1, 1)
+    assert (saved["setting"]["mode"], saved["setting"]["blocks"], saved["seconds"]["calls"]) == ("score", 1, 1)
     assert f"{saved['seconds']['median']:.3f} s (median of 1" in result.stdout
     assert saved["share_of_gemm_peak"] == pytest.approx(
-        saved["gflop_per_second"] / saved["gemm_peak_gflop_per_second"], rel=1e-6
+        saved["gflop_per_second_and_device"] / saved["gemm_peak_gflop_per_second"], rel=1e-6
     )

@@ -204,26 +204,24 @@ def test_one_compilation_per_shape(tiny_model):
 
 
 def test_scan_and_remat_do_what_they_say():
-    """Six blocks of one shape, taps 2, 4 and 6: three runs of two, each one a scan, rematerialised."""
+    """Six blocks of one shape, taps 2, 4 and 6: three runs of two, each one a scan; and memory bought with work."""
     transformer = dataclasses.replace(TINY_SD3, num_layers=7, dual_attention_layers=())
     config = RewardModelConfig(transformer, num_blocks=6, visual_taps=(2, 4, 6), text_taps=(2, 4, 6), lora=None)
     latents, eps, prompt = random_inputs(transformer)
-    counts = {}
+    scans, flops, memory = {}, {}, {}
     for layers, remat in (("loop", "none"), ("loop", "block"), ("scan", "none"), ("scan", "block")):
         module = reward_functional(config, ExecutionConfig(layers=layers, remat=remat))
-        jaxpr = jax.make_jaxpr(lambda p, *x, module=module: module.bind(p)(*x))(
-            module.shapes, latents, prompt, jnp.zeros(1), eps
-        )
-        # The primitive of jax.checkpoint prints as "checkpoint" or "remat2", by version.
-        counts[layers, remat] = tuple(
-            len(re.findall(rf"= ({name})\[", str(jaxpr))) for name in ("scan", "checkpoint|remat2?")
-        )
-    assert counts == {
-        ("loop", "none"): (0, 0),
-        ("loop", "block"): (0, 6),
-        ("scan", "none"): (3, 0),
-        ("scan", "block"): (3, 3),
-    }
+        gradient = jax.grad(lambda x, params, *rest, module=module: module.bind(params)(x, *rest).sum())
+        traced = jax.jit(gradient).trace(latents, module.shapes, prompt, jnp.zeros(1), eps)
+        compiled = traced.lower().compile()
+        scans[layers, remat] = len(re.findall(r"= scan\[", str(traced.jaxpr)))
+        flops[layers, remat] = compiled.cost_analysis()["flops"]
+        memory[layers, remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert scans == {("loop", "none"): 0, ("loop", "block"): 0, ("scan", "none"): 6, ("scan", "block"): 6}
+    assert memory["loop", "block"] < 0.4 * memory["loop", "none"]
+    assert memory["scan", "block"] < 0.5 * memory["scan", "none"]
+    # A forward and a backward pass of the blocks become two and one; a little lies outside of them.
+    assert 1.25 < flops["loop", "block"] / flops["loop", "none"] < 1.5
 
 
 def test_scan_and_remat_do_not_change_scores(tiny_model):

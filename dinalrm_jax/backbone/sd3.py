@@ -10,14 +10,10 @@ from flax import nnx
 
 from dinalrm_jax.backbone.features import Features
 from dinalrm_jax.backbone.mmdit import ZEROS, AdaLayerNorm, JointTransformerBlock
+from dinalrm_jax.backbone.remat import rematerialised
 from dinalrm_jax.config import ExecutionConfig, SD3Config
 from dinalrm_jax.data.batch import PromptEmbeds, validate_latents
 from dinalrm_jax.layers import Linear, layer_norm, split_rows
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class PatchEmbed(nnx.Module):
@@ -207,9 +203,7 @@ class SD3Transformer(nnx.Module):
             image, text = nnx.merge(graphdef, state)(split_rows(image), split_rows(text), temb)
             return split_rows(image), text if text is None else split_rows(text)
 
-        if self.execution.remat == "none":
-            return apply
-        return jax.checkpoint(apply, policy=REMAT_POLICIES[self.execution.remat])
+        return rematerialised(apply, self.execution.remat)
 
 
 def sincos_table(size: int, dim: int, base_size: int) -> np.ndarray:

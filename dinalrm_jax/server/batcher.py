@@ -14,6 +14,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 
 import numpy as np
 
+from dinalrm_jax.compilation import return_freed_memory
 from dinalrm_jax.server.engine import Engine, Row
 from dinalrm_jax.server.protocol import RequestError, RowShape
 
@@ -185,6 +186,7 @@ class Batcher:
                     if self.state == LOADING:
                         self._compile(shape)
             loading.result()
+            return_freed_memory()
             if self.state == LOADING:
                 self._try_device()
         except Exception as error:

@@ -56,7 +56,7 @@ class SD3PromptEncoder:
             name: on_local_devices(params, dtype)
             for name, params in (("clip_l", params_l), ("clip_g", params_g), ("t5", params_t5))
         }
-        self._encode = jax.jit(functools.partial(_encode, self._clip_l, self._clip_g, self._t5, dtype))
+        self._encode = jax.jit(functools.partial(encode_ids, self._clip_l, self._clip_g, self._t5, dtype))
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         """B prompts -> (B, 77 + text_length, 4096) and (B, 2048), float32."""
@@ -70,9 +70,13 @@ class SD3PromptEncoder:
         return np.asarray(encoded["input_ids"], np.int32)
 
 
-def _encode(
+def encode_ids(
     clip_l: Functional, clip_g: Functional, t5: Functional, dtype: str, params: dict[str, Params], ids_l, ids_g, ids_t5
 ) -> PromptEmbeds:
+    """Token ids of B prompts, (B, 77) twice and (B, T), to (B, 77 + T, 4096) and (B, 2048), float32.
+
+    As diffusers' SD3 pipeline joins them: the CLIP towers' tokens side by side, zeros up to T5's width, T5's after.
+    """
     hidden_l, pooled_l = clip_l.bind(params["clip_l"])(ids_l, dtype)
     hidden_g, pooled_g = clip_g.bind(params["clip_g"])(ids_g, dtype)
     hidden_t5 = t5.bind(params["t5"])(ids_t5, dtype)

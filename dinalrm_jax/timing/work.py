@@ -1,13 +1,18 @@
 """The work that `dinalrm_jax.benchmark` times: one call of each mode, at any size, with random weights."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from dinalrm_jax.compilation import return_freed_memory
 from dinalrm_jax.config import (
+    ConfigError,
     ExecutionConfig,
     LossConfig,
     MeshConfig,
@@ -16,15 +21,83 @@ from dinalrm_jax.config import (
     SigmaConfig,
 )
 from dinalrm_jax.data.batch import PreferenceBatch, PromptEmbeds
-from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, store
+from dinalrm_jax.lora import merge
+from dinalrm_jax.parameters import Functional, Params, functional
+from dinalrm_jax.placement import place
+from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, stored_shapes
+from dinalrm_jax.text.clip import CLIPTextConfig, CLIPTextModel
+from dinalrm_jax.text.prompt import CLIP_TOKENS, encode_ids
+from dinalrm_jax.text.t5 import T5Config, T5Encoder
 from dinalrm_jax.training.objectives import reward_objective
 from dinalrm_jax.training.optimizer import make_optimizer
-from dinalrm_jax.training.sharding import like_parameters, make_mesh, parameter_shardings, put_rows
+from dinalrm_jax.training.sharding import (
+    check_batch_size,
+    like_parameters,
+    make_mesh,
+    parameter_shardings,
+    put_rows,
+)
 from dinalrm_jax.training.step import TrainState, make_step
+from dinalrm_jax.vae import AutoencoderKL, VAEConfig
 
-MODES = ("score", "ensemble", "gradient", "train")
-LEVELS = {"ensemble": (0.2, 0.5, 0.7)}
-SIGMA = 0.4
+# How often the blocks' forward FLOPs are done for one image or pair: a backward pass takes as many as a forward.
+PASSES = {"score": 1, "ensemble": 3, "gradient": 2, "train": 4}
+MODES = (*PASSES, "text", "image")
+SIGMA, ENSEMBLE = 0.4, (0.2, 0.5, 0.7)
+# SD3.5's text encoders beside T5-XXL: CLIP ViT-L/14 and ViT-bigG/14.
+CLIP_L = CLIPTextConfig(
+    hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=12, num_attention_heads=12
+)
+CLIP_G = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    projection_dim=1280,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act="gelu",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is timed.
+
+    Attributes:
+        mode: score, ensemble: scores of images; gradient: that of their summed score in the latents; train: one
+            optimizer step on pairs, both images in one batch, LoRA and head; text: prompts to embeddings; image:
+            pixels to latents.
+        resolution: image side in pixels.
+        batch: images, for train pairs, for text prompts.
+        tokens: of a prompt, 77 of CLIP and the rest T5's.
+        blocks: of the backbone.
+        dtype, attention, layers, remat: see `ExecutionConfig`.
+        merged: add LoRA into the weights first; not for train.
+        data, fsdp, tensor: the mesh.
+    """
+
+    mode: str = "score"
+    resolution: int = 256
+    batch: int = 1
+    tokens: int = 205
+    blocks: int = 12
+    dtype: str = "float32"
+    attention: str = "auto"
+    layers: str = "loop"
+    remat: str = "none"
+    merged: bool = False
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def execution(self) -> ExecutionConfig:
+        return ExecutionConfig(self.dtype, self.attention, self.layers, self.remat)
+
+    @property
+    def model(self) -> RewardModelConfig:
+        """SD3.5-Medium's width, with the released taps as far as the blocks go."""
+        taps = tuple(range(4, self.blocks + 1, 4)) or (self.blocks,)
+        return RewardModelConfig(num_blocks=self.blocks, visual_taps=taps, text_taps=taps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +107,21 @@ class Work:
     Attributes:
         call: does the work once and waits for it.
         trace_seconds, compile_seconds: what making it took.
-        flops: XLA's count before optimisation; of a scan's body it counts one pass.
-        temporary_bytes: what the program needs beside arguments and results, by XLA's plan.
+        flops, bytes_accessed: XLA's counts; the first before optimisation, and of a scan's body one pass.
+        argument_bytes, temporary_bytes: what the program takes and needs beside it, by XLA's plan.
     """
 
     call: Callable[[], object]
     trace_seconds: float
     compile_seconds: float
     flops: float
+    bytes_accessed: float
+    argument_bytes: int
     temporary_bytes: int
 
 
 def model_flops(config: RewardModelConfig, mode: str, rows: int, side: int, tokens: int) -> float:
-    """The cost model's FLOPs of the blocks (method.md 8): a multiply-add is two, a backward pass as much as a forward.
+    """The cost model's FLOPs of the blocks (method.md 8): a multiply-add is two.
 
     Args:
         rows: images, or pairs for "train".
@@ -59,85 +134,151 @@ def model_flops(config: RewardModelConfig, mode: str, rows: int, side: int, toke
         dual = block in geometry.dual_attention_layers
         total += 2 * width**2 * ((16 if dual else 12) * image + 12 * tokens)
         total += 4 * width * (both**2 + (image**2 if dual else 0))
-    times = {"score": 1, "ensemble": len(LEVELS["ensemble"]), "gradient": 2, "train": 4}[mode]
-    return float(rows * times * total)
+    return float(rows * PASSES[mode] * total)
 
 
-def make_work(
-    mode: str, config: RewardModelConfig, execution: ExecutionConfig, rows: int, side: int, tokens: int, merged: bool
-) -> Work:
-    """Builds and compiles one mode.
+def make_work(setting: Setting, config: RewardModelConfig | None = None) -> Work:
+    """Builds and compiles one mode; `config` stands in for the full-size model.
 
-    score, ensemble: scores of `rows` images; gradient: that of their summed score in the latents; train: one
-    optimizer step on `rows` pairs, both images in one batch, LoRA and head.
-
-    Args:
-        merged: add the adapters into the weights first; not for "train".
+    Raises:
+        ConfigError: a mesh or a batch that does not fit.
     """
+    if setting.mode == "text":
+        return _text(setting)
+    if setting.mode == "image":
+        return _image(setting)
+    config = config or setting.model
+    if setting.merged and setting.mode == "train":
+        raise ConfigError("merged: LoRA is what train trains")
+    mesh = make_mesh(MeshConfig(setting.data, setting.fsdp, setting.tensor))
+    check_batch_size("batch", setting.batch, 1, mesh)
     rng = np.random.default_rng(1)
-    geometry = config.transformer
-    latents = rng.standard_normal((rows, side, side, geometry.in_channels), np.float32)
+    geometry, side = config.transformer, setting.resolution // 8
+    latents = rng.standard_normal((setting.batch, side, side, geometry.in_channels), np.float32)
     prompt = PromptEmbeds(
-        rng.standard_normal((rows, tokens, geometry.joint_attention_dim), np.float32),
-        rng.standard_normal((rows, geometry.pooled_projection_dim), np.float32),
+        rng.standard_normal((setting.batch, setting.tokens, geometry.joint_attention_dim), np.float32),
+        rng.standard_normal((setting.batch, geometry.pooled_projection_dim), np.float32),
     )
-    params = reward_functional(config, execution).init(0)
-    if mode == "train":
-        return _train(config, execution, params, latents, prompt)
-    model = RewardModel(config, store(params, execution), execution)
-    del params
-    if merged:
-        model = model.merge_lora()
-    reward = model.reward_fn(LEVELS.get(mode, SIGMA))
-    if mode == "gradient":
-        function = jax.jit(jax.grad(lambda x, params, prompt, key: reward(params, x, prompt, key).sum()))
-        arguments = (latents, model.params, prompt, jax.random.key(0))
+    with jax.set_mesh(mesh):
+        if setting.mode == "train":
+            return _train(setting, config, mesh, latents, prompt)
+        return _reward(setting, config, mesh, latents, prompt)
+
+
+def _reward(setting: Setting, config: RewardModelConfig, mesh: Mesh, latents, prompt) -> Work:
+    params = random_params(config, setting.execution, mesh)
+    if setting.merged:
+        params, config = merge(params, config.lora), dataclasses.replace(config, lora=None)
+    reward = RewardModel(config, params, setting.execution).reward_fn(ENSEMBLE if setting.mode == "ensemble" else SIGMA)
+    latents, prompt = put_rows((latents, prompt), setting.batch, mesh)
+    arguments = (latents, params, prompt, jax.random.key(0))
+    if setting.mode == "gradient":
+        function = jax.grad(lambda latents, *rest: reward(rest[0], latents, *rest[1:]).sum())
     else:
-        function, arguments = jax.jit(reward), (model.params, latents, prompt, jax.random.key(0))
-    arguments = jax.device_put(arguments)
-    compiled, *known = _compile(function, arguments)
-    return Work(lambda: jax.block_until_ready(compiled(*arguments)), *known)
+        function = lambda latents, *rest: reward(rest[0], latents, *rest[1:])  # noqa: E731
+    return _compiled(function, arguments, mesh)
 
 
-def _train(config, execution, params, latents, prompt) -> Work:
-    optimizer_config = OptimizerConfig(warmup_steps=0)
+def _train(setting: Setting, config: RewardModelConfig, mesh: Mesh, latents, prompt) -> Work:
+    optimizer_config = OptimizerConfig(warmup_steps=0, ema_decay=0.0)  # the original takes no average
     optimizer = make_optimizer(optimizer_config, steps=1000)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
+    params = random_params(config, setting.execution, mesh)
     trained = {name: array for name, array in params.items() if is_trainable(name)}
     frozen = {name: array for name, array in params.items() if name not in trained}
-    frozen = store(frozen, execution)
     del params
     shardings = parameter_shardings(trained, mesh)
-    create = lambda params: TrainState.create(params, optimizer)  # noqa: E731
+    create = lambda params: TrainState.create(params, optimizer, averaged=False)  # noqa: E731
     state_shardings = like_parameters(jax.eval_shape(create, trained), shardings, mesh)
-    state = jax.jit(create, out_shardings=state_shardings)(jax.device_put(trained, shardings))
-    frozen = jax.device_put(frozen, parameter_shardings(frozen, mesh))
+    state = jax.jit(create, out_shardings=state_shardings)(trained)
     del trained
-    module = reward_functional(config, execution)
-    objective = reward_objective(module, LossConfig(), SigmaConfig("constant", (SIGMA,)))
+    objective = reward_objective(
+        reward_functional(config, setting.execution), LossConfig(), SigmaConfig("constant", (SIGMA,))
+    )
     frozen_shardings = {name: array.sharding for name, array in frozen.items()}
     step = make_step(objective, optimizer, optimizer_config, mesh, 0, state_shardings, frozen_shardings)
-    batch = put_rows(PreferenceBatch(latents, 0.9 * latents, prompt), len(latents), mesh)
-    with jax.set_mesh(mesh):
-        compiled, *known = _compile(step, (state, frozen, batch))
+    batch = put_rows(PreferenceBatch(latents, 0.9 * latents, prompt), setting.batch, mesh)
+    compiled, known = _compile(step, (state, frozen, batch))
     holder = [state]
     del state
 
     def call():
-        holder[0], metrics = compiled(holder[0], frozen, batch)  # the old state is donated
+        with jax.set_mesh(mesh):
+            holder[0], metrics = compiled(holder[0], frozen, batch)  # the old state is donated
         return jax.block_until_ready((holder[0], metrics))
 
-    return Work(call, *known)
+    return Work(call, **known)
 
 
-def _compile(function, arguments) -> tuple[jax.stages.Compiled, float, float, float, int]:
+def _text(setting: Setting) -> Work:
+    """All three encoders on random ids."""
+    modules = {
+        "clip_l": functional(lambda rngs: CLIPTextModel(CLIP_L, rngs=rngs)),
+        "clip_g": functional(lambda rngs: CLIPTextModel(CLIP_G, rngs=rngs)),
+        "t5": functional(lambda rngs: T5Encoder(T5Config(), rngs=rngs)),
+    }
+    params = {name: _random(module, setting.dtype) for name, module in modules.items()}
+    rng = np.random.default_rng(1)
+    lengths = (CLIP_TOKENS, CLIP_TOKENS, setting.tokens - CLIP_TOKENS)
+    ids = [rng.integers(2, 32000, (setting.batch, length), np.int32) for length in lengths]
+    return _compiled(functools.partial(encode_ids, *modules.values(), setting.dtype), (params, *ids))
+
+
+def _image(setting: Setting) -> Work:
+    module = functional(lambda rngs: AutoencoderKL(VAEConfig(), rngs=rngs))
+    pixels = np.random.default_rng(1).uniform(-1, 1, (setting.batch, setting.resolution, setting.resolution, 3))
+    arguments = (_random(module, setting.dtype), jnp.asarray(pixels, setting.dtype))
+    return _compiled(lambda params, pixels: module.bind(params).encode(pixels), arguments)
+
+
+def random_params(config: RewardModelConfig, execution: ExecutionConfig, mesh: Mesh) -> Params:
+    """A reward model's parameters on the mesh, drawn fast: enough to time with."""
+    shapes = stored_shapes(config, execution)
+    return _draw(shapes, parameter_shardings(shapes, mesh))
+
+
+def _random(module: Functional, dtype: str) -> Params:
+    return _draw({name: jax.ShapeDtypeStruct(shape.shape, dtype) for name, shape in module.shapes.items()}, None)
+
+
+def _draw(shapes: Mapping[str, jax.ShapeDtypeStruct], shardings) -> Params:
+    """Vectors of ones, as norms have, and matrices that keep a token's size; one array at a time on the host."""
+    numbers = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
+    params = {}
+    for name, shape in shapes.items():
+        scale = 1.0 if len(shape.shape) < 2 else np.prod(shape.shape[1:]) ** -0.5
+        array = np.resize(numbers, shape.shape) * np.float32(scale) if scale != 1.0 else np.ones(shape.shape)
+        params |= place({name: array}, shape.dtype, shardings)
+    return params
+
+
+def _compiled(function: Callable, arguments: tuple, mesh: Mesh | None = None) -> Work:
+    compiled, known = _compile(jax.jit(function), arguments)
+
+    def call():
+        if mesh is None:
+            return jax.block_until_ready(compiled(*arguments))
+        with jax.set_mesh(mesh):
+            return jax.block_until_ready(compiled(*arguments))
+
+    return Work(call, **known)
+
+
+def _compile(function, arguments) -> tuple[jax.stages.Compiled, dict[str, float]]:
     start = time.perf_counter()
     lowered = function.lower(*arguments)
     traced = time.perf_counter()
     compiled = lowered.compile()
     ended = time.perf_counter()
-    flops = float((lowered.cost_analysis() or {}).get("flops", 0.0))
-    return compiled, traced - start, ended - traced, flops, compiled.memory_analysis().temp_size_in_bytes
+    return_freed_memory()
+    memory = compiled.memory_analysis()
+    return compiled, {
+        "trace_seconds": traced - start,
+        "compile_seconds": ended - traced,
+        "flops": float((lowered.cost_analysis() or {}).get("flops", 0.0)),
+        "bytes_accessed": float((compiled.cost_analysis() or {}).get("bytes accessed", 0.0)),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
 
 
 def gemm_peak(dtype: str, rows: int, width: int, repeats: int = 5) -> float:

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from dinalrm_jax import distributed
+from dinalrm_jax.compilation import return_freed_memory
 from dinalrm_jax.data.batch import PreferenceBatch
 from dinalrm_jax.data.loader import JoinedPairs, TrainingBatches
 from dinalrm_jax.data.records import Records
@@ -50,6 +51,7 @@ def compile_ahead(
         # In order on several processes, which must agree on the programs' numbering.
         workers = pool.map if jax.process_count() == 1 else map
         compiled = dict(zip(lowered, workers(compile_one, lowered.values())))
+    return_freed_memory()
     return compiled, {shape: float((step.cost_analysis() or {}).get("flops", 0.0)) for shape, step in lowered.items()}
 
 

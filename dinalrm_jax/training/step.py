@@ -25,19 +25,24 @@ class TrainState:
         step: () int32, optimizer steps done.
         params: trainable parameters, float32.
         opt_state: of the optimizer.
-        ema: exponential moving average of `params`.
+        ema: exponential moving average of `params`; None where none is taken.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
-    ema: Params
+    ema: Params | None
 
     @classmethod
-    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(cls, params: Params, optimizer: optax.GradientTransformation, averaged: bool = True) -> "TrainState":
         """The state before the first step; its arrays are its own, since the step donates them."""
         params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
-        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema if averaged else None)
+
+    @property
+    def result(self) -> Params:
+        """What is evaluated and saved: the average, or where none is taken, the parameters."""
+        return self.params if self.ema is None else self.ema
 
 
 def make_step(
@@ -91,7 +96,7 @@ def make_step(
         grads, metrics = gradients(state.params, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay)
+        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.ema_decay)
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["finite"] = jnp.isfinite(optax.global_norm((params, ema))).astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
