@@ -24,7 +24,8 @@ Objective = Callable[[Params, PreferenceBatch, jax.Array], tuple[jax.Array, dict
 def reward_objective(module: Functional[RewardModule], loss: LossConfig, sigma: SigmaConfig) -> Objective:
     """The preference loss of both images of a pair, noised with one sigma and one eps (method: training).
 
-    Both images of all pairs run as one batch. A metric named `*_by_sigma` has one number a bin of
+    Both images of all pairs run as one batch, a pair's one after the other: devices that split the batch have
+    nothing to exchange for it. A metric named `*_by_sigma` has one number a bin of
     the noise level: `share_by_sigma` says how many rows fell into it, the others are zero outside of it.
     """
     sample_sigma = noise.sampler(sigma)
@@ -34,12 +35,15 @@ def reward_objective(module: Functional[RewardModule], loss: LossConfig, sigma: 
         levels = sample_sigma(sigma_key, (len(batch.chosen),))
         eps = jax.random.normal(eps_key, batch.chosen.shape)
 
-        def twice(tree):
-            return jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
+        def paired(first, second):
+            return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
-        latents = jnp.concatenate([batch.chosen, batch.rejected])
+        def twice(tree):
+            return jax.tree.map(lambda x: paired(x, x), tree)
+
+        latents = paired(batch.chosen, batch.rejected)
         scores = module.bind(params)(latents, twice(batch.prompt), twice(levels), twice(eps))
-        chosen, rejected = jnp.split(scores, 2)
+        chosen, rejected = scores.reshape(-1, 2).T
         correct, margin = (chosen > rejected).astype(jnp.float32), chosen - rejected
         in_bin = jax.nn.one_hot(jnp.minimum(levels * SIGMA_BINS, SIGMA_BINS - 1).astype(jnp.int32), SIGMA_BINS)
         metrics = {

@@ -1,0 +1,55 @@
+"""What devices exchange in a train step, read from the compiled program (docs/scaling.md)."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+import configs.hpdv3 as hpdv3
+from benchmarks.abstract_step import compile_step
+from benchmarks.collectives import Collective, collectives
+from dinalrm_jax.config import TrainConfig, from_mapping
+from dinalrm_jax.reward_model import is_trainable, reward_functional
+
+
+def test_data_parallelism_reduces_trainable_gradients_only():
+    """Every trainable gradient once, in float32, and 35 numbers of metrics: no frozen weight, no pixel.
+
+    The head's key biases, which softmax ignores, have no gradient: nothing computes them.
+    """
+    config = from_mapping(TrainConfig, hpdv3.get_config("smoke"))
+    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, layers="loop"))
+    mesh = Mesh(np.array(jax.devices()).reshape(-1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    found = collectives(compile_step(config, mesh, resolution=64, pairs=1, tokens=9).as_text(), mesh.size)
+    shapes = reward_functional(config.model, config.execution).shapes
+    idle = [name for name in shapes if name.startswith("head.attn") and ".to_k_" in name and name.endswith("bias")]
+    trainable = sum(4 * shape.size for name, shape in shapes.items() if is_trainable(name) and name not in idle)
+    assert {one.kind for one in found} == {"all-reduce"}
+    assert {one.group for one in found} == {mesh.size}
+    assert sum(one.result_bytes for one in found) == trainable + 4 * 35
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("%a = f32[4,6]{1,0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add", ("all-reduce", 96, 8, 168)),
+        ("%a = (bf16[4]{0}, f32[]) all-reduce(%x, %y), replica_groups={{0,1},{2,3}}", ("all-reduce", 12, 2, 12)),
+        ("%a = bf16[8,2]{1,0} all-gather(%x), replica_groups=[2,4]<=[8]", ("all-gather", 32, 4, 24)),
+        (
+            "%a = (bf16[2,2]{1,0:T(8,128)}, bf16[8,2]{1,0:T(8,128)}) all-gather-start(%x), replica_groups={{0,1,2,3}}",
+            ("all-gather", 32, 4, 24),
+        ),
+        ("%a = f32[2]{0} reduce-scatter(%x), replica_groups={}, dimensions={0}", ("reduce-scatter", 8, 8, 56)),
+    ],
+)
+def test_reading_instructions(line, expected):
+    (found,) = collectives(f"  %b = f32[2] add(%c, %d)\n  {line}\n", devices=8)
+    assert (found.kind, found.result_bytes, found.group, found.sent_bytes) == expected
+
+
+def test_a_ring_sends_what_it_must():
+    assert Collective("all-gather", 100, 4).sent_bytes + Collective("reduce-scatter", 25, 4).sent_bytes == (
+        Collective("all-reduce", 100, 4).sent_bytes
+    )
