@@ -4,8 +4,7 @@
 
 Writes records of the full size once (1024 x 1024 pixels: latents (128, 128, 16), prompts of 205
 tokens; random numbers), then reads batches of 32 pairs in the training order. The demand is that of a
-train step at `--utilisation` of eight devices' stated peak, by the cost model of method.md 8: three
-times the forward pass of two images.
+train step at `--utilisation` of eight devices' stated peak, by the cost model (`benchmarks.scaling.pair_flops`).
 """
 
 import os
@@ -16,6 +15,7 @@ import time
 import numpy as np
 from absl import app, flags
 
+from benchmarks.scaling import pair_flops
 from dinalrm_jax.config import EncodersConfig
 from dinalrm_jax.data import records
 from dinalrm_jax.data.loader import TrainingBatches
@@ -38,13 +38,6 @@ def write(directory: pathlib.Path) -> None:
         directory, images=images, prompts=prompts, pairs={"train": pairs}, encoders=EncodersConfig(), downsampling=8,
         source={},
     )  # fmt: skip
-
-
-def pair_flops() -> float:
-    """A train step's FLOPs for one pair: forward and twice that backward, of two images (method.md 8)."""
-    d, image, text = 1536, (LATENTS[0] // 2) * (LATENTS[1] // 2), TOKENS
-    block = 2 * d**2 * (16 * image + 12 * text) + 4 * d * ((image + text) ** 2 + image**2)
-    return 3 * 2 * 12 * block
 
 
 def main(_) -> None:

@@ -27,6 +27,7 @@ from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.images import read_rgb
 from dinalrm_jax.disk import check_writable
+from dinalrm_jax.plots import new_figure, save
 from dinalrm_jax.reward_model import RewardModel, normalize, ranks
 from dinalrm_jax.scoring import ImageScores, score_images
 
@@ -139,14 +140,10 @@ def as_csv(rows: Sequence[ScoredImage]) -> str:
 
 def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5) -> None:
     """A contact sheet: images in rank order with their scores, prompt by prompt."""
-    from matplotlib.figure import Figure  # slow to import
-
-    from dinalrm_jax.plots import save
-
     groups = [[row for row in rows if row.prompt == prompt] for prompt in dict.fromkeys(row.prompt for row in rows)]
     heights = [-(-len(group) // columns) for group in groups]
     wide = min(columns, max(map(len, groups)))
-    figure = Figure(figsize=(2.3 * max(wide, 2), 2.6 * sum(heights) + 0.5 * len(groups)), layout="constrained")
+    figure = new_figure(2.3 * max(wide, 2), 2.6 * sum(heights) + 0.5 * len(groups))
     parts = np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=[2.6 * height + 0.5 for height in heights]))
     for part, group, height in zip(parts, groups, heights):
         title = textwrap.fill(shortened(group[0].prompt, 60 * max(wide, 2)), 32 * max(wide, 2))

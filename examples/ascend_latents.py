@@ -17,10 +17,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import dinalrm_jax as dina
 from dinalrm_jax.data.records import Records
+from dinalrm_jax.plots import new_figure, save
 
 
 def ascent(reward_fn: Callable, step_size: float, steps: int) -> Callable:
@@ -66,7 +66,7 @@ def main(run: pathlib.Path, output: pathlib.Path, steps: int, count: int) -> Non
         before, after = (model.score_latents(x, prompt, sigma, seed=1000).mean() for x in (latents, improved))
         print(f"  sigma {sigma}: {before:+.2f} -> {after:+.2f}")
 
-    figure = Figure(figsize=(1.9 * len(captions), 4.4), layout="constrained")
+    figure = new_figure(1.9 * len(captions), 4.4)
     axes = figure.subplots(2, len(captions), squeeze=False)
     for row, (name, x) in enumerate((("before", latents), ("after", np.asarray(improved)))):
         scores = model.score_latents(x, prompt, 0.4, seed=1000)
@@ -79,7 +79,7 @@ def main(run: pathlib.Path, output: pathlib.Path, steps: int, count: int) -> Non
             0.5, -0.04, caption.replace(" and ", "\nand "), fontsize=7, ha="center", va="top", transform=axis.transAxes
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    save(figure, output)
     print(f"wrote {output}")
 
 

@@ -14,12 +14,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import dinalrm_jax as dina
 from dinalrm_jax.backbone.sd3 import SD3Transformer
 from dinalrm_jax.config import ExecutionConfig
 from dinalrm_jax.parameters import Functional
+from dinalrm_jax.plots import new_figure, save
 from dinalrm_jax.weights.pretrained import load_backbone, transformer_functional
 
 
@@ -70,7 +70,7 @@ def main(run: pathlib.Path, output: pathlib.Path, prompt: str, count: int, seed:
     )
 
     order = np.argsort(-np.asarray(rewards))
-    figure = Figure(figsize=(1.5 * count, 2.2), layout="constrained")
+    figure = new_figure(1.5 * count, 2.2)
     axes = figure.subplots(1, count, squeeze=False)[0]
     for axis, row, image in zip(axes, order, model.image_codec.decode(np.asarray(latents)[order])):
         axis.imshow(image)
@@ -78,7 +78,7 @@ def main(run: pathlib.Path, output: pathlib.Path, prompt: str, count: int, seed:
         axis.set_title(f"{rewards[row]:+.1f}", fontsize=10)
     figure.suptitle(f"{prompt!r}: {count} samples, best first", fontsize=10)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    save(figure, output)
     print(f"wrote {output}")
 
 

@@ -5,9 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from dinalrm_jax import preference
 from dinalrm_jax.benchmarks.accuracy import (
@@ -21,7 +19,7 @@ from dinalrm_jax.benchmarks.accuracy import (
 from dinalrm_jax.benchmarks.evaluator import Evaluation
 from dinalrm_jax.config import LossConfig
 from dinalrm_jax.data.records import RecordsError
-from dinalrm_jax.plots import BETTER, INK, WORSE, chance_line, save
+from dinalrm_jax.plots import BETTER, INK, WORSE, chance_line, colormap, new_figure, save
 from dinalrm_jax.scoring import level_name
 
 
@@ -139,7 +137,7 @@ def write_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
 
 def plot_accuracy(path: pathlib.Path, summary: dict[str, Any]) -> None:
     """Accuracy against the single level with its interval; ensembles as lines across."""
-    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    figure = new_figure(5.4, 3.8)
     axes = figure.subplots()
     single = {float(name): row for name, row in summary["levels"].items() if not name.startswith("ensemble")}
     sigmas = sorted(single)
@@ -162,10 +160,10 @@ def plot_accuracy(path: pathlib.Path, summary: dict[str, Any]) -> None:
 
 def plot_reliability(path: pathlib.Path, evaluation: Evaluation, places: list[int]) -> None:
     """How often the preferred image is named against how sure the likelihood is, by level."""
-    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    figure = new_figure(4.6, 4.2)
     axes = figure.subplots()
     axes.plot([50, 100], [50, 100], color="#999999", linewidth=0.8, linestyle=":")
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(places)))
+    colors = colormap("viridis")(np.linspace(0, 0.85, len(places)))
     for place, color in zip(places, colors):
         curve = _reliability(evaluation, place)
         label = f"{level_name(evaluation.levels[place])} (error {100 * curve.calibration_error:.1f} %)"
@@ -179,7 +177,7 @@ def plot_reliability(path: pathlib.Path, evaluation: Evaluation, places: list[in
 def plot_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
     """Histograms of the scores of the preferred and of the other images, and of the margins, at the last level."""
     chosen, rejected = _pairs(evaluation, len(evaluation.levels) - 1)
-    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    figure = new_figure(8.4, 3.2)
     left, right = figure.subplots(1, 2)
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), 40)
     left.hist(chosen, edges, color=BETTER, alpha=0.55, label="preferred")

@@ -6,11 +6,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.encoders import ImageCodec
-from dinalrm_jax.plots import BETTER, ENSEMBLE, INK, WORSE, chance_line, save
+from dinalrm_jax.plots import BETTER, ENSEMBLE, INK, WORSE, chance_line, new_figure, save
 from dinalrm_jax.scoring import Level, level_name
 from dinalrm_jax.training.evaluation import PairScores
 
@@ -88,7 +87,7 @@ def write_report(
 
 def plot_learning_curve(path: pathlib.Path, history: list[dict]) -> None:
     """Training loss and accuracy, with held-out accuracy where it was measured."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = new_figure(9, 3.2)
     left, right = figure.subplots(1, 2)
     steps = [row["step"] for row in history if "loss" in row]
     left.plot(steps, [row["loss"] for row in history if "loss" in row], color=INK)
@@ -112,7 +111,7 @@ def plot_learning_curve(path: pathlib.Path, history: list[dict]) -> None:
 
 def plot_accuracy_by_sigma(path: pathlib.Path, scores: PairScores) -> None:
     """Held-out accuracy against the single level, with the ensembles as lines across."""
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    figure = new_figure(5.2, 3.6)
     axes = figure.subplots()
     single = [level for level in scores.levels if not isinstance(level, tuple)]
     colors = [INK, WORSE, BETTER]
@@ -137,7 +136,7 @@ def plot_pairs(
     shown = np.linspace(0, len(scores.kinds) - 1, min(count, len(scores.kinds))).round().astype(int)
     columns = 3
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(3.4 * columns, 0.4 + 2.25 * rows))
+    figure = new_figure(3.4 * columns, 0.4 + 2.25 * rows, layout=None)
     cells = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.45, left=0.02, right=0.98, bottom=0.07, top=0.92)
     for place, pair in enumerate(shown):
         chosen, rejected, prompt = scores.records[pair]

@@ -1,0 +1,187 @@
+"""The speed results of record: measured into `benchmarks/*.json`, shown in README.
+
+    python -m benchmarks.speed --measure cpu --reference PATH   # a quarter of an hour on an idle machine
+    python -m benchmarks.speed                                  # README's table and docs/speed.png from the files
+
+PATH is a checkout of HKUST-C4G/diffusion-rm. Each result comes from one process of `python -m dinalrm_jax.benchmark`,
+whose flags are in `SETS`; `--only NAME` measures one again.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from absl import app, flags
+
+from dinalrm_jax.plots import INK, WORSE, new_figure, save
+
+HERE = pathlib.Path(__file__).parent
+README, PLOT = HERE.parent / "README.md", HERE.parent / "docs" / "speed.png"
+START, END = "<!-- speed: python -m benchmarks.speed -->", "<!-- end of speed -->"
+
+GPU = ("--dtype=bfloat16", "--attention=cudnn", "--repeats=20")
+# What is measured: flags of the benchmark command, and whether the original does the same work in turn.
+SETS: dict[str, dict[str, tuple[tuple[str, ...], bool]]] = {
+    "cpu": {
+        "score_256": (("--mode=score",), True),
+        "score_512": (("--mode=score", "--resolution=512"), True),
+        "score_256_merged": (("--mode=score", "--merged"), True),
+        "ensemble_256": (("--mode=ensemble",), True),
+        "gradient_256": (("--mode=gradient",), True),
+        "gradient_256_remat": (("--mode=gradient", "--remat=block"), True),
+        "gradient_512_remat": (("--mode=gradient", "--resolution=512", "--remat=block", "--repeats=2"), True),
+        "train_256": (("--mode=train",), True),
+        "train_256_remat": (("--mode=train", "--remat=block", "--repeats=2"), True),
+        "train_512_remat": (("--mode=train", "--resolution=512", "--remat=block", "--repeats=1"), True),
+        "image_512": (("--mode=image", "--resolution=512"), True),
+        "load": (("--mode=load", "--dtype=bfloat16"), False),
+    },
+    "gpu": {
+        f"{mode}_{side}_batch_{batch}{'_compiled' * compiled}": (
+            (f"--mode={mode}", f"--resolution={side}", f"--batch={batch}", *GPU, *("--compile-reference",) * compiled),
+            True,
+        )
+        for mode in ("score", "ensemble", "gradient", "train")
+        for side in (512, 1024)
+        for batch in (1, 8)
+        for compiled in (False, True)
+    },
+}
+
+
+def measure(machine: str, only: str | None, reference: str) -> None:
+    """Runs a set, one process after another; what was measured before a failure stays."""
+    for name, (options, with_reference) in SETS[machine].items():
+        if only not in (None, name):
+            continue
+        command = [sys.executable, "-m", "dinalrm_jax.benchmark", "--repeats=4", *options]
+        command += [f"--reference={reference}"] * with_reference + [f"--output={HERE / f'{machine}_{name}.json'}"]
+        print(f"+ {' '.join(command)}", flush=True)
+        subprocess.run(command, check=True)
+
+
+def load(machine: str) -> dict[str, dict]:
+    """The results of a set that are on file, in its order."""
+    paths = {name: HERE / f"{machine}_{name}.json" for name in SETS[machine]}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def label(setting: dict) -> str:
+    """A result's work in words."""
+    words = {
+        "score": "score", "ensemble": "ensemble of 3", "gradient": "gradient in the latents", "train": "train step",
+        "image": "VAE, pixels to latents", "text": "text encoders", "load": "load",
+    }  # fmt: skip
+    text = f"{words[setting['mode']]}, {setting['resolution']}"
+    text += f", batch {setting['batch']}" * (setting["batch"] > 1)
+    text += ", LoRA merged" * setting["merged"] + ", rematerialised" * (setting["remat"] == "block")
+    return text
+
+
+def as_markdown(results: dict[str, dict]) -> str:
+    """README's table, and a line on loading."""
+    lines = [
+        "| work | here | original | its time over ours | share of the GEMMs' rate | peak memory, here / original | "
+        "trace and compile |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results.values():
+        if result["setting"]["mode"] == "load":
+            continue
+        theirs = result["reference"]
+        peaks = f"{_gib(result['peak_bytes'])} / {_gib(theirs['peak_bytes'])} GiB"
+        cells = [
+            label(result["setting"]),
+            _seconds(result["seconds"]),
+            _seconds(theirs["seconds"]) + ", compiled" * theirs["compiled"],
+            f"{result['ratio']:.2f}",
+            f"{100 * result['share_of_gemm_peak']:.0f} %",
+            f"{peaks} ({result['peak_bytes'] / theirs['peak_bytes']:.2f})",
+            f"{result['trace_seconds'] + result['compile_seconds']:.1f} s",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for result in results.values():
+        if result["setting"]["mode"] == "load":
+            lines += [
+                "",
+                f"Loading {result['file_bytes'] / 1e9:.2f} GB of float32 to {result['setting']['dtype']} takes "
+                f"{_seconds(result['seconds'])}; reading the same bytes from the page cache "
+                f"{_seconds(result['read_seconds'])}: {result['times_reading']:.2f} times. Resident memory peaks at "
+                f"{_gib(result['peak_bytes'])} GiB, the mapped files, which the system takes back at will, among it.",
+            ]
+    first = next(iter(results.values()))
+    machine, torch = first["machine"], first["reference"]["torch"]
+    dates = sorted({result["date"] for result in results.values()})
+    lines += [
+        "",
+        f"(jax {first['versions']['jax']} and torch {torch} on {machine['cores']} cores, {machine['processor']}, "
+        f"{first['setting']['dtype']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.)",
+    ]
+    return "\n".join(lines)
+
+
+def _seconds(spread: dict[str, float]) -> str:
+    if spread["calls"] == 1:
+        return f"{spread['median']:.2f} s"
+    return f"{spread['median']:.2f} s ({spread['min']:.2f} to {spread['max']:.2f})"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f}"
+
+
+def section(readme: str) -> str:
+    """What stands between README's two marks."""
+    return readme.split(START)[1].split(END)[0]
+
+
+def draw(results: dict[str, dict], path: pathlib.Path) -> None:
+    """Seconds and peak memory of both, side by side."""
+    compared = [result for result in results.values() if "reference" in result]
+    figure = new_figure(9, 0.5 + 0.42 * len(compared))
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = range(len(compared))
+    for axes, unit, ours, theirs in (
+        (left, "seconds a call", [r["seconds"]["median"] for r in compared],
+         [r["reference"]["seconds"]["median"] for r in compared]),
+        (right, "peak memory, GiB", [r["peak_bytes"] / 2**30 for r in compared],
+         [r["reference"]["peak_bytes"] / 2**30 for r in compared]),
+    ):  # fmt: skip
+        axes.barh([place - 0.2 for place in places], ours, 0.38, color=INK, label="dinalrm_jax")
+        axes.barh([place + 0.2 for place in places], theirs, 0.38, color=WORSE, alpha=0.55, label="PyTorch original")
+        axes.set(xlabel=unit)
+        axes.spines[["top", "right"]].set_visible(False)
+    for place, result in zip(places, compared):
+        for name, axes, seconds in (("seconds", left, result), ("seconds", left, result["reference"])):
+            spread = seconds[name]
+            offset = -0.2 if seconds is result else 0.2
+            axes.plot([spread["min"], spread["max"]], 2 * [place + offset], color="#999999", linewidth=1.2)
+    left.set_yticks(list(places), [label(result["setting"]) for result in compared], fontsize=8)
+    left.invert_yaxis()
+    right.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    values = flags.FLAGS
+    if values.measure is not None:
+        if values.reference is None:
+            raise app.UsageError("--measure needs --reference, a checkout of HKUST-C4G/diffusion-rm")
+        if values.only not in (None, *SETS[values.measure]):
+            raise app.UsageError(f"--only is one of {', '.join(SETS[values.measure])}")
+        measure(values.measure, values.only, values.reference)
+    results = load("cpu") | load("gpu")
+    text = README.read_text()
+    README.write_text(text.replace(section(text), f"\n{as_markdown(results)}\n"))
+    draw(results, PLOT)
+    print(as_markdown(results))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("measure", None, list(SETS), "A set to measure first.")
+    flags.DEFINE_string("only", None, "One result of it.")
+    flags.DEFINE_string("reference", None, "A checkout of HKUST-C4G/diffusion-rm.")
+    app.run(main)
