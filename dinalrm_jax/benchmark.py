@@ -34,6 +34,7 @@ from dinalrm_jax.config import ConfigError
 from dinalrm_jax.disk import check_writable, write_json
 from dinalrm_jax.timing import loading
 from dinalrm_jax.timing.memory import forget_peak, peak_bytes
+from dinalrm_jax.timing.profile import top_costs
 from dinalrm_jax.timing.work import MODES, PASSES, Setting, gemm_peak, make_work, model_flops
 
 FROM_ENVIRONMENT = ("XLA_FLAGS", "OMP_NUM_THREADS", "JAX_PLATFORMS")
@@ -76,7 +77,9 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "calls": len(seconds)}
 
 
-def run(setting: Setting, repeats: int, reference_path: str | None, compile_reference: bool) -> dict:
+def run(
+    setting: Setting, repeats: int, reference_path: str | None, compile_reference: bool, profile: bool = False
+) -> dict:
     """Everything that is measured of one mode, as JSON values."""
     work = make_work(setting)
     config, side = setting.model, setting.resolution // 8
@@ -114,6 +117,8 @@ def run(setting: Setting, repeats: int, reference_path: str | None, compile_refe
         result["reference"] = {**reference.about, "seconds": spread(theirs), "peak_bytes": answer["peak_bytes"]}
         result["ratio"] = statistics.median(theirs) / median
         reference.close()
+    if profile:
+        result["profile"] = top_costs(work.call)
     return result
 
 
@@ -198,6 +203,8 @@ def as_text(result: dict) -> str:
             f"{_seconds(theirs['seconds'])}, peak memory {_gib(theirs['peak_bytes'])}; its time over ours: "
             f"{result['ratio']:.2f}"
         )
+    for cost in result.get("profile", ()):
+        lines.append(f"  {100 * cost['share']:5.1f} %  {cost['seconds']:8.3f} s  {cost['number']:5d}  {cost['name']}")
     return "\n".join(lines)
 
 
@@ -233,7 +240,7 @@ def main(argv: list[str]) -> None:
         if setting.mode == "load":
             result = run_load(setting, values.repeats, values.scratch)
         else:
-            result = run(setting, values.repeats, values.reference, values["compile-reference"].value)
+            result = run(setting, values.repeats, values.reference, values["compile-reference"].value, values.profile)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -259,6 +266,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 5, "Timed calls after one warm-up.", 1)
     flags.DEFINE_string("reference", None, "A checkout of HKUST-C4G/diffusion-rm to time in turn.")
     flags.DEFINE_bool("compile-reference", False, "torch.compile its backbone.")
+    flags.DEFINE_bool("profile", False, "Profile one more call and name the costliest operations.")
     flags.DEFINE_string("scratch", None, "Where load writes its checkpoint, 5.6 GB; the system's temporary directory.")
     flags.DEFINE_bool("cache", False, "Use the compilation cache.")
     flags.DEFINE_string("output", None, "Save the result to this JSON file.")

@@ -60,8 +60,13 @@ def main(argv: list[str]) -> None:
             allow_new_shapes=values["allow-new-shapes"].value,
         )
         execution = ExecutionConfig(dtype=values.dtype)
-        model = open_reward_model(values.checkpoint, values["base-model"].value, execution)
-        asyncio.run(RewardServer(model, config, values.checkpoint, api_key).serve())
+        server = RewardServer(
+            open_reward_model(values.checkpoint, values["base-model"].value, execution),
+            config,
+            values.checkpoint,
+            api_key,
+        )
+        asyncio.run(server.serve())
     except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

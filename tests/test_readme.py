@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import dinalrm_jax as dina
+from benchmarks import speed
 from dinalrm_jax.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.data import rehearsal
 from dinalrm_jax.noise import nearest_schedule_sigma
@@ -207,3 +208,8 @@ def test_pictures_exist():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
         with Image.open(ROOT / path) as image:
             assert image.size[0] > 300
+
+
+def test_speed_table_is_that_of_the_results_on_file():
+    results = speed.load("cpu") | speed.load("gpu")
+    assert speed.section(README) == f"\n{speed.as_markdown(results)}\n"

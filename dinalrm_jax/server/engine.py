@@ -42,7 +42,7 @@ class Engine:
         self.max_batch = max_batch
         self.buckets = sorted({min(2**power, max_batch) for power in range(max_batch.bit_length() + 1)})
         self._transformer = model.config.transformer
-        self._model = model
+        self._model, self._params = model, None
         self._param_shapes = stored_shapes(model.config, model.execution)
         module = reward_functional(model.config, model.execution)
         self._score = jax.jit(
@@ -54,8 +54,9 @@ class Engine:
         self._programs: dict[tuple[int, RowShape], jax.stages.Compiled] = {}
 
     def load(self) -> None:
-        """Reads the weights, where they are not in memory yet."""
-        jax.block_until_ready(self._model.params)
+        """Takes the weights, which are read now where they are not in memory yet; their files are closed."""
+        self._params = jax.block_until_ready(self._model.params)
+        self._model = None
 
     def compile(self, shape: RowShape) -> None:
         """Makes the programs of a shape, all buckets."""
@@ -120,7 +121,7 @@ class Engine:
             return np.stack([getattr(row, name) for row in padded], dtype=np.float32, casting="unsafe")
 
         return self._programs[size, rows[0].shape](
-            self._model.params,
+            self._params,
             stack("latents"),
             PromptEmbeds(stack("prompt_embeds"), stack("pooled_prompt_embeds")),
             np.array([row.sigma for row in padded], np.float32),
