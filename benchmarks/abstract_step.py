@@ -1,7 +1,5 @@
 """The full-size train step without its arrays: what can be compiled and read where it cannot run."""
 
-import dataclasses
-
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -18,11 +16,8 @@ from dinalrm_jax.training.step import TrainState, make_step
 def compile_step(
     config: TrainConfig, mesh: Mesh, *, resolution: int, pairs: int, tokens: int = 205
 ) -> jax.stages.Compiled:
-    """The reward stage's step, compiled for `pairs` pairs on each device that takes rows.
-
-    "auto" attention asks which backend this process has, which need not be the mesh's: it is set to XLA's.
-    """
-    execution = dataclasses.replace(config.execution, attention="xla")
+    """The reward stage's step, compiled for `pairs` pairs on each device that takes rows."""
+    execution = config.execution
     module = reward_functional(config.model, execution)
     shapes = stored_shapes(config.model, execution)
     shardings = parameter_shardings(shapes, mesh)

@@ -31,7 +31,7 @@ def main(_) -> None:
     values = flags.FLAGS
     kinds = [("xla", None), *(("grouped", group) for group in (2, 4, 8))]
     if jax.default_backend() == "gpu":
-        kinds = [("xla", None), ("cudnn", None)]
+        kinds = [("xla", None), *[("cudnn", None)] * (values.dtype == "bfloat16")]
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {values.dtype}, 24 heads of 64, ms")
     print("| tokens | " + " | ".join(f"{kind}{f', {group} heads' * bool(group)}" for kind, group in kinds) + " |")
     print("|---" * (1 + len(kinds)) + "|")

@@ -72,8 +72,10 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
             if dtype in BYTES
         ]
-        if start and kind in ("all-gather", "collective-permute"):  # (operands, results, context)
-            sizes = sizes[len(sizes) // 2 :][:1]
+        if start and kind == "all-gather":  # operands, then results
+            sizes = sizes[len(sizes) // 2 :]
+        elif start and kind == "collective-permute":  # operand, result, contexts
+            sizes = sizes[1:2]
         found.append(Collective(kind, sum(sizes), _group(line, devices)))
     return found
 
@@ -103,10 +105,16 @@ def main(_) -> None:
     values = flags.FLAGS
     config = from_mapping(TrainConfig, hpdv3.get_config())
     # A loop's body would count once; what is computed again is gathered again.
-    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, layers="loop"))
+    # Grouped attention is the CPU's own; what is read here is meant for other devices.
+    execution = dataclasses.replace(config.execution, layers="loop", attention="xla")
+    config = dataclasses.replace(config, execution=execution)
     wanted = values.topology and topologies.get_topology_desc(values.topology, "tpu").devices
     devices = np.array(wanted or jax.devices())
-    execution = config.execution
+    if len(devices) != 8:
+        raise app.UsageError(
+            f"eight devices are needed, found {len(devices)}; set "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8, or name a --topology"
+        )
     print(
         f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}, {values.resolution} x {values.resolution}, "
         f"one pair a device, {execution.dtype}, remat {execution.remat}"

@@ -15,7 +15,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from benchmarks.scaling import pair_flops
+from benchmarks.scaling import SIDE, TOKENS, pair_flops
 from dinalrm_jax.config import EncodersConfig
 from dinalrm_jax.data import records
 from dinalrm_jax.data.loader import TrainingBatches
@@ -23,7 +23,7 @@ from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, Reco
 from dinalrm_jax.training.metrics import PEAK_FLOPS
 
 IMAGES, PROMPTS, PAIRS, BATCH = 256, 128, 512, 32
-LATENTS, TOKENS, WIDTH, POOLED = (128, 128, 16), 205, 4096, 2048
+LATENTS, WIDTH, POOLED = (SIDE, SIDE, 16), 4096, 2048
 
 
 def write(directory: pathlib.Path) -> None:
@@ -65,5 +65,5 @@ def main(_) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("directory", "/tmp/loader_records", "Records to read; written (0.4 GB) if not there.")
     flags.DEFINE_float("seconds", 20.0, "How long to read.")
-    flags.DEFINE_float("utilisation", 0.5, "Share of the stated peak that the train step is taken to reach.")
+    flags.DEFINE_float("utilisation", 0.4, "Share of the stated peak that the train step is taken to reach.")
     app.run(main)

@@ -8,7 +8,8 @@ largest matrix products, and memory. With --reference, a checkout of HKUST-C4G/d
 does the same work in another process, call by call in turn (A B A B); the ratio is its time over ours.
 
 Modes: score, ensemble (three noise levels), gradient (of the score in the latents), train (one optimizer step
-on a pair), text and image (the encoders), load (a float32 checkpoint from disk, written to --scratch first).
+on a pair), text and image (the encoders; T5-XXL takes 10 GB in bfloat16), load (a float32 checkpoint from disk,
+written to --scratch first). Of a loop's body (--layers=scan) XLA counts the FLOPs of one pass.
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.disk import check_writable, write_json
 from dinalrm_jax.timing import loading
+from dinalrm_jax.timing.costs import top_costs
 from dinalrm_jax.timing.memory import forget_peak, peak_bytes
-from dinalrm_jax.timing.profile import top_costs
 from dinalrm_jax.timing.work import MODES, PASSES, Setting, gemm_peak, make_work, model_flops
 
 FROM_ENVIRONMENT = ("XLA_FLAGS", "OMP_NUM_THREADS", "JAX_PLATFORMS")
@@ -96,9 +97,9 @@ def run(
         ours.append(seconds)
         if answer is not None:
             theirs.append(answer["seconds"])
-    modelled = None
-    if setting.mode in PASSES:
-        modelled = model_flops(config, setting.mode, setting.batch, side, setting.tokens)
+    modelled = (
+        model_flops(config, setting.mode, setting.batch, side, setting.tokens) if setting.mode in PASSES else None
+    )
     median = statistics.median(ours)
     rate = (modelled or work.flops) / median / (setting.data * setting.fsdp * setting.tensor)
     result = {
@@ -170,12 +171,15 @@ def as_text(result: dict) -> str:
     """The lines for people."""
     machine, setting = result["machine"], Setting(**result["setting"])
     size = f"{setting.resolution} x {setting.resolution} pixels, batch {setting.batch}, {setting.tokens} text tokens"
-    how = [setting.dtype, f"attention {setting.attention}", setting.layers, f"remat {setting.remat}"]
+    how = [setting.dtype]
+    if setting.mode in PASSES:
+        size += f", blocks: {setting.blocks}"
+        how += [f"attention {setting.attention}", setting.layers, f"remat {setting.remat}"]
     how += ["LoRA merged"] * setting.merged
     mesh = {name: getattr(setting, name) for name in ("data", "fsdp", "tensor") if getattr(setting, name) > 1}
     how += [f"{name}={count}" for name, count in mesh.items()]
     lines = [
-        f"{setting.mode}, {size}, {setting.blocks} blocks; {', '.join(how)}",
+        f"{setting.mode}, {size}; {', '.join(how)}",
         f"jax {result['versions']['jax']}, {machine['device']}, {machine['cores']} cores, {machine['processor']}",
     ]
     if setting.mode == "load":
@@ -187,11 +191,11 @@ def as_text(result: dict) -> str:
         ]
         return "\n".join(lines)
     flops = result["gflop"]
-    by_model = "" if flops["cost_model"] is None else f"{flops['cost_model']:.0f} GFLOP by the cost model, "
+    by_model = "" if flops["cost_model"] is None else f"{flops['cost_model']:.0f} GFLOP by the cost model and "
     lines += [
         f"  {_seconds(result['seconds'])} a call; trace {result['trace_seconds']:.1f} s, "
         f"compile {result['compile_seconds']:.1f} s",
-        f"  {by_model}{flops['xla']:.0f} by XLA; {result['gflop_per_second_and_device']:.0f} GFLOP/s a device, "
+        f"  {by_model}{flops['xla']:.0f} GFLOP by XLA; {result['gflop_per_second_and_device']:.0f} GFLOP/s a device, "
         f"{100 * result['share_of_gemm_peak']:.0f} % of its GEMMs' {result['gemm_peak_gflop_per_second']:.0f}",
         f"  peak memory {_gib(result['peak_bytes'])}; of the program, arguments {_gib(result['bytes']['arguments'])}, "
         f"temporaries {_gib(result['bytes']['temporary'])}",
@@ -203,8 +207,10 @@ def as_text(result: dict) -> str:
             f"{_seconds(theirs['seconds'])}, peak memory {_gib(theirs['peak_bytes'])}; its time over ours: "
             f"{result['ratio']:.2f}"
         )
+    if "profile" in result:
+        lines.append("   share   seconds  number  operation (seconds of all threads or streams together)")
     for cost in result.get("profile", ()):
-        lines.append(f"  {100 * cost['share']:5.1f} %  {cost['seconds']:8.3f} s  {cost['number']:5d}  {cost['name']}")
+        lines.append(f"  {100 * cost['share']:4.1f} %  {cost['seconds']:8.3f}  {cost['number']:6d}  {cost['name']}")
     return "\n".join(lines)
 
 
@@ -229,28 +235,30 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
-    setting = Setting(**{field.name: values[field.name].value for field in dataclasses.fields(Setting)})
     if values.cache:
         enable_compilation_cache()
     try:
+        setting = Setting(**{field.name: values[field.name].value for field in dataclasses.fields(Setting)})
         if values.output is not None:
             check_writable(values.output)
         if setting.mode == "load" and values.reference is not None:
             raise ConfigError("--reference has no load mode")
+        if setting.mode not in PASSES and values["compile-reference"].value:
+            raise ConfigError("--compile-reference compiles the original's backbone, which this mode has not")
         if setting.mode == "load":
             result = run_load(setting, values.repeats, values.scratch)
         else:
             result = run(setting, values.repeats, values.reference, values["compile-reference"].value, values.profile)
+        print(as_text(result))
+        if values.output is not None:
+            write_json(pathlib.Path(values.output), result, indent=1)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(as_text(result))
-    if values.output is not None:
-        write_json(pathlib.Path(values.output), result, indent=1)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("mode", "score", (*MODES, "load"), "What to time.")
+    flags.DEFINE_enum("mode", "score", MODES, "What to time.")
     flags.DEFINE_integer("resolution", 256, "Image side in pixels.", 16)
     flags.DEFINE_integer("batch", 1, "Images, pairs for train, prompts for text.", 1)
     flags.DEFINE_integer("tokens", 205, "Text tokens: 77 of CLIP, the rest T5's.", 1)
@@ -260,7 +268,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum("layers", "loop", ["loop", "scan"], "How the blocks are run.")
     flags.DEFINE_enum("remat", "none", ["none", "dots", "block"], "What a block keeps for its backward pass.")
     flags.DEFINE_bool("merged", False, "Add LoRA into the weights first (not for train).")
-    flags.DEFINE_integer("data", 1, "Devices that split the batch.", 1)
+    flags.DEFINE_integer(
+        "data", 1, "Devices that split the batch (XLA_FLAGS=--xla_force_host_platform_device_count=8).", 1
+    )
     flags.DEFINE_integer("fsdp", 1, "Devices that split the batch and hold a part of the parameters each.", 1)
     flags.DEFINE_integer("tensor", 1, "Devices that split heads and hidden units.", 1)
     flags.DEFINE_integer("repeats", 5, "Timed calls after one warm-up.", 1)

@@ -19,6 +19,6 @@ def enable_compilation_cache() -> None:
 
 def return_freed_memory() -> None:
     """Gives back to the system what the compiler freed and glibc keeps: 0.8 GiB after a full-size train step."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # another C library
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
+    if trim is not None:
         trim(0)

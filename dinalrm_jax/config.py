@@ -279,7 +279,8 @@ class ExecutionConfig:
     layers: "loop" unrolls the blocks (fastest on CPU); "scan" stacks each run of equal blocks
         between taps and scans over it (compiles several times quicker, for GPU and TPU).
     remat: what a block keeps for its backward pass: everything ("none"), matrix products
-        ("dots"; not on CPUs, whose compiler keeps everything then) or only its inputs ("block").
+        ("dots"; not on CPUs, whose compiler keeps everything then) or only its inputs ("block"; on
+        CPUs without forward-mode differentiation).
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"

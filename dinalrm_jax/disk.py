@@ -32,6 +32,8 @@ def whole_directory(target: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 def check_writable(path: str | pathlib.Path) -> None:
     """Makes the directory that `path` is to be written into; raises OSError unless that can be written."""
+    if pathlib.Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file in it")
     parent = pathlib.Path(path).parent
     parent.mkdir(parents=True, exist_ok=True)
     if not os.access(parent, os.W_OK):

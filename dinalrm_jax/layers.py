@@ -146,6 +146,12 @@ def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     return (x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
+def platform() -> str:
+    """What is compiled for: the devices of the mesh around it, which need not be here, else this process's own."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def split_rows(x: jax.Array) -> jax.Array:
     """`x`, its rows split over the mesh that training runs under, or as it is where there is none.
 

@@ -30,14 +30,21 @@ def place(
             JAX does not bind them.
     """
     dtype = np.dtype(dtype)
+    default = jax.config.jax_default_device  # of this thread
 
     def put(name: str) -> jax.Array:
         array = np.asarray(arrays[name])
         if shardings is None:
-            return jax.device_put(_converted(array, dtype))
-        return jax.make_array_from_callback(
-            array.shape, shardings[name], lambda index: _converted(array[index], dtype), dtype=dtype
-        )
+            with jax.default_device(default):
+                return jax.device_put(_converted(array, dtype))
+        parts: dict[str, np.ndarray] = {}  # by where they lie: devices that hold the same share it
+
+        def part(index) -> np.ndarray:
+            if (key := str(index)) not in parts:
+                parts[key] = _converted(array[index], dtype)
+            return parts[key]
+
+        return jax.make_array_from_callback(array.shape, shardings[name], part, dtype=dtype)
 
     with ThreadPoolExecutor(WORKERS) as pool:
         return dict(zip(arrays, pool.map(put, arrays)))

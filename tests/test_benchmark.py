@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from dinalrm_jax.config import ConfigError, RewardModelConfig
 from dinalrm_jax.timing import loading
+from dinalrm_jax.timing.costs import top_costs
 from dinalrm_jax.timing.memory import forget_peak, peak_bytes
 from dinalrm_jax.timing.work import Setting, make_work, model_flops
 from tests.conftest import ROOT, TINY
@@ -41,20 +44,39 @@ def test_modes_run(mode):
         assert result.sharding.device_set == set(jax.devices()[:2])  # the batch was split
 
 
-def test_what_cannot_be_timed():
-    with pytest.raises(ConfigError, match="LoRA is what train trains"):
-        make_work(dataclasses.replace(SMALL, mode="train", merged=True), TINY)
-    with pytest.raises(ConfigError, match="batch 2 must be a multiple of .* 1 x 4 x 1"):
-        make_work(dataclasses.replace(SMALL, data=4), TINY)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "train", "merged": True}, "LoRA is what train trains"),
+        ({"data": 4}, "batch 2 must be a multiple of .* 1 x 4 x 1"),
+        ({"mode": "image", "remat": "block", "data": 2}, "mode image does not take remat, data, of the reward model"),
+        ({"mode": "text", "tokens": 77}, "77 of CLIP and T5's, got 77 in all"),
+    ],
+)
+def test_what_cannot_be_timed(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_work(dataclasses.replace(SMALL, **options), TINY)
 
 
-def test_loading_reads_every_byte_once(tmp_path):
-    loading.write_checkpoint(tmp_path / "native", TINY)
-    files = sum(path.stat().st_size for path in (tmp_path / "native").glob("*.safetensors"))
-    seconds, count = loading.read(tmp_path / "native")
-    assert count == files
-    assert seconds > 0
-    assert loading.load(tmp_path / "native", "bfloat16")[0] > 0
+def test_costs_are_named():
+    x = np.ones((400, 400), np.float32)
+    product = jax.jit(lambda x: jax.numpy.sin(x @ x)).lower(x).compile()
+    costs = top_costs(lambda: jax.block_until_ready(product(x)))
+    assert any("dot" in cost["name"] or "fusion" in cost["name"] for cost in costs)
+    assert sum(cost["share"] for cost in costs) == pytest.approx(1)
+
+
+def test_load_mode():
+    """On one block of full width would take a minute; here the parts that it runs."""
+    with tempfile.TemporaryDirectory() as directory:
+        native = pathlib.Path(directory) / "native"
+        loading.write_checkpoint(native, TINY)
+        seconds, count = loading.read(native)
+        assert count == sum(path.stat().st_size for path in native.glob("*.safetensors"))
+        took, peak = loading.load(native, "bfloat16")
+        assert seconds > 0
+        assert took > 0
+        assert peak > 2**20
 
 
 def test_peak_memory_is_that_since_it_was_forgotten():

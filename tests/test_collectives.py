@@ -12,11 +12,13 @@ from benchmarks.abstract_step import compile_step
 from benchmarks.collectives import Collective, collectives
 from dinalrm_jax.config import TrainConfig, from_mapping
 from dinalrm_jax.reward_model import is_trainable, reward_functional
+from dinalrm_jax.training.objectives import SIGMA_BINS
 
 
 def test_data_parallelism_reduces_trainable_gradients_only():
-    """Every trainable gradient once, in float32, and 35 numbers of metrics: no frozen weight, no pixel.
+    """Every trainable gradient once, in float32, and the metrics; no frozen weight, no pixel.
 
+    Those are the loss, four numbers and three by noise level.
     The head's key biases, which softmax ignores, have no gradient: nothing computes them.
     """
     config = from_mapping(TrainConfig, hpdv3.get_config("smoke"))
@@ -28,7 +30,7 @@ def test_data_parallelism_reduces_trainable_gradients_only():
     trainable = sum(4 * shape.size for name, shape in shapes.items() if is_trainable(name) and name not in idle)
     assert {one.kind for one in found} == {"all-reduce"}
     assert {one.group for one in found} == {mesh.size}
-    assert sum(one.result_bytes for one in found) == trainable + 4 * 35
+    assert sum(one.result_bytes for one in found) == trainable + 4 * (1 + 4 + 3 * SIGMA_BINS)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,14 @@ def test_data_parallelism_reduces_trainable_gradients_only():
         (
             "%a = (bf16[2,2]{1,0:T(8,128)}, bf16[8,2]{1,0:T(8,128)}) all-gather-start(%x), replica_groups={{0,1,2,3}}",
             ("all-gather", 32, 4, 24),
+        ),
+        (
+            "%a = ((f32[1], f32[4]), (f32[8], f32[32])) all-gather-start(%x, %y), replica_groups=[1,8]<=[8]",
+            ("all-gather", 160, 8, 140),
+        ),
+        (
+            "%a = (bf16[64,64]{1,0}, bf16[64,64]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1",
+            ("collective-permute", 8192, 8, 8192),
         ),
         ("%a = f32[2]{0} reduce-scatter(%x), replica_groups={}, dimensions={0}", ("reduce-scatter", 8, 8, 56)),
     ],

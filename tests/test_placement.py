@@ -36,6 +36,13 @@ def test_values_are_those_of_the_host(dtype):
         np.testing.assert_array_equal(placed[name], jnp.asarray(array).astype(dtype), strict=True)
 
 
+def test_the_default_device_is_the_callers():
+    device = jax.devices()[3]
+    with jax.default_device(device):
+        placed = place({"a": np.ones(3, np.float32)}, np.float32)
+    assert placed["a"].devices() == {device}
+
+
 def test_each_device_gets_its_part():
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
     array = np.arange(24, dtype=np.float32).reshape(8, 3)
@@ -79,8 +86,11 @@ def test_an_open_model_is_read_when_it_is_used(golden_model, tmp_path):
         open_reward_model(tmp_path / "native", None, golden_model.execution)
 
 
-def test_tensors_of_unknown_dtypes_are_named(tmp_path):
-    header = b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
-    with pytest.raises(WeightsError, match="holds tensors of F8_E4M3; this reads F64, F32"):
-        SafetensorsDirectory(tmp_path, "model")
+def test_tensors_of_unknown_dtypes_are_named_when_they_are_asked_for(tmp_path):
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]},'
+    header += b'"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab\x03\x04")
+    tensors = SafetensorsDirectory(tmp_path, "model")
+    assert tensors["b"].tolist() == [3, 4]
+    with pytest.raises(WeightsError, match="a is of dtype F8_E4M3; this reads F64, F32"):
+        tensors["a"]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dinalrm_jax.layers import Linear, RMSNorm
+from dinalrm_jax.layers import Linear, RMSNorm, platform
 
 
 class Attention(nnx.Module):
@@ -88,7 +88,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, implementation: s
         (B, N, heads, d), in the values' dtype.
     """
     if implementation == "auto":
-        implementation = "grouped" if jax.default_backend() == "cpu" else "xla"
+        implementation = "grouped" if platform() == "cpu" else "xla"
     if implementation == "grouped":
         return _grouped(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, implementation=implementation)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dinalrm_jax.layers import platform
+
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -16,7 +18,7 @@ def rematerialised(block: Callable, remat: str) -> Callable:
     """`block` of (state, image, text, temb) to (image, text) with the memory of `ExecutionConfig.remat`."""
     if remat == "none":
         return block
-    if remat == "block" and jax.default_backend() == "cpu":
+    if remat == "block" and platform() == "cpu":
         return _recomputed(block)
     return jax.checkpoint(block, policy=POLICIES[remat])
 

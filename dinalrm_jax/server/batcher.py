@@ -121,7 +121,7 @@ class Batcher:
         """Raises RequestError 503 unless rows are scored."""
         if self.state != READY:
             message = {
-                LOADING: "the server is compiling its programs; /healthz says when it is ready",
+                LOADING: "the server is reading its weights and compiling; /healthz says when it is ready",
                 DRAINING: "the server is shutting down",
                 DEAD: "the device failed; the server ends itself and is to be started again",
             }[self.state]
@@ -180,12 +180,16 @@ class Batcher:
 
     def _run(self) -> None:
         try:
-            with ThreadPoolExecutor(1, "load") as loader:
-                loading = loader.submit(self.engine.load)
-                for shape in self._shapes:
-                    if self.state == LOADING:
-                        self._compile(shape)
-            loading.result()
+            loading = _begin(self.engine.load)
+            for shape in self._shapes:
+                if self.state == LOADING:
+                    self._compile(shape)
+                if loading.done():
+                    loading.result()  # no use in compiling for weights that cannot be read
+            while self.state == LOADING and not loading.done():
+                time.sleep(0.02)
+            if self.state == LOADING:
+                loading.result()
             return_freed_memory()
             if self.state == LOADING:
                 self._try_device()
@@ -317,3 +321,17 @@ class Batcher:
         for item in batch:
             with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
                 item.future.set_exception(RequestError(500, "device_failure", f"the device failed: {error}"))
+
+
+def _begin(function: Callable[[], None]) -> Future:
+    """Runs `function` in a thread that no exit waits for."""
+    result = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return result

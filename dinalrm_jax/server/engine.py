@@ -35,7 +35,7 @@ class Engine:
     A batch is padded, by its first row, to the next of 1, 2, 4, 8 ... `max_batch`. A row's noise comes
     from its own seed, as in `RewardModel.score_latents`, so its score does not depend on the others.
 
-    Programs are compiled without the weights, which may be on their way meanwhile.
+    Of a checkpoint that is only open, programs are compiled while its weights are on their way.
     """
 
     def __init__(self, model: RewardModel | PretrainedModel, max_batch: int):
@@ -43,7 +43,9 @@ class Engine:
         self.buckets = sorted({min(2**power, max_batch) for power in range(max_batch.bit_length() + 1)})
         self._transformer = model.config.transformer
         self._model, self._params = model, None
-        self._param_shapes = stored_shapes(model.config, model.execution)
+        self._compiled_for = (
+            model.params if isinstance(model, RewardModel) else stored_shapes(model.config, model.execution)
+        )
         module = reward_functional(model.config, model.execution)
         self._score = jax.jit(
             lambda params, latents, prompt, sigma, keys: module.bind(params)(
@@ -71,7 +73,7 @@ class Engine:
                 jax.ShapeDtypeStruct((size,), jnp.float32),
                 jax.ShapeDtypeStruct((size, 2), jnp.uint32),
             )
-            self._programs[size, shape] = self._score.lower(self._param_shapes, *inputs).compile()
+            self._programs[size, shape] = self._score.lower(self._compiled_for, *inputs).compile()
         self.shapes.append(shape)
 
     def probe(self, shape: RowShape) -> Row:

@@ -5,7 +5,9 @@ Imports nothing but the standard library: what it measures must not be its own.
 
 import contextlib
 import pathlib
+import re
 import resource
+import sys
 
 
 def forget_peak() -> None:
@@ -16,8 +18,7 @@ def forget_peak() -> None:
 
 def peak_bytes() -> int:
     """The most resident memory since `forget_peak`."""
-    try:
-        status = pathlib.Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    with contextlib.suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -42,7 +42,8 @@ from dinalrm_jax.vae import AutoencoderKL, VAEConfig
 
 # How often the blocks' forward FLOPs are done for one image or pair: a backward pass takes as many as a forward.
 PASSES = {"score": 1, "ensemble": 3, "gradient": 2, "train": 4}
-MODES = (*PASSES, "text", "image")
+MODES = (*PASSES, "text", "image", "load")
+MODEL_OPTIONS = ("attention", "layers", "remat", "merged", "data", "fsdp", "tensor")
 SIGMA, ENSEMBLE = 0.4, (0.2, 0.5, 0.7)
 # SD3.5's text encoders beside T5-XXL: CLIP ViT-L/14 and ViT-bigG/14.
 CLIP_L = CLIPTextConfig(
@@ -88,6 +89,19 @@ class Setting:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self):
+        if self.mode not in PASSES:
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            ignored = [name for name in MODEL_OPTIONS if getattr(self, name) != defaults[name]]
+            if ignored:
+                raise ConfigError(f"mode {self.mode} does not take {', '.join(ignored)}, of the reward model")
+        if self.resolution % 16:
+            raise ConfigError(f"resolution must be a multiple of 16 pixels, got {self.resolution}")
+        if self.mode == "text" and self.tokens <= CLIP_TOKENS:
+            raise ConfigError(f"text tokens are {CLIP_TOKENS} of CLIP and T5's, got {self.tokens} in all")
+        if self.merged and self.mode == "train":
+            raise ConfigError("merged: LoRA is what train trains")
 
     @property
     def execution(self) -> ExecutionConfig:
@@ -148,8 +162,6 @@ def make_work(setting: Setting, config: RewardModelConfig | None = None) -> Work
     if setting.mode == "image":
         return _image(setting)
     config = config or setting.model
-    if setting.merged and setting.mode == "train":
-        raise ConfigError("merged: LoRA is what train trains")
     mesh = make_mesh(MeshConfig(setting.data, setting.fsdp, setting.tensor))
     check_batch_size("batch", setting.batch, 1, mesh)
     rng = np.random.default_rng(1)

@@ -14,8 +14,9 @@ from dinalrm_jax.weights.rules import WeightsError
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-    "BOOL": np.dtype(np.bool_),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(np.bool_),
+    **{f"{kind}{bits}": np.dtype(f"{name}{bits}")
+       for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
 }  # fmt: skip
 
 
@@ -33,12 +34,15 @@ class SafetensorsDirectory(Mapping[str, np.ndarray]):
         directory = pathlib.Path(directory)
         single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
         if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise WeightsError(f"{index} holds no weight_map, which says in which file a tensor is")
+            shards = sorted(set(weight_map.values()))
         elif single.exists():
             shards = [single.name]
         else:
             raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
-        self._tensors: dict[str, np.ndarray] = {}
+        self._tensors: dict[str, np.ndarray | str] = {}
         for shard in shards:
             for name, tensor in _map_file(directory / shard).items():
                 if name in self._tensors:
@@ -46,7 +50,10 @@ class SafetensorsDirectory(Mapping[str, np.ndarray]):
                 self._tensors[name] = tensor
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[name]
+        tensor = self._tensors[name]
+        if isinstance(tensor, str):
+            raise WeightsError(f"{name} is of dtype {tensor}; this reads {', '.join(DTYPES)}")
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -55,8 +62,11 @@ class SafetensorsDirectory(Mapping[str, np.ndarray]):
         return len(self._tensors)
 
 
-def _map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """A safetensors file's tensors as views of it; the library checks the file, but can only copy out of it."""
+def _map_file(path: pathlib.Path) -> dict[str, np.ndarray | str]:
+    """A safetensors file's tensors as views of it, or the dtypes of those that NumPy does not have.
+
+    The library checks the file, but can only copy out of it.
+    """
     try:
         with safe_open(path, framework="np"):
             pass
@@ -66,11 +76,10 @@ def _map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
-    unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
-    if unknown:
-        raise WeightsError(f"{path} holds tensors of {', '.join(unknown)}; this reads {', '.join(DTYPES)}")
     return {
         name: np.ndarray(entry["shape"], DTYPES[entry["dtype"]], data, start + entry["data_offsets"][0])
+        if entry["dtype"] in DTYPES
+        else entry["dtype"]
         for name, entry in header.items()
     }
 

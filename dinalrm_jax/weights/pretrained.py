@@ -52,11 +52,13 @@ DIFFUSERS_DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedModel:
-    """A checkpoint whose files are open and fit the model they describe; they are read when `params` is used.
+    """A checkpoint whose files are open and fit the model they describe; weights are read when `params` is used.
+
+    (Of the released layout, `rm_head.pt` and the position table, which is checked, are read at once.)
 
     Attributes:
         config, execution, base_model: as of the `RewardModel`.
-        arrays: parameters as views of mapped files, in their dtype.
+        arrays: parameters, of safetensors as views of the mapped files, in their dtype.
         shared: parameters that are on the device already.
     """
 
@@ -262,6 +264,10 @@ def _open_native(
 
 def _released_parts(checkpoint: pathlib.Path, transformer: pathlib.Path, config: RewardModelConfig):
     """(source, tensors, table, which of our names it holds, what it may hold beside) of every part."""
+    if not (checkpoint / "rm_head.pt").is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} holds no rm_head.pt: it is not a released checkpoint, or an incomplete one"
+        )
     yield checkpoint / "rm_head.pt", torch_file.read(checkpoint / "rm_head.pt"), released.HEAD, _is_head, None
     if config.lora is not None:
         adapter = checkpoint / "backbone_lora"

@@ -284,12 +284,27 @@ def test_programs_are_compiled_while_weights_are_read(engine):
     batcher.drain()
 
 
-def test_weights_that_cannot_be_read_end_the_server(engine, caplog):
+def test_weights_that_cannot_be_placed_end_the_server(engine, caplog):
+    """Before the programs that are still to be compiled for them."""
+
     def load():
-        raise OSError("Stale file handle")
+        raise RuntimeError("RESOURCE_EXHAUSTED: weights")
 
     engine.load = load
-    batcher = Batcher(engine, [SMALL])
+    engine.compile = lambda shape: (time.sleep(0.1), engine.shapes.append(shape))
+    batcher = Batcher(engine, [SMALL, LARGE])
     batcher.start()
     until(lambda: batcher.state == "dead")
-    assert "Stale file handle" in caplog.text
+    assert "RESOURCE_EXHAUSTED: weights" in caplog.text
+    assert engine.shapes == [SMALL]
+
+
+def test_a_drain_does_not_wait_for_weights(engine):
+    read = threading.Event()
+    engine.load = lambda: read.wait(30)
+    batcher = Batcher(engine, [SMALL])
+    batcher.start()
+    until(lambda: engine.shapes == [SMALL])
+    batcher.drain()
+    assert batcher.join(5)
+    read.set()
