@@ -149,7 +149,7 @@ def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
 def platform() -> str:
     """What is compiled for: the devices of the mesh around it, which need not be here, else this process's own."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
+    return getattr(device, "platform", None) or jax.default_backend()
 
 
 def split_rows(x: jax.Array) -> jax.Array:
