@@ -31,7 +31,7 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "gradient_256": ("--mode=gradient", "--repeats=8"),
         "gradient_256_remat": ("--mode=gradient", "--remat=block"),
         "gradient_512_remat": ("--mode=gradient", "--resolution=512", "--remat=block", "--repeats=1"),
-        "train_256": ("--mode=train",),
+        "train_256": ("--mode=train", "--repeats=6"),
         "train_256_remat": ("--mode=train", "--remat=block", "--repeats=2"),
         "image_512": ("--mode=image", "--resolution=512"),
         "load": ("--mode=load", "--dtype=bfloat16"),
