@@ -43,19 +43,17 @@ class Collective:
     def sent_bytes(self) -> float:
         """What each device sends in a ring (a permute sends its operand as it is)."""
         share = (self.group - 1) / self.group
-        return (
-            self.result_bytes
-            * {
-                "all-reduce": 2 * share,
-                "all-gather": share,
-                "reduce-scatter": self.group * share,
-                "collective-permute": 1.0,
-                "all-to-all": share,
-            }[self.kind]
-        )
+        times = {
+            "all-reduce": 2 * share,
+            "all-gather": share,
+            "reduce-scatter": self.group * share,
+            "collective-permute": 1.0,
+            "all-to-all": share,
+        }
+        return self.result_bytes * times[self.kind]
 
 
-def name(mesh: dict[str, int]) -> str:
+def mesh_name(mesh: dict[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
@@ -120,12 +118,12 @@ def main(_) -> None:
         f"one pair a device, {execution.dtype}, remat {execution.remat}"
     )
     for sizes in MESHES:
-        if values.mesh not in (None, name(sizes)):
+        if values.mesh not in (None, mesh_name(sizes)):
             continue
         shape = [sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor")]
         mesh = Mesh(devices.reshape(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
         compiled = compile_step(config, mesh, resolution=values.resolution, pairs=1)
-        print(f"\n{name(sizes)}")
+        print(f"\n{mesh_name(sizes)}")
         print("| collective | number | results, MiB | sent by a device, MiB |\n|---|---|---|---|")
         print(as_table(collectives(compiled.as_text(), len(devices))), flush=True)
 
@@ -133,5 +131,5 @@ def main(_) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "A TPU slice of eight chips, as jax.experimental.topologies names it.")
     flags.DEFINE_integer("resolution", 1024, "Image side in pixels.")
-    flags.DEFINE_enum("mesh", None, list(map(name, MESHES)), "One of the meshes; all if not given.")
+    flags.DEFINE_enum("mesh", None, list(map(mesh_name, MESHES)), "One of the meshes; all if not given.")
     app.run(main)

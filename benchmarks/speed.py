@@ -109,13 +109,13 @@ def as_markdown(results: dict[str, dict]) -> str:
             f"{result['trace_seconds'] + result['compile_seconds']:.1f} s",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    if load := results.get("load"):
+    if loading := results.get("load"):
         lines += [
             "",
-            f"Loading {load['file_bytes'] / 1e9:.2f} GB of float32 to {load['setting']['dtype']} takes "
-            f"{_seconds(load['seconds'])}; reading the same bytes from the page cache "
-            f"{_seconds(load['read_seconds'])}: {load['times_reading']:.2f} times. Resident memory peaks at "
-            f"{_gib(load['peak_bytes'])} GiB, the mapped files, which the system takes back at will, among it.",
+            f"Loading {loading['file_bytes'] / 1e9:.2f} GB of float32 to {loading['setting']['dtype']} takes "
+            f"{_seconds(loading['seconds'])}; reading the same bytes from the page cache "
+            f"{_seconds(loading['read_seconds'])}: {loading['times_reading']:.2f} times. Resident memory peaks at "
+            f"{_gib(loading['peak_bytes'])} GiB, the mapped files, which the system takes back at will, among it.",
         ]
     machines = dict.fromkeys(
         f"jax {r['versions']['jax']} and torch {r['reference']['torch']} on {r['machine']['device']}, "

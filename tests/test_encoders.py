@@ -22,6 +22,7 @@ from dinalrm_jax.parameters import functional
 from dinalrm_jax.text.clip import CLIPTextConfig, CLIPTextModel
 from dinalrm_jax.text.prompt import SD3PromptEncoder
 from dinalrm_jax.text.t5 import T5Config, T5Encoder, relative_position_buckets
+from dinalrm_jax.timing.work import CLIP_G, CLIP_L
 from dinalrm_jax.vae import AutoencoderKL, VAEConfig
 from dinalrm_jax.weights.pipeline import load_vae
 from dinalrm_jax.weights.pretrained import export_released
@@ -235,15 +236,8 @@ def count(module):
 
 def test_full_size_parameter_counts():
     """SD3.5's own: CLIP ViT-L/14 and ViT-bigG/14 with their projections, T5-XXL's encoder, the 16-channel VAE."""
-    clip_l = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=12, num_attention_heads=12
-    )  # fmt: skip
-    clip_g = CLIPTextConfig(
-        hidden_size=1280, intermediate_size=5120, projection_dim=1280, num_hidden_layers=32, num_attention_heads=20,
-        hidden_act="gelu",
-    )  # fmt: skip
-    assert count(functional(lambda rngs: CLIPTextModel(clip_l, rngs=rngs))) == 123_650_304
-    assert count(functional(lambda rngs: CLIPTextModel(clip_g, rngs=rngs))) == 694_659_840
+    assert count(functional(lambda rngs: CLIPTextModel(CLIP_L, rngs=rngs))) == 123_650_304
+    assert count(functional(lambda rngs: CLIPTextModel(CLIP_G, rngs=rngs))) == 694_659_840
     assert count(functional(lambda rngs: T5Encoder(T5Config(), rngs=rngs))) == 4_762_310_656
     vae = functional(lambda rngs: AutoencoderKL(VAEConfig(), rngs=rngs))
     assert count(vae) == 83_819_683

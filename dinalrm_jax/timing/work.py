@@ -66,7 +66,7 @@ class Setting:
     Attributes:
         mode: score, ensemble: scores of images; gradient: that of their summed score in the latents; train: one
             optimizer step on pairs, both images in one batch, LoRA and head; text: prompts to embeddings; image:
-            pixels to latents.
+            pixels to latents; load: a checkpoint from disk (`timing.loading`).
         resolution: image side in pixels.
         batch: images, for train pairs, for text prompts.
         tokens: of a prompt, 77 of CLIP and the rest T5's.
