@@ -117,12 +117,14 @@ def as_markdown(results: dict[str, dict]) -> str:
             f"{_seconds(loading['read_seconds'])}: {loading['times_reading']:.2f} times. Resident memory peaks at "
             f"{_gib(loading['peak_bytes'])} GiB, the mapped files, which the system takes back at will, among it.",
         ]
+    dates = sorted({result["date"] for result in results.values()})
     machines = dict.fromkeys(
         f"jax {r['versions']['jax']} and torch {r['reference']['torch']} on {r['machine']['device']}, "
-        f"{r['machine']['cores']} cores, {r['machine']['processor']}, {r['setting']['dtype']}, {r['date']}"
+        f"{r['machine']['cores']} cores, {r['machine']['processor']}, {r['setting']['dtype']}"
         for r in compared
     )
-    return "\n".join([*lines, "", f"({'; '.join(machines)}.)"])
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return "\n".join([*lines, "", f"({'; '.join(machines)}; {when}.)"])
 
 
 def _seconds(spread: dict[str, float]) -> str:

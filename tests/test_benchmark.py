@@ -70,8 +70,9 @@ def test_what_load_mode_runs(tmp_path):
     loading.write_checkpoint(tmp_path / "native", TINY)
     _, count = loading.read(tmp_path / "native")
     assert count == sum(path.stat().st_size for path in (tmp_path / "native").glob("*.safetensors"))
-    parameters = sum(shape.size for shape in stored_shapes(TINY, SMALL.execution).values())
-    assert 4 * parameters < count < 1.1 * 4 * parameters  # and a header
+    shapes = stored_shapes(TINY, SMALL.execution)
+    numbers = sum(shape.size for shape in shapes.values())
+    assert 0 < count - 4 * numbers < 300 * len(shapes)  # the headers
     loading.load(tmp_path / "native", "bfloat16")
 
 
