@@ -1,33 +1,125 @@
-"""Directories and files that appear whole or not at all."""
+"""Directories and files that appear whole or not at all, and belong to one run at a time."""
 
 import contextlib
+import datetime
+import fcntl
+import getpass
 import json
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Iterator
 from typing import Any
+
+
+class Locked(OSError):
+    """Another run is writing the same directory."""
+
+
+@contextlib.contextmanager
+def lock(target: str | pathlib.Path) -> Iterator[None]:
+    """Keeps `target`, a file or directory that need not exist yet, to this process; its parent is made.
+
+    The lock is `flock`'s on `.NAME.lock` beside the target, so it ends with its process however that dies, and
+    holds between the hosts of a shared file system. The file says who holds it, and goes at the end.
+
+    Raises:
+        Locked: it is another process's; the message names owner, host and process.
+    """
+    target = pathlib.Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f".{target.name}.lock")
+    file = _locked_file(path, target)
+    try:
+        holder = {"owner": getpass.getuser(), "host": socket.gethostname(), "pid": os.getpid()}
+        holder["since"] = datetime.datetime.now().isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(json.dumps(holder))
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _locked_file(path: pathlib.Path, target: pathlib.Path):
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            text = file.read()
+            file.close()
+            try:
+                holder = json.loads(text)
+                who = f"{holder['owner']} on {holder['host']}, process {holder['pid']}, since {holder['since']}"
+            except (ValueError, KeyError):
+                who = "another process"
+            raise Locked(f"{target} is being written by {who}; wait for its end, or choose another place") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        file.close()  # its holder removed it between our opening and our locking it
 
 
 @contextlib.contextmanager
 def whole_directory(target: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory to write into that becomes `target` at the end, or vanishes on an error.
 
+    What an earlier process that was killed left of it is removed.
+
     Raises:
         FileExistsError: `target` is there already; nothing is ever overwritten.
+        Locked: another process is writing it.
     """
     target = pathlib.Path(target)
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; choose another output or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    with lock(target):
+        if target.exists():
+            raise FileExistsError(f"{target} exists already; choose another output or remove it first")
+        remove_leftovers(target)
+        partial = _partial(target)
+        partial.mkdir()
+        try:
+            yield partial
+            publish(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a finished file or directory once all of it is on disk, and returns once the new name is."""
+    for directory, _, names in os.walk(partial):
+        for name in names:
+            sync(os.path.join(directory, name))
+        sync(directory)
+    if partial.is_file():
+        sync(partial)
+    os.replace(partial, target)
+    sync(target.parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Returns once a file or directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield partial
-        os.replace(partial, target)
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def remove_leftovers(target: pathlib.Path) -> None:
+    """Removes what killed processes left of `target`; its lock is to be held."""
+    for leftover in target.parent.glob(f".{target.name}.partial-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def _partial(target: pathlib.Path) -> pathlib.Path:
+    return target.with_name(f".{target.name}.partial-{os.getpid()}")
 
 
 def check_writable(path: str | pathlib.Path) -> None:
@@ -42,12 +134,9 @@ def check_writable(path: str | pathlib.Path) -> None:
 
 def write_json(path: pathlib.Path, value: Any, indent: int | None = None) -> None:
     """Writes a JSON file, keys sorted, whole or not at all; when this returns it is on disk."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = _partial(path)
     try:
-        with partial.open("w") as file:
-            file.write(json.dumps(value, sort_keys=True, indent=indent) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        partial.write_text(json.dumps(value, sort_keys=True, indent=indent) + "\n")
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,0 +1,5 @@
+"""Mutants of data."""
+
+from benchmarks.mutants import Mutant
+
+MUTANTS: list[Mutant] = []

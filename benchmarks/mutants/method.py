@@ -1,0 +1,5 @@
+"""Mutants of method."""
+
+from benchmarks.mutants import Mutant
+
+MUTANTS: list[Mutant] = []

@@ -1,0 +1,5 @@
+"""Mutants of scoring."""
+
+from benchmarks.mutants import Mutant
+
+MUTANTS: list[Mutant] = []

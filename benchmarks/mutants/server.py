@@ -1,0 +1,5 @@
+"""Mutants of server."""
+
+from benchmarks.mutants import Mutant
+
+MUTANTS: list[Mutant] = []

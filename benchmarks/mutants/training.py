@@ -1,0 +1,5 @@
+"""Mutants of training."""
+
+from benchmarks.mutants import Mutant
+
+MUTANTS: list[Mutant] = []

@@ -1,0 +1,5 @@
+"""Mutants of weights."""
+
+from benchmarks.mutants import Mutant
+
+MUTANTS: list[Mutant] = []
