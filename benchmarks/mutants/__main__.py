@@ -44,7 +44,7 @@ def copy_tree(target: pathlib.Path) -> None:
 
 
 def outcome(tree: pathlib.Path, tests: str) -> str:
-    """"passed", "failed" or "hung", of some tests in a tree; anything else pytest says is an error."""
+    """ "passed", "failed" or "hung", of some tests in a tree; anything else pytest says is an error."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "", *tests.split()]
     try:
