@@ -34,7 +34,7 @@ def compile_step(
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings)
     objective = reward_objective(module, config.loss, config.reward.sigma)
     frozen_shardings = {name: shardings[name] for name in frozen}
-    step = make_step(objective, optimizer, config.reward.optimizer, mesh, 0, state_shardings, frozen_shardings)
+    step = make_step(objective, optimizer, config.reward, mesh, 0, state_shardings, frozen_shardings)
     rows = pairs * mesh.shape["data"] * mesh.shape["fsdp"]
     side, transformer = resolution // 8, config.model.transformer
     latents = row_sharded((rows, side, side, transformer.in_channels), np.float16, mesh)

@@ -394,7 +394,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warmup, constant or cosine decay, clipping by global norm, accumulation."""
+    """AdamW with linear warmup, constant or cosine decay, clipping by global norm, an average of the weights."""
 
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
@@ -403,7 +403,6 @@ class OptimizerConfig:
     warmup_steps: int = 1000
     schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float = 1.0
-    accumulation_steps: int = 1
     ema_decay: float = 0.995
 
     def __post_init__(self):
@@ -414,16 +413,18 @@ class OptimizerConfig:
             )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}; 0 averages nothing")
-        if self.accumulation_steps < 1:
-            raise ConfigError(f"accumulation_steps must be at least 1, got {self.accumulation_steps}")
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One training stage: `steps` optimizer steps over batches of `batch_size` rows."""
+    """One training stage: `steps` optimizer steps over batches of `batch_size` rows.
+
+    micro_batches: a batch passes as so many parts, one after another, in the memory of one.
+    """
 
     steps: int
     batch_size: int
+    micro_batches: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
     sigma: SigmaConfig = SigmaConfig()
     checkpoint_every: int = 1000
@@ -431,7 +432,7 @@ class StageConfig:
     evaluate_every: int = 1000
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "evaluate_every"):
+        for name in ("steps", "batch_size", "micro_batches", "checkpoint_every", "log_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from dinalrm_jax.backbone.features import Features
 from dinalrm_jax.config import RewardModelConfig
-from dinalrm_jax.layers import Linear, RMSNorm
+from dinalrm_jax.layers import Linear, RMSNorm, add_vector, contract
 
 # torch.nn.RMSNorm's default: the machine epsilon of float32, in which the statistics are computed.
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -46,8 +46,7 @@ class FiLMAdapter(nnx.Module):
         hidden = tokens if self.proj_in is None else self.proj_in(tokens)
         style = self.cond_mlp[2](jax.nn.silu(self.cond_mlp[0](temb)))
         gamma, beta = jnp.split(style[:, None], 2, axis=-1)
-        hidden = hidden * (1 + gamma) + beta + self.layer_embed[...].astype(hidden.dtype)
-        return self.proj(hidden)
+        return self.proj(add_vector(hidden * (1 + gamma) + beta, self.layer_embed[...]))
 
 
 class CrossAttention(nnx.Module):
@@ -91,18 +90,16 @@ class CrossAttention(nnx.Module):
         batch, count, width = query.shape
         dim = width // self.heads
         query = query.reshape(batch, count, self.heads, dim) * dim**-0.5
-        key_weight, value_weight = (
-            linear.weight[...].astype(tokens.dtype).reshape(self.heads, dim, -1) for linear in (to_key, to_value)
-        )
+        key_weight, value_weight = (linear.weight[...].reshape(self.heads, dim, -1) for linear in (to_key, to_value))
         wide = {"preferred_element_type": jnp.float32}
-        seen = jnp.einsum("bqhd,hdc->bqhc", query, key_weight)
+        seen = contract("bqhd,hdc->bqhc", query, key_weight)
         weights = jax.nn.softmax(jnp.einsum("bqhc,bnc->bhqn", seen, tokens, **wide), axis=-1)
         if gate is not None:
             gates = jax.nn.sigmoid(gate[2](jax.nn.silu(gate[0](tokens))))
             weights = weights * gates.astype(jnp.float32)[:, None, None, :, 0]
         pooled = jnp.einsum("bhqn,bnc->bqhc", weights.astype(tokens.dtype), tokens)
         bias = to_value.bias[...].astype(jnp.float32).reshape(self.heads, dim)
-        out = jnp.einsum("bqhc,hdc->bqhd", pooled, value_weight, **wide)
+        out = contract("bqhc,hdc->bqhd", pooled, value_weight).astype(jnp.float32)
         out += weights.sum(axis=-1).transpose(0, 2, 1)[..., None] * bias
         return out.astype(tokens.dtype).reshape(batch, count, width)
 
@@ -138,14 +135,15 @@ class RewardHead(nnx.Module):
             return self.agg_visual(image), None
         return self.agg_visual(image), self.agg_text(_adapt(self.layer_adapters_text, features.text, features.temb))
 
+    @jax.default_matmul_precision("highest")
     def score(self, image: jax.Array, text: jax.Array | None) -> jax.Array:
-        """(B, Nv, C), (B, Nt, C) -> (B,) float32.
+        """(B, Nv, C), (B, Nt, C) -> (B,) float32, its float32 products exact on GPUs and TPUs too.
 
         For an ensemble of K levels the tokens of all levels stand one after another, K Nv and K Nt
         of them, and are attended to at once; this is not the mean of K scores.
         """
-        queries = self.query_tokens[...].astype(image.dtype)
-        queries = jnp.broadcast_to(queries, (image.shape[0], *queries.shape[1:]))
+        queries = self.query_tokens[...]
+        queries = jnp.broadcast_to(queries, (image.shape[0], *queries.shape[1:])).astype(image.dtype)
         queries = self.attn1(queries, image, text)
         queries = self.attn2(queries, image)
         hidden = jax.nn.gelu(self.ff[0](self.norm_ff(queries)), approximate=False)

@@ -4,6 +4,8 @@ Parameters are stored in float32 or in the compute dtype; a layer computes in th
 input, so one cast at the model's entry decides the compute dtype of everything behind it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -50,7 +52,7 @@ class Linear(nnx.Module):
         y = _project(x, self.weight[...])
         if self.lora_A is not None:
             y += self.lora_scale * _project(_project(x, self.lora_A[...]), self.lora_B[...])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else add_vector(y, self.bias[...])
 
 
 class Embedding(nnx.Module):
@@ -158,13 +160,53 @@ def split_rows(x: jax.Array) -> jax.Array:
     Where parameters are split too, XLA could as well leave rows whole and add up partial products;
     saying it between blocks makes it gather the parameters instead, which is what saves memory.
     """
-    if not set(ROW_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(ROW_AXES) <= set(mesh.axis_names):
         return x
-    return lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))
+    # Within a shard_map an axis of its own is split already.
+    return lax.with_sharding_constraint(x, PartitionSpec(tuple(a for a in ROW_AXES if a not in mesh.manual_axes)))
+
+
+def contract(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`einsum(spec, x, weight)` in x's dtype, whose gradient for a weight is in the weight's own.
+
+    A trainable weight is float32 where the computation is bfloat16. JAX alone would round its gradient to bfloat16
+    before it is summed over micro-batches and devices. (No forward-mode differentiation then.)
+    """
+    return jnp.einsum(spec, x, weight) if weight.dtype == x.dtype else _contract(spec, x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract(spec, x, weight):
+    return jnp.einsum(spec, x, weight.astype(x.dtype))
+
+
+def _contract_forward(spec, x, weight):
+    return _contract(spec, x, weight), (x, weight)
+
+
+def _contract_backward(spec, saved, gradient):
+    x, weight = saved
+    inputs, out = spec.split("->")
+    of_x, of_weight = inputs.split(",")
+    by_x = jnp.einsum(f"{out},{of_weight}->{of_x}", gradient, weight.astype(x.dtype))
+    by_weight = jnp.einsum(f"{out},{of_x}->{of_weight}", gradient, x, preferred_element_type=weight.dtype)
+    return by_x, by_weight
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
+
+
+def add_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """`x + vector` in x's dtype, with the vector's gradient summed in its own."""
+    return (x.astype(vector.dtype) + vector).astype(x.dtype)
 
 
 def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    if weight.dtype == x.dtype:
+        return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+    rows = "abcd"[: x.ndim - 1]
+    return contract(f"{rows}i,oi->{rows}o", x, weight)
 
 
 def _uniform(bound: float) -> Initializer:

@@ -241,7 +241,7 @@ def fit(
     state_shardings = like_parameters(jax.eval_shape(create, params), shardings, mesh)
     state = jax.jit(create, out_shardings=state_shardings)(place(params, np.float32, shardings))
     frozen_shardings = {key: array.sharding for key, array in frozen.items()}
-    step_fn = make_step(objective, optimizer, stage.optimizer, mesh, config.seed, state_shardings, frozen_shardings)
+    step_fn = make_step(objective, optimizer, stage, mesh, config.seed, state_shardings, frozen_shardings)
     batches = TrainingBatches(records, stage.batch_size, config.seed, local_rows(stage.batch_size, mesh))
     checkpoints = Checkpoints(workdir / name / "checkpoints")
     if (restored := checkpoints.restore_latest(state)) is not None:

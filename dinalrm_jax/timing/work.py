@@ -19,6 +19,7 @@ from dinalrm_jax.config import (
     OptimizerConfig,
     RewardModelConfig,
     SigmaConfig,
+    StageConfig,
 )
 from dinalrm_jax.data.batch import PreferenceBatch, PromptEmbeds
 from dinalrm_jax.lora import merge
@@ -207,7 +208,8 @@ def _train(setting: Setting, config: RewardModelConfig, mesh: Mesh, latents, pro
         reward_functional(config, setting.execution), LossConfig(), SigmaConfig("constant", (SIGMA,))
     )
     frozen_shardings = {name: array.sharding for name, array in frozen.items()}
-    step = make_step(objective, optimizer, optimizer_config, mesh, 0, state_shardings, frozen_shardings)
+    stage = StageConfig(1000, setting.batch, optimizer=optimizer_config)
+    step = make_step(objective, optimizer, stage, mesh, 0, state_shardings, frozen_shardings)
     batch = put_rows(PreferenceBatch(latents, 0.9 * latents, prompt), setting.batch, mesh)
     compiled, known = _compile(step, (state, frozen, batch))
     holder = [state]

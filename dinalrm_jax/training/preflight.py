@@ -19,7 +19,7 @@ def check_stages(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ConfigError for a stage that cannot run on this mesh or samples levels that do not exist."""
     for name, stage in (("generator", config.generator), ("reward", config.reward)):
         if stage is not None:
-            check_batch_size(f"{name}.batch_size", stage.batch_size, stage.optimizer.accumulation_steps, mesh)
+            check_batch_size(f"{name}.batch_size", stage.batch_size, stage.micro_batches, mesh)
             noise.sampler(stage.sigma)
     check_batch_size("evaluation.batch_size", config.evaluation.batch_size, 1, mesh)
 

@@ -73,13 +73,13 @@ def row_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
-def check_batch_size(name: str, batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+def check_batch_size(name: str, batch_size: int, micro_batches: int, mesh: Mesh) -> None:
     """Raises ConfigError, naming the value, unless a batch splits evenly into parts and each part over the mesh."""
-    unit = accumulation_steps * row_devices(mesh)
+    unit = micro_batches * row_devices(mesh)
     if batch_size % unit:
         raise ConfigError(
-            f"{name} {batch_size} must be a multiple of accumulation_steps x mesh.data x mesh.fsdp = "
-            f"{accumulation_steps} x {mesh.shape['data']} x {mesh.shape['fsdp']}"
+            f"{name} {batch_size} must be a multiple of micro_batches x mesh.data x mesh.fsdp = "
+            f"{micro_batches} x {mesh.shape['data']} x {mesh.shape['fsdp']}"
         )
 
 

@@ -1,6 +1,7 @@
 """One optimizer step as a pure, jitted function of (state, frozen parameters, batch)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -8,9 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dinalrm_jax.config import OptimizerConfig
+from dinalrm_jax.config import StageConfig
 from dinalrm_jax.data.batch import PreferenceBatch
-from dinalrm_jax.layers import ROW_AXES
 from dinalrm_jax.parameters import Params
 from dinalrm_jax.training.objectives import Objective
 from dinalrm_jax.training.sharding import BY_ROW, WHOLE
@@ -48,7 +48,7 @@ class TrainState:
 def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    config: OptimizerConfig,
+    stage: StageConfig,
     mesh: Mesh,
     seed: int,
     state_shardings: TrainState,
@@ -56,47 +56,62 @@ def make_step(
 ) -> Callable[[TrainState, Params, PreferenceBatch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the jitted step; it donates the state. Call and lower it under `jax.set_mesh(mesh)`.
 
-    The batch is split by rows, state and frozen parameters lie as given. With `accumulation_steps` n,
-    the batch passes as n parts whose gradients are averaged: the update of one part in less memory,
-    up to the noise, which every part draws for itself.
+    The batch is split by rows, state and frozen parameters lie as given. With `micro_batches` n, the batch
+    passes as n parts, one after another, whose gradients are averaged: the same update in less memory.
+
+    Gradients are float32 as soon as they exist. Along `data` every device adds up its own, over all parts, and they
+    are summed once a step; along `fsdp` each part's go to the devices that hold the parameters.
 
     The metric `finite` is 1 where the new parameters and their average hold no NaN or infinity.
 
-    The randomness of step s depends on (seed, s) only.
+    The randomness of a row depends on (seed, step, its place in the batch) only: neither mesh nor micro-batches
+    change it.
     """
 
-    def loss_and_metrics(params: Params, frozen: Params, batch: PreferenceBatch, key: jax.Array):
-        losses, metrics = objective({**frozen, **params}, batch, key)
+    def loss_and_metrics(params: Params, frozen: Params, batch: PreferenceBatch, keys: jax.Array):
+        losses, metrics = objective({**frozen, **params}, batch, keys)
         return jnp.mean(losses), {
             "loss": jnp.mean(losses),
             **{name: jnp.mean(m, axis=0) for name, m in metrics.items()},
         }
 
-    def gradients(params: Params, frozen: Params, batch: PreferenceBatch, key: jax.Array):
+    def gradients(params: Params, frozen: Params, rows: tuple[PreferenceBatch, jax.Array]):
         gradient_fn = jax.grad(loss_and_metrics, has_aux=True)
-        parts = config.accumulation_steps
+        parts = stage.micro_batches
         if parts == 1:
-            return gradient_fn(params, frozen, batch, key)
+            return gradient_fn(params, frozen, *rows)
         # Every part takes rows from all devices: rows 0, parts, 2 parts ... are part 0.
-        split = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        split = jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec(None, ROW_AXES)))
+        split = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+        split = jax.lax.with_sharding_constraint(split, PartitionSpec(None, "fsdp"))
 
         def add_part(total, part):
-            index, rows = part
-            result = gradient_fn(params, frozen, rows, jax.random.fold_in(key, index))
+            result = gradient_fn(params, frozen, *part)
             return jax.tree.map(lambda a, b: a + b / parts, total, result), None
 
         first_rows = jax.tree.map(lambda x: x[0], split)
-        shapes = jax.eval_shape(gradient_fn, params, frozen, first_rows, key)
+        shapes = jax.eval_shape(gradient_fn, params, frozen, *first_rows)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add_part, zeros, (jnp.arange(parts), split))[0]
+        return jax.lax.scan(add_part, zeros, split)[0]
+
+    if mesh.shape["data"] > 1:
+        # Each place along `data` on its own: XLA would sum every gradient where it arises.
+        own = gradients
+        gradients = jax.shard_map(
+            lambda *arguments: jax.lax.pmean(own(*arguments), "data"),
+            mesh=mesh,
+            in_specs=(WHOLE, WHOLE, PartitionSpec("data")),
+            out_specs=WHOLE,
+            axis_names={"data"},
+            check_vma=False,  # JAX's own check of replication would do the same
+        )
 
     def step(state: TrainState, frozen: Params, batch: PreferenceBatch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = gradients(state.params, frozen, batch, key)
+        keys = row_keys(seed, state.step, len(batch.chosen))
+        grads, metrics = gradients(state.params, frozen, (batch, keys))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.ema_decay)
+        decay = stage.optimizer.ema_decay
+        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - decay)
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["finite"] = jnp.isfinite(optax.global_norm((params, ema))).astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
@@ -110,6 +125,12 @@ def make_step(
     )
 
 
+def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
+    """(rows,) keys of a batch's rows: of (seed, step, row)."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
+
+
 def model_flops(objective: Objective, params: Params, frozen: Params, batch: PreferenceBatch) -> float:
     """FLOPs of the loss and its gradient for one batch, by XLA's count of the program before optimisation.
 
@@ -117,10 +138,10 @@ def model_flops(objective: Objective, params: Params, frozen: Params, batch: Pre
     the model's. Without scan: XLA counts a loop's body once.
     """
 
-    def loss(params, frozen, batch, key):
-        return jnp.mean(objective({**frozen, **params}, batch, key)[0])
+    def loss(params, frozen, batch, keys):
+        return jnp.mean(objective({**frozen, **params}, batch, keys)[0])
 
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, frozen, batch))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    analysis = jax.jit(jax.grad(loss)).lower(*arguments, key).cost_analysis()
+    keys = jax.eval_shape(lambda: row_keys(0, 0, len(batch.chosen)))
+    analysis = jax.jit(jax.grad(loss)).lower(*arguments, keys).cost_analysis()
     return float((analysis or {}).get("flops", 0.0))

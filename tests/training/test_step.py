@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import ExecutionConfig, LossConfig, MeshConfig, OptimizerConfig, SigmaConfig
+from dinalrm_jax.config import ExecutionConfig, LossConfig, MeshConfig, OptimizerConfig, SigmaConfig, StageConfig
 from dinalrm_jax.placement import place
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.objectives import flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dinalrm_jax.training.sharding import like_parameters, make_mesh, parameter_shardings, put_rows
-from dinalrm_jax.training.step import TrainState, make_step, model_flops
+from dinalrm_jax.training.step import TrainState, make_step, model_flops, row_keys
 from dinalrm_jax.weights.pretrained import transformer_functional
 from tests.conftest import TINY, TINY_SD3, random_inputs, randomized
 
@@ -29,11 +29,11 @@ def batch():
 
 
 def deterministic_objective(module):
-    """No randomness: sigma 0, so that parts, devices and torch can be compared exactly."""
+    """No randomness: sigma 0, so that torch can be compared exactly."""
     return reward_objective(module, LossConfig(), SigmaConfig("constant", (0.0,)))
 
 
-def run_steps(tiny_model, batch, config, *, mesh=MeshConfig(data=1), steps=3, objective=None, optimizer=None):
+def run_steps(tiny_model, batch, config, *, mesh=MeshConfig(data=1), parts=1, steps=3, objective=None, optimizer=None):
     module = reward_functional(TINY, tiny_model.execution)
     mesh = make_mesh(mesh)
     optimizer = optimizer or make_optimizer(config, steps)
@@ -45,7 +45,8 @@ def run_steps(tiny_model, batch, config, *, mesh=MeshConfig(data=1), steps=3, ob
     state = jax.device_put(state, state_shardings)
     frozen_shardings = {name: shardings[name] for name in frozen}
     objective = objective or deterministic_objective(module)
-    step = make_step(objective, optimizer, config, mesh, 0, state_shardings, frozen_shardings)
+    stage = StageConfig(steps, BATCH, micro_batches=parts, optimizer=config)
+    step = make_step(objective, optimizer, stage, mesh, 0, state_shardings, frozen_shardings)
     history = []
     with jax.set_mesh(mesh):
         for _ in range(steps):
@@ -59,10 +60,19 @@ def plain(tiny_model, batch):
     return run_steps(tiny_model, batch, CONFIG)
 
 
+def random_objective(module):
+    return reward_objective(module, LossConfig(), SigmaConfig("uniform"))
+
+
 @pytest.fixture(scope="module")
 def plain_sgd(tiny_model, batch):
     """Without Adam, whose division by the gradient's size turns rounding into steps."""
-    return run_steps(tiny_model, batch, CONFIG, optimizer=optax.sgd(0.1))
+    return run_sgd(tiny_model, batch)
+
+
+def run_sgd(tiny_model, batch, **options):
+    objective = random_objective(reward_functional(TINY, tiny_model.execution))
+    return run_steps(tiny_model, batch, CONFIG, objective=objective, optimizer=optax.sgd(0.1), **options)
 
 
 def assert_same_update(params, expected):
@@ -84,11 +94,12 @@ def assert_same_update(params, expected):
         (MeshConfig(data=1), 4),
         (MeshConfig(data=1, fsdp=2, tensor=2), 1),
         (MeshConfig(data=2, fsdp=2), 2),
+        (MeshConfig(data=2, tensor=2), 1),
     ],
 )
-def test_mesh_and_accumulation_do_not_change_the_update(tiny_model, batch, plain_sgd, mesh, parts):
-    config = dataclasses.replace(CONFIG, accumulation_steps=parts)
-    state, history, _ = run_steps(tiny_model, batch, config, mesh=mesh, optimizer=optax.sgd(0.1))
+def test_mesh_and_micro_batches_do_not_change_the_update(tiny_model, batch, plain_sgd, mesh, parts):
+    """Nor the noise that a row draws."""
+    state, history, _ = run_sgd(tiny_model, batch, mesh=mesh, parts=parts)
     for row, expected in zip(history, plain_sgd[1]):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
     for name, array in state.params.items():
@@ -99,7 +110,7 @@ def test_update_is_torchs(tiny_model, batch, plain):
     """Clipping, AdamW and EMA against torch, fed with the gradients of our objective."""
     module = reward_functional(TINY, tiny_model.execution)
     objective = deterministic_objective(module)
-    gradients = jax.jit(jax.grad(lambda p, f: objective({**f, **p}, batch, jax.random.key(0))[0].mean()))
+    gradients = jax.jit(jax.grad(lambda p, f: objective({**f, **p}, batch, row_keys(0, 0, BATCH))[0].mean()))
     frozen = {name: array for name, array in tiny_model.params.items() if not is_trainable(name)}
     names = [name for name in tiny_model.params if is_trainable(name)]
     parameters = {name: torch.nn.Parameter(torch.from_numpy(np.array(tiny_model.params[name]))) for name in names}
@@ -132,7 +143,7 @@ def test_training_lowers_the_loss(tiny_model, batch):
 def test_randomness_depends_on_seed_and_step(tiny_model, batch):
     module = reward_functional(TINY, tiny_model.execution)
     still = dataclasses.replace(CONFIG, learning_rate=0.0)
-    objective = reward_objective(module, LossConfig(), SigmaConfig("uniform"))
+    objective = random_objective(module)
     _, first, _ = run_steps(tiny_model, batch, still, objective=objective)
     _, again, _ = run_steps(tiny_model, batch, still, objective=objective)
     assert first == again
@@ -142,9 +153,9 @@ def test_randomness_depends_on_seed_and_step(tiny_model, batch):
 def test_pairs_share_level_and_noise(tiny_model, batch):
     """With equal images in a pair the scores are equal, whatever the noise drawn."""
     module = reward_functional(TINY, tiny_model.execution)
-    objective = reward_objective(module, LossConfig(), SigmaConfig("uniform"))
+    objective = random_objective(module)
     same = dataclasses.replace(batch, rejected=batch.chosen)
-    losses, metrics = jax.jit(objective)(tiny_model.params, same, jax.random.key(4))
+    losses, metrics = jax.jit(objective)(tiny_model.params, same, row_keys(4, 0, BATCH))
     np.testing.assert_allclose(metrics["margin"], 0, atol=1e-5)
     np.testing.assert_allclose(losses, 1 - np.sqrt(0.5), atol=1e-5)
 
@@ -153,7 +164,7 @@ def test_metrics_by_noise_level(tiny_model, batch):
     """In every bin: the share of rows, and what these rows contribute to accuracy and margin."""
     module = reward_functional(TINY, tiny_model.execution)
     objective = reward_objective(module, LossConfig(), SigmaConfig("constant", (0.35,)))
-    _, metrics = jax.jit(objective)(tiny_model.params, batch, jax.random.key(4))
+    _, metrics = jax.jit(objective)(tiny_model.params, batch, row_keys(4, 0, BATCH))
     np.testing.assert_array_equal(metrics["share_by_sigma"], np.tile(np.eye(10)[3], (BATCH, 1)))
     np.testing.assert_allclose(metrics["margin_by_sigma"][:, 3], metrics["margin"])
     np.testing.assert_allclose(metrics["accuracy_by_sigma"].sum(axis=1), metrics["accuracy"])
@@ -162,7 +173,7 @@ def test_metrics_by_noise_level(tiny_model, batch):
 def test_flops_are_those_of_the_products():
     """Of one dense layer: 2 m n k forward, and as much for its weights' gradient."""
 
-    def objective(params, batch, key):
+    def objective(params, batch, keys):
         return jnp.square(batch.chosen @ params["w"]).sum(axis=-1), {}
 
     shape = jax.ShapeDtypeStruct((64, 128), jnp.float32)
@@ -175,13 +186,13 @@ def test_flow_matching_loss_of_a_known_velocity(batch):
     """A fresh transformer predicts zero: the loss is the mean of |eps - x0|^2."""
     module = transformer_functional(TINY_SD3, ExecutionConfig(), zero_init=True)
     params = module.init(0)
-    key = jax.random.key(2)
+    keys = row_keys(2, 0, BATCH)
     objective = jax.jit(flow_matching_objective(module, SigmaConfig()))
-    losses, _ = objective(params, batch, key)
-    eps = jax.random.normal(jax.random.split(key)[1], batch.chosen.shape)
+    losses, _ = objective(params, batch, keys)
+    eps = np.stack([jax.random.normal(jax.random.split(key)[1], batch.chosen.shape[1:]) for key in keys])
     np.testing.assert_allclose(losses, np.mean(np.square(eps - batch.chosen), axis=(1, 2, 3)), rtol=1e-5)
     trained = randomized(params)
-    assert np.abs(objective(trained, batch, key)[0] - losses).max() > 1e-2
+    assert np.abs(objective(trained, batch, keys)[0] - losses).max() > 1e-2
 
 
 def test_schedules():
