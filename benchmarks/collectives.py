@@ -4,7 +4,7 @@
     pip install libtpu; python -m benchmarks.collectives --topology v5e:2x4
 
 Compiles the step of configs/hpdv3.py (full size, one pair a device that takes rows) for eight virtual CPU devices,
-or ahead of time for a TPU slice that need not be there, on four meshes, and prints the collectives by kind: how many,
+or ahead of time for a TPU slice that need not be there, on four meshes, and prints the collectives by kind and dtype: how many,
 their results' bytes, and the bytes that a device sends where they run as rings.
 """
 
@@ -33,11 +33,12 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction: its kind, the bytes of its result, and how many devices take part together."""
+    """One instruction: its kind, the bytes of its result, how many devices take part together, what it carries."""
 
     kind: str
     result_bytes: int
     group: int
+    dtypes: tuple[str, ...] = ("f32",)
 
     @property
     def sent_bytes(self) -> float:
@@ -65,16 +66,17 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
         if match is None:
             continue
         shapes, kind, start = match.groups()
-        sizes = [
-            math.prod(map(int, filter(None, dims.split(",")))) * BYTES[dtype]
+        results = [
+            (dtype, math.prod(map(int, filter(None, dims.split(",")))) * BYTES[dtype])
             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
             if dtype in BYTES
         ]
         if start and kind == "all-gather":  # operands, then results
-            sizes = sizes[len(sizes) // 2 :]
+            results = results[len(results) // 2 :]
         elif start and kind == "collective-permute":  # operand, result, contexts
-            sizes = sizes[1:2]
-        found.append(Collective(kind, sum(sizes), _group(line, devices)))
+            results = results[1:2]
+        dtypes = tuple(sorted({dtype for dtype, _ in results}))
+        found.append(Collective(kind, sum(size for _, size in results), _group(line, devices), dtypes))
     return found
 
 
@@ -87,15 +89,15 @@ def _group(line: str, devices: int) -> int:
 
 
 def as_table(found: list[Collective]) -> str:
-    """Lines of a Markdown table by kind."""
+    """Lines of a Markdown table by kind and dtype."""
     by_kind = collections.defaultdict(list)
     for one in found:
-        by_kind[one.kind].append(one)
+        by_kind[one.kind, " ".join(one.dtypes)].append(one)
     lines = []
-    for kind in KINDS:
-        if members := by_kind.get(kind):
-            results, sent = (sum(getattr(one, name) for one in members) for name in ("result_bytes", "sent_bytes"))
-            lines.append(f"| {kind} | {len(members)} | {results / 2**20:,.1f} | {sent / 2**20:,.1f} |")
+    for kind, dtypes in sorted(by_kind, key=lambda key: (KINDS.index(key[0]), key[1])):
+        members = by_kind[kind, dtypes]
+        results, sent = (sum(getattr(one, name) for one in members) for name in ("result_bytes", "sent_bytes"))
+        lines.append(f"| {kind} | {dtypes} | {len(members)} | {results / 2**20:,.1f} | {sent / 2**20:,.1f} |")
     return "\n".join(lines)
 
 
@@ -124,7 +126,7 @@ def main(_) -> None:
         mesh = Mesh(devices.reshape(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
         compiled = compile_step(config, mesh, resolution=values.resolution, pairs=1)
         print(f"\n{mesh_name(sizes)}")
-        print("| collective | number | results, MiB | sent by a device, MiB |\n|---|---|---|---|")
+        print("| collective | of | number | results, MiB | sent by a device, MiB |\n|---|---|---|---|---|")
         print(as_table(collectives(compiled.as_text(), len(devices))), flush=True)
 
 

@@ -1,6 +1,11 @@
 """What devices exchange in a train step, read from the compiled program (docs/scaling.md)."""
 
 import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -33,6 +38,45 @@ def test_data_parallelism_reduces_trainable_gradients_only():
     assert sum(one.result_bytes for one in found) == trainable + 4 * (1 + 4 + 3 * SIGMA_BINS)
 
 
+TPU_PROGRAM = """
+import dataclasses, json, os
+os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+import jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+import configs.hpdv3 as hpdv3
+from benchmarks.abstract_step import compile_step
+from benchmarks.collectives import collectives
+from dinalrm_jax.config import TrainConfig, from_mapping
+
+config = from_mapping(TrainConfig, hpdv3.get_config("smoke"))
+config = dataclasses.replace(
+    config,
+    execution=dataclasses.replace(config.execution, layers="loop", remat="none"),
+    reward=dataclasses.replace(config.reward, micro_batches=2),
+)
+devices = np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices).reshape(8, 1, 1)
+mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+text = compile_step(config, mesh, resolution=64, pairs=2, tokens=9).as_text()
+found = collectives(text, 8)
+print(json.dumps([[one.kind, one.dtypes, one.result_bytes] for one in found]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU with libtpu: pip install it")
+def test_gradients_are_summed_once_and_in_float32_on_a_tpu():
+    """Compiled ahead for eight v5e, in bfloat16, two micro-batches: as many bytes as one sum has.
+
+    (A CPU's program shows nothing of it: its bfloat16 products are float32 ones.)
+    """
+    done = subprocess.run([sys.executable, "-c", TPU_PROGRAM], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {(kind, *dtypes) for kind, dtypes, _ in found} == {("all-reduce", "f32")}
+    assert sum(size for _, _, size in found) == 4 * 130_662
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -57,6 +101,7 @@ def test_data_parallelism_reduces_trainable_gradients_only():
 def test_reading_instructions(line, expected):
     (found,) = collectives(f"  %b = f32[2] add(%c, %d)\n  {line}\n", devices=8)
     assert (found.kind, found.result_bytes, found.group, found.sent_bytes) == expected
+    assert found.dtypes[0] in line
 
 
 def test_a_ring_sends_what_it_must():
