@@ -4,8 +4,8 @@
     pip install libtpu; python -m benchmarks.collectives --topology v5e:2x4
 
 Compiles the step of configs/hpdv3.py (full size, one pair a device that takes rows) for eight virtual CPU devices,
-or ahead of time for a TPU slice that need not be there, on four meshes, and prints the collectives by kind and dtype: how many,
-their results' bytes, and the bytes that a device sends where they run as rings.
+or ahead of time for a TPU slice that need not be there, on four meshes, and prints the collectives by kind and
+dtype: how many, their results' bytes, and the bytes that a device sends where they run as rings.
 """
 
 import collections

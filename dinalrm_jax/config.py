@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dinalrm_jax.data.buckets import BUCKETS, bucket_name, parse_bucket
@@ -93,6 +93,13 @@ def with_defaults(cls: type, values: Mapping[str, Any]) -> "ConfigDict":
 def to_mapping(config: Any) -> dict[str, Any]:
     """The inverse of `from_mapping`: nested plain dicts, tuples as lists, ready for JSON."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def refuse_ignored(config: Any, names: Sequence[str], reason: str) -> None:
+    """Raises ConfigError where one of these fields is not at its default, but the others leave it without effect."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    if given := [f"{name} = {getattr(config, name)!r}" for name in names if getattr(config, name) != defaults[name]]:
+        raise ConfigError(f"{', '.join(given)} would have no effect: {reason}; leave it out")
 
 
 def _plain(value: Any) -> Any:
@@ -374,7 +381,7 @@ class LossConfig:
 
     variance: "calibrated" is `k sigma^2 + sigma_0^2`, "constant" is `constant_variance` at every level.
     epsilon: added inside both square roots by the released code (1e-6); 0 is the paper's formula.
-    margin: of the Bradley-Terry loss only.
+    margin: of the Bradley-Terry loss only, which has neither variance nor epsilon.
     """
 
     name: Literal["fidelity", "nll", "bradley_terry"] = "fidelity"
@@ -390,6 +397,18 @@ class LossConfig:
             raise ConfigError(f"calibrated variance needs k >= 0 and sigma_0 > 0, got {self.k} and {self.sigma_0}")
         if self.variance == "constant" and not self.constant_variance > 0:
             raise ConfigError(f"constant_variance must be positive, got {self.constant_variance}")
+        if self.name == "bradley_terry":
+            refuse_ignored(
+                self, ("variance", "k", "sigma_0", "constant_variance", "epsilon"), "the Bradley-Terry loss has none"
+            )
+        else:
+            refuse_ignored(self, ("margin",), f"the {self.name} loss has none")
+            if self.variance == "constant":
+                refuse_ignored(self, ("k", "sigma_0"), "the variance is constant_variance")
+            else:
+                refuse_ignored(self, ("constant_variance",), "the variance is k sigma^2 + sigma_0^2")
+        if self.name == "nll" and self.epsilon:
+            raise ConfigError(f"epsilon is {self.epsilon}, but it belongs to the fidelity loss; leave it at 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,13 +436,18 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One training stage: `steps` optimizer steps over batches of `batch_size` rows.
+    """One training stage.
 
+    batch_size: pairs an optimizer step.
+    steps: optimizer steps, or
+    epochs: passes over the training pairs; one of the two is given.
     micro_batches: a batch passes as so many parts, one after another, in the memory of one.
+    checkpoint_every, log_every, evaluate_every: steps.
     """
 
-    steps: int
     batch_size: int
+    steps: int | None = None
+    epochs: float | None = None
     micro_batches: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
     sigma: SigmaConfig = SigmaConfig()
@@ -432,9 +456,22 @@ class StageConfig:
     evaluate_every: int = 1000
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batches", "checkpoint_every", "log_every", "evaluate_every"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "steps", "micro_batches", "checkpoint_every", "log_every", "evaluate_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(
+                f"a stage is so many steps or so many epochs long, got steps {self.steps} and epochs {self.epochs}; "
+                "give one of them, and the other as None"
+            )
+        if self.epochs is not None and not self.epochs > 0:
+            raise ConfigError(f"epochs must be positive, got {self.epochs}")
+
+    def lasting(self, pairs: float) -> "StageConfig":
+        """The same stage in steps, of so many training pairs an epoch."""
+        if self.steps is not None:
+            return self
+        return dataclasses.replace(self, steps=max(1, round(self.epochs * pairs / self.batch_size)), epochs=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,6 +513,10 @@ class ProfileConfig:
     start: int = 10
     steps: int = 0
 
+    def __post_init__(self):
+        if not self.steps:
+            refuse_ignored(self, ("start",), "no steps are recorded (profile.steps is 0)")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
@@ -485,8 +526,8 @@ class EvaluationConfig:
     levels: single levels evaluated while training, beside `sigma`.
     ensemble: the levels of the ensemble; evaluated while training where `levels` is not empty.
     max_pairs: at most so many held-out pairs, spread evenly; 0: all.
-    batch_size: images a batch.
-    seed: of the noise.
+    batch_size: images a batch, at most: half as many, and so on, where they do not fit beside the training state.
+    seed: of the noise, of which every image has its own.
     """
 
     sigma: float = 0.4
@@ -528,13 +569,28 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixedConfig:
+    """One of several record directories to train on; its pairs come `weight` times an epoch."""
+
+    data: str
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise ConfigError(f"weight must be positive, got {self.weight}; leave {self.data} out instead")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A whole training run.
 
-    data: directory of records (`dinalrm_jax.data.records`); None: WORKDIR/data.
+    data: directory of records (`dinalrm_jax.data.records`); None: WORKDIR/data, or
+    mixture: several of them, each with a weight.
     scenes: draw the quickstart's scenes into `data` where it does not exist; None: it must exist.
     rehearsal: make base model and data from nothing, instead of `data`, `scenes` and `base_model`.
     base_model: a diffusers directory or a native backbone to start from; None: random weights.
+    init_from: a reward model to go on from, native (with its own backbone, unless base_model names one) or released
+        (then base_model is needed): its LoRA and head are what the reward stage starts with.
     generator: a flow-matching stage that trains the whole backbone first; None: skip it.
     reward: the stage that trains LoRA and head on preference pairs.
     wandb_project: log to this Weights & Biases project too; needs `wandb` installed.
@@ -546,8 +602,10 @@ class TrainConfig:
     reward: StageConfig
     seed: int = 0
     data: str | None = None
+    mixture: tuple[MixedConfig, ...] = ()
     scenes: ScenesConfig | None = None
     base_model: str | None = None
+    init_from: str | None = None
     generator: StageConfig | None = None
     loss: LossConfig = LossConfig()
     execution: ExecutionConfig = ExecutionConfig()
@@ -560,6 +618,12 @@ class TrainConfig:
     def __post_init__(self):
         if self.rehearsal is not None and (self.scenes is not None or self.data or self.base_model):
             raise ConfigError("a rehearsal makes its own data and base model; leave scenes, data and base_model out")
+        if self.mixture and (self.data or self.scenes is not None or self.rehearsal is not None):
+            raise ConfigError("mixture names the data; leave data, scenes and rehearsal out")
+        if self.init_from is not None and (self.generator is not None or self.rehearsal is not None):
+            raise ConfigError(
+                "init_from is a model on a backbone of its own; a generator stage or a rehearsal would make another one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,11 @@ def gather_bytes(data: bytes) -> list[bytes]:
     return [row[:length].tobytes() for row, length in zip(rows, lengths)]
 
 
+def all_agree(yes: bool) -> bool:
+    """Whether every process says yes; each calls it at the same point of its work."""
+    return all(data == b"1" for data in gather_bytes(b"1" if yes else b"0"))
+
+
 def barrier(name: str) -> None:
     """Waits for all processes."""
     if jax.process_count() > 1:

@@ -3,7 +3,8 @@
     python -m dinalrm_jax.evaluate --checkpoint C [--base-model B] --benchmark hpdv2 --data DIR
 
 DIR holds the benchmark's published files, or, with --benchmark records, what `preprocess` made of any
-dataset. Prints a table by noise level and for the ensemble, by all four accuracy rules, and writes
+dataset. Every image has noise of its own, as in the paper; a last column has the accuracy with one noise for all.
+Prints a table by noise level and for the ensemble, by all four accuracy rules, and writes
 report.md, results.json, scores.csv (every image at every level and seed) and plots to --output. Images
 that cannot be read are left out with their pairs, and counted. On several hosts (--distributed) each
 process scores its share; all of them see the files.
@@ -23,6 +24,7 @@ from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.datasets import read_benchmark
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.disk import check_writable, whole_directory
+from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.training.preflight import check_fit
 
@@ -38,7 +40,8 @@ def main(argv: list[str]) -> None:
     try:
         levels = [float(sigma) for sigma in values.sigma]
         levels += [tuple(map(float, values.ensemble))] if values.ensemble else []
-        seeds = range(values.seed, values.seed + values.seeds)
+        kinds = (False, True) if values["shared-noise"].value else (False,)
+        draws = [NoiseDraw(values.seed + number, shared) for shared in kinds for number in range(values.seeds)]
         output = pathlib.Path(values.output or f"runs/evaluation/{values.benchmark}")
         if output.exists():
             raise FileExistsError(f"{output} exists already; choose another --output or remove it first")
@@ -53,12 +56,12 @@ def main(argv: list[str]) -> None:
             records, split = Records(values.data), values.split or "eval"
             model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
             check_fit(records, model.config, base_model, [split])
-            found = evaluate_records(model, records, split, levels, seeds, batch_size=batch_size)
+            found = evaluate_records(model, records, split, levels, draws, batch_size=batch_size)
         else:
             size = parse_bucket(values.size) if values.size is not None else None
             benchmark = read_benchmark(pathlib.Path(values.data), values.benchmark, values.split or "test")
             model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
-            found = evaluate_images(model, benchmark, levels, seeds, size=size, batch_size=batch_size)
+            found = evaluate_images(model, benchmark, levels, draws, size=size, batch_size=batch_size)
         if distributed.is_first():
             with whole_directory(output) as partial:
                 text = write_evaluation(partial, found)
@@ -88,6 +91,7 @@ def define_flags() -> None:
     flags.DEFINE_list("ensemble", ["0.2", "0.5", "0.7"], "Levels of the token-level ensemble; empty for none.")
     flags.DEFINE_integer("seed", 0, "Of the first noise draw.")
     flags.DEFINE_integer("seeds", 1, "Noise draws, seed, seed + 1 ...; the table has their spread.", 1)
+    flags.DEFINE_bool("shared-noise", True, "Also score with one noise for all images; takes twice the time.")
     flags.DEFINE_string("size", None, "HEIGHTxWIDTH to resize all images to; else their own, large ones scaled down.")
     flags.DEFINE_integer("batch-size", 8, "Images in one program.", 1)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype.")

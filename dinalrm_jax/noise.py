@@ -4,6 +4,8 @@
 released code's u). Everything here is a pure function of arrays.
 """
 
+import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -44,6 +46,26 @@ def seed_key(seed: int | Sequence[int]) -> np.ndarray:
     except OverflowError:
         raise ValueError(f"a seed is an integer of 64 bits, got {seed}") from None
     return np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseDraw:
+    """One draw of the noise for any number of images.
+
+    seed: an integer of 64 bits.
+    shared: every image has the same noise, which cancels in comparisons; else each its own, by its name, as the
+        paper evaluates (method: noise).
+    """
+
+    seed: int
+    shared: bool = False
+
+    def keys(self, names: Sequence[str]) -> np.ndarray:
+        """(N, 2) uint32: a key for each image, for `draw_noise`; of (seed, name) only, on every machine."""
+        if self.shared:
+            return np.broadcast_to(seed_key(self.seed), (len(names), 2))
+        digests = (hashlib.sha256(f"{self.seed}\0{name}".encode("utf-8", "surrogateescape")) for name in names)
+        return np.array([np.frombuffer(digest.digest()[:8], "<u4") for digest in digests], np.uint32)
 
 
 def timestep(sigma: jax.Array) -> jax.Array:

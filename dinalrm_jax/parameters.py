@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 
 Params = dict[str, jax.Array]
@@ -50,6 +51,16 @@ class Functional(Generic[M]):
             self.graphdef,
             nnx.State.from_flat_path({path: var.replace(params[_name(path)]) for path, var in self.variables}),
         )
+
+
+def draw(module: Functional, seed: int) -> dict[str, np.ndarray]:
+    """Freshly drawn parameters on the host: the same on every process, and no device has to hold them whole."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        device = jax.local_devices()[0]
+    with jax.default_device(device):
+        return {name: np.asarray(array) for name, array in module.init(seed).items()}
 
 
 def functional(build: Callable[[nnx.Rngs], M]) -> Functional[M]:

@@ -31,6 +31,24 @@ def probability(chosen: jax.Array, rejected: jax.Array, variance: jax.Array) -> 
     return jax.scipy.special.ndtr(standardized_margin(chosen, rejected, variance))
 
 
+def preferred(chosen: jax.Array, rejected: jax.Array, sigma: jax.Array, config: LossConfig) -> jax.Array:
+    """The probability that `chosen` is preferred, by the likelihood that a model was trained with, (B,) float32.
+
+    Thurstone's with the configured variance (without the released code's epsilon), or Bradley and Terry's,
+    `sigmoid(r+ - r-)`, whose margin is part of the loss only.
+    """
+    if config.name == "bradley_terry":
+        return jax.nn.sigmoid(jnp.asarray(chosen, jnp.float32) - jnp.asarray(rejected, jnp.float32))
+    return probability(chosen, rejected, score_variance(sigma, config))
+
+
+def score_variance(sigma: jax.Array, config: LossConfig) -> jax.Array:
+    """The configured `sigma_u^2` at noise levels `sigma`."""
+    if config.variance == "constant":
+        return jnp.full(jnp.shape(sigma), config.constant_variance, jnp.float32)
+    return calibrated_variance(sigma, config.k, config.sigma_0)
+
+
 def fidelity_loss(z: jax.Array, label: jax.Array | float = 1.0, epsilon: float = 0.0) -> jax.Array:
     """FRank's fidelity loss `1 - sqrt(y p) - sqrt((1 - y)(1 - p))` with `p = Phi(z)`.
 
@@ -74,9 +92,5 @@ def pair_loss(chosen: jax.Array, rejected: jax.Array, sigma: jax.Array, config: 
     """
     if config.name == "bradley_terry":
         return bradley_terry_loss(chosen, rejected, config.margin)
-    if config.variance == "constant":
-        variance = jnp.full(jnp.shape(sigma), config.constant_variance, jnp.float32)
-    else:
-        variance = calibrated_variance(sigma, config.k, config.sigma_0)
-    z = standardized_margin(chosen, rejected, variance, config.epsilon)
+    z = standardized_margin(chosen, rejected, score_variance(sigma, config), config.epsilon)
     return nll_loss(z) if config.name == "nll" else fidelity_loss(z, epsilon=config.epsilon)

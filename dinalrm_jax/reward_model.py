@@ -14,12 +14,12 @@ from PIL import Image
 from dinalrm_jax import lora
 from dinalrm_jax.backbone.features import Features
 from dinalrm_jax.backbone.sd3 import SD3Transformer
-from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
+from dinalrm_jax.config import ExecutionConfig, LossConfig, RewardModelConfig
 from dinalrm_jax.data.batch import PromptEmbeds, validate_latents
 from dinalrm_jax.data.images import ImageSource, read_rgb
 from dinalrm_jax.encoders import ImageCodec, load_image_codec, load_prompt_encoder
 from dinalrm_jax.head import RewardHead
-from dinalrm_jax.noise import add_noise, draw_noise, seed_key, timestep
+from dinalrm_jax.noise import NoiseDraw, add_noise, draw_noise, seed_key, timestep
 from dinalrm_jax.parameters import Functional, Params, functional
 
 
@@ -116,12 +116,14 @@ class RewardModel:
         params: named arrays, a pytree; what `reward_fn` takes.
         execution: how it is computed; `dataclasses.replace(model, execution=...)` changes it.
         base_model: where text encoders and VAE are read from when they are first used.
+        likelihood: what it was trained with, which makes probabilities of scores; None where that is not known.
     """
 
     config: RewardModelConfig
     params: Params = dataclasses.field(repr=False)
     execution: ExecutionConfig = ExecutionConfig()
     base_model: str | pathlib.Path | None = None
+    likelihood: LossConfig | None = None
 
     @classmethod
     def from_pretrained(
@@ -131,10 +133,11 @@ class RewardModel:
         dtype: str = "bfloat16",
         backbone: Params | None = None,
     ) -> "RewardModel":
-        """Loads a native checkpoint, or a released one together with its base model.
+        """Loads a native checkpoint, one of a training run, or a released one together with its base model.
 
         Args:
-            checkpoint: directory or hub id, native or in the released layout.
+            checkpoint: directory or hub id, native or in the released layout; or a run's WORKDIR/reward/best/STEP or
+                WORKDIR/reward/checkpoints/STEP.
             base_model: directory or hub id in diffusers layout; required for the released layout. Of a
                 native checkpoint, which holds its backbone, only text encoders and VAE are read from it.
             dtype: compute dtype; frozen weights are stored in it, LoRA and head in float32.
@@ -147,9 +150,9 @@ class RewardModel:
             ConfigError: a configuration of another kind of model.
             FileNotFoundError: not a checkpoint, with what was looked for.
         """
-        from dinalrm_jax.weights import pretrained  # imports this module for its types
+        from dinalrm_jax.weights.checkpoint import open_checkpoint  # imports this module for its types
 
-        return pretrained.open_reward_model(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone).load()
+        return open_checkpoint(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone).load()
 
     @classmethod
     def init(cls, config: RewardModelConfig, execution: ExecutionConfig = ExecutionConfig(), seed: int = 0):
@@ -310,8 +313,8 @@ class RewardModel:
             raise ValueError(f"prompts must be one text, or a list of one an image, got {prompts!r}")
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
-        seeds = range(seed, seed + samples)
-        found = scoring.score_images(self, prompts, images, [sigma], seeds, size=size, batch_size=batch_size)
+        draws = [NoiseDraw(seed + number, shared=True) for number in range(samples)]
+        found = scoring.score_images(self, prompts, images, [sigma], draws, size=size, batch_size=batch_size)
         if found.problems:
             lines = "\n  ".join(f"images[{index}]: {problem}" for index, problem in sorted(found.problems.items()))
             raise ValueError(f"{len(found.problems)} of {len(images)} images cannot be read:\n  {lines}")

@@ -27,6 +27,7 @@ from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.images import read_rgb
 from dinalrm_jax.disk import check_writable
+from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.plots import new_figure, save
 from dinalrm_jax.reward_model import RewardModel, normalize, ranks
 from dinalrm_jax.scoring import ImageScores, score_images
@@ -193,7 +194,7 @@ def main(argv: list[str]) -> None:
                 prompts,
                 images,
                 levels,
-                range(values.seed, values.seed + values.samples),
+                [NoiseDraw(values.seed + number, shared=True) for number in range(values.samples)],
                 size=size,
                 batch_size=values["batch-size"].value,
                 progress=bar.update,

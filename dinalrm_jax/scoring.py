@@ -17,7 +17,7 @@ from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.data.buckets import Size
 from dinalrm_jax.data.images import DAMAGE, ImageSource, map_ahead, open_image, read_rgb, scoring_size
 from dinalrm_jax.local_devices import split_locally
-from dinalrm_jax.noise import draw_noise, seed_key
+from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.reward_model import RewardModel, check_levels, jitted_score
 
 THREADS = 8  # that read and decode images
@@ -36,7 +36,7 @@ class ImageScores:
     """Scores of N images.
 
     Attributes:
-        scores: (N, levels, seeds) float32, NaN for an image that could not be read.
+        scores: (N, levels, draws) float32, NaN for an image that could not be read.
         problems: why, by the image's index.
     """
 
@@ -45,36 +45,32 @@ class ImageScores:
 
 
 class LatentScorer:
-    """Scores batches of latents at all levels with the noise of all seeds.
+    """Scores batches of latents at all levels with the noise of all draws.
 
     Args:
         model: what scores; where its parameters lie on several devices, rows are split over those of
             this process.
         levels: single levels, and tuples for ensembles.
-        seeds: of the noise; one draw is the same for every row of a shape.
+        draws: of the noise.
     """
 
-    def __init__(self, model: RewardModel, levels: Sequence[Level], seeds: Sequence[int]):
-        if not len(levels) or not len(seeds):
-            raise ValueError(f"at least one level and one seed are needed, got {levels} and {seeds}")
-        self._levels = [check_levels(level) for level in levels]
-        self._keys = [seed_key(seed) for seed in seeds]
+    def __init__(self, model: RewardModel, levels: Sequence[Level], draws: Sequence[NoiseDraw]):
+        if not len(levels) or not len(draws):
+            raise ValueError(f"at least one level and one noise draw are needed, got {levels} and {draws}")
+        self._levels, self._draws = [check_levels(level) for level in levels], draws
         self._params = model.params
         self._score = jitted_score(model.config, model.execution)
         self._several = len(next(iter(model.params.values())).sharding.device_set) > 1
-        self._draws: list[np.ndarray] = []  # of the last shape
 
-    def __call__(self, latents: np.ndarray, prompt: PromptEmbeds) -> np.ndarray:
-        """(B, levels, seeds) float32 of (B, H, W, C) latents and B prompts.
+    def __call__(self, latents: np.ndarray, prompt: PromptEmbeds, names: Sequence[str]) -> np.ndarray:
+        """(B, levels, draws) float32 of (B, H, W, C) latents, B prompts and the images' names.
 
         Raises:
             ValueError: a score that is not finite.
         """
-        if not self._draws or self._draws[0].shape != latents.shape:
-            self._draws = [np.asarray(draw_noise(key, latents.shape)) for key in self._keys]
-        rows = (latents, prompt, self._draws)
-        latents, prompt, draws = split_locally(rows) if self._several else jax.device_put(rows)
-        scores = [[self._score(self._params, latents, prompt, levels, eps) for eps in draws] for levels in self._levels]
+        rows = (latents, prompt, [np.asarray(draw_noise(draw.keys(names), latents.shape)) for draw in self._draws])
+        *inputs, noises = split_locally(rows) if self._several else jax.device_put(rows)
+        scores = [[self._score(self._params, *inputs, levels, eps) for eps in noises] for levels in self._levels]
         found = np.stack([np.stack([np.asarray(one) for one in row]) for row in scores]).transpose(2, 0, 1)
         if not np.isfinite(found).all():
             raise ValueError(
@@ -93,8 +89,9 @@ def score_images(
     prompts: Sequence[str],
     images: Sequence[ImageSource],
     levels: Sequence[Level],
-    seeds: Sequence[int],
+    draws: Sequence[NoiseDraw],
     *,
+    names: Sequence[str] | None = None,
     size: Size | None = None,
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda count: None,
@@ -105,7 +102,8 @@ def score_images(
         model: with the base model that its encoders come from, if it needs one.
         prompts: one an image.
         images: see `data.images.ImageSource`.
-        levels, seeds: see `LatentScorer`.
+        levels, draws: see `LatentScorer`.
+        names: of the images, from which a draw that is not shared makes each one's noise; None: their places.
         size: (height, width) that images are resized to; None: `data.images.scoring_size`.
         batch_size: images in one program.
         progress: called with the number of images after each batch, read or not.
@@ -124,8 +122,9 @@ def score_images(
             raise ValueError(f"size must be (height, width) in positive multiples of {unit} pixels, got {size!r}")
         size = tuple(size)
     sides = 8 * transformer.sample_size, unit * transformer.pos_embed_max_size
-    scorer, codec = LatentScorer(model, levels, seeds), model.image_codec
-    scores = np.full((len(images), len(levels), len(seeds)), np.nan, np.float32)
+    scorer, codec = LatentScorer(model, levels, draws), model.image_codec
+    names = list(map(str, range(len(images)))) if names is None else names
+    scores = np.full((len(images), len(levels), len(draws)), np.nan, np.float32)
     problems: dict[int, str] = {}
     for index, image in enumerate(images):
         if isinstance(image, Image.Image):
@@ -152,7 +151,8 @@ def score_images(
                 if good := [index for index in some if index not in problems]:
                     rows = padded(good, min(batch_size, len(indices)))
                     latents = codec.encode(np.stack([read[index] for index in rows]))
-                    scored = scorer(latents, embeddings([prompts[index] for index in rows]))
+                    embeds = embeddings([prompts[index] for index in rows])
+                    scored = scorer(latents, embeds, [names[index] for index in rows])
                     scores[good] = scored[: len(good)]
                 progress(len(some))
     return ImageScores(scores, problems)

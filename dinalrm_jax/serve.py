@@ -20,7 +20,7 @@ from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ExecutionConfig
 from dinalrm_jax.server.app import RewardServer, ServerConfig
 from dinalrm_jax.server.protocol import read_api_key
-from dinalrm_jax.weights.pretrained import open_reward_model
+from dinalrm_jax.weights.checkpoint import open_checkpoint
 
 DEFAULTS = ServerConfig()
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         )
         execution = ExecutionConfig(dtype=values.dtype)
         server = RewardServer(
-            open_reward_model(values.checkpoint, values["base-model"].value, execution),
+            open_checkpoint(values.checkpoint, values["base-model"].value, execution),
             config,
             values.checkpoint,
             api_key,

@@ -12,6 +12,7 @@ one file system.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import pathlib
 import re
@@ -42,20 +43,22 @@ from dinalrm_jax.config import (
 from dinalrm_jax.data import rehearsal
 from dinalrm_jax.data.datasets import preprocess
 from dinalrm_jax.data.loader import TrainingBatches
+from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.scene_records import write_scene_records
+from dinalrm_jax.disk import lock
 from dinalrm_jax.encoders import ImageCodec, load_image_codec
-from dinalrm_jax.parameters import Functional, Params
+from dinalrm_jax.parameters import Params, draw
 from dinalrm_jax.placement import place
 from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional
 from dinalrm_jax.scoring import level_name
 from dinalrm_jax.training.ahead import batch_shapes, compile_ahead, on_device
-from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
-from dinalrm_jax.training.evaluation import Evaluator, PairScores
+from dinalrm_jax.training.checkpoint import BestCheckpoint, CheckpointError, Checkpoints
+from dinalrm_jax.training.evaluation import Evaluator, HeldOut, PairScores
 from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
 from dinalrm_jax.training.objectives import Objective, flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dinalrm_jax.training.preflight import check_records, check_stages, check_workdir, claim_workdir
+from dinalrm_jax.training.preflight import check_records, check_stages
 from dinalrm_jax.training.profiling import ProfileWindow
 from dinalrm_jax.training.report import sweep_table, write_report
 from dinalrm_jax.training.sharding import (
@@ -67,13 +70,10 @@ from dinalrm_jax.training.sharding import (
 )
 from dinalrm_jax.training.step import TrainState, make_step, model_flops
 from dinalrm_jax.training.stopping import Stopped, StopSignals
-from dinalrm_jax.weights.pretrained import (
-    open_backbone,
-    save_backbone,
-    save_reward_model,
-    transformer_functional,
-    truncate,
-)
+from dinalrm_jax.training.workdir import check_workdir, claim_workdir
+from dinalrm_jax.weights.checkpoint import base_model_of, frozen_arrays, open_base, open_start
+from dinalrm_jax.weights.files import fingerprint, read_json
+from dinalrm_jax.weights.pretrained import save_backbone, save_reward_model, transformer_functional
 from dinalrm_jax.weights.rules import WeightsError
 
 REPORT_SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -84,38 +84,49 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
 
     Raises:
         ConfigError, RecordsError, WeightsError: before anything is computed.
+        Locked: another process is at work in the directory.
         Stopped: on SIGTERM or Ctrl-C, after saving.
         NonFiniteLoss: with the step; the last good checkpoint is kept.
+        OSError: a full disk; the last whole checkpoint is kept.
     """
-    mesh = make_mesh(config.mesh)
-    check_stages(config, mesh)
-    check_workdir(workdir, config)
-    data, base_model = make_inputs(config, workdir)
-    records = Records(data)
+    with lock(workdir) if distributed.is_first() else contextlib.nullcontext():
+        return _run(config, workdir)
+
+
+def _run(given: TrainConfig, workdir: pathlib.Path) -> PairScores:
+    mesh = make_mesh(given.mesh)
+    check_stages(given, mesh)
+    check_workdir(workdir, given, {})
+    data = make_inputs(given, workdir)
+    records = Mixture(given.mixture) if given.mixture else Records(data)
+    config = in_steps(given, records)
+    base_model = base_model_of(config, workdir)
     check_records(records, config, base_model)
+    start = None if config.init_from is None else open_start(config, workdir)
     module = reward_functional(config.model, config.execution)
     shardings = parameter_shardings(module.shapes, mesh)
     evaluator = Evaluator(module, records, "eval", config.evaluation, mesh)
-    claim_workdir(workdir, config)
+    inputs = {"data": records.fingerprint}
+    if config.base_model is not None:
+        inputs["base_model"] = fingerprint(open_base(config.base_model, config))
+    if start is not None:
+        inputs["init_from"] = fingerprint(start.arrays)
+    run_name = claim_workdir(workdir, given, inputs)
+    log = functools.partial(MetricsLog, workdir, project=config.wandb_project, run=run_name, config=to_mapping(config))
 
-    # The backbone: loaded, or random; then, where asked for, trained as a flow-matching generator.
-    backbone = make_backbone(config, base_model, records, workdir, mesh)
+    # The backbone: loaded or random; then, where asked for, trained as a flow-matching generator.
+    if config.generator is not None and not (workdir / "generator" / "backbone").exists():
+        train_generator(config, base_model, records, workdir, mesh, log)
+    frozen = place(frozen_arrays(config, workdir), config.execution.dtype, shardings)
 
     # LoRA and head learn the reward on the frozen backbone's features.
-    frozen = place(truncate(backbone, config.model), config.execution.dtype, shardings)
-    del backbone
-    trainable = {name: array for name, array in draw(module, config.seed).items() if is_trainable(name)}
+    first = draw(module, config.seed) if start is None else start.arrays
+    trainable = {name: first[name] for name in module.shapes if is_trainable(name)}
     levels = tuple(dict.fromkeys((config.evaluation.sigma, *config.evaluation.levels)))
     if config.evaluation.levels:
         levels += (config.evaluation.ensemble,)
-
-    def held_out_accuracy(state: TrainState) -> dict[str, float]:
-        scores = evaluator.run({**frozen, **state.result}, levels)
-        values = {"eval_accuracy": scores.accuracy(levels[0]), "eval_sigma": levels[0]}
-        return values | {f"eval_accuracy/{level_name(level)}": scores.accuracy(level) for level in levels[1:]}
-
     plain = reward_functional(config.model, plain_execution(config))
-    state = fit(
+    state, best = fit(
         "reward",
         config.reward,
         reward_objective(module, config.loss, config.reward.sigma),
@@ -126,39 +137,68 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         config,
         workdir=workdir,
         mesh=mesh,
-        evaluate=held_out_accuracy,
+        log=log,
+        held_out=HeldOut(evaluator, frozen, levels),
         profile=config.profile,
     )
     params = {**frozen, **state.result}
-    if not (workdir / "model").exists():
-        whole = gather(params)
-        if distributed.is_first():
-            save_reward_model(RewardModel(config.model, whole, config.execution), workdir / "model")
-        del whole
+    save_model(config, params, workdir / "model", config.reward.steps)
 
     singles = sorted({*REPORT_SIGMAS, config.evaluation.sigma, *config.evaluation.levels})
     report_levels = (*singles, config.evaluation.ensemble)
-    total = len(report_levels) * evaluator.row_count()
+    evaluator.compile(params, report_levels)
+    total = 2 * len(report_levels) * evaluator.row_count()
     with distributed.progress(total=total, desc="held-out pairs", unit="image") as bar:
         scores = evaluator.run(params, report_levels, bar.update)
+        shared = evaluator.run(params, report_levels, bar.update, shared=True)
     if distributed.is_first():
         history = read_metrics(workdir, "reward")
-        text = write_report(workdir / "report", records, scores, history, report_codec(records, base_model))
+        codec = report_codec(records, base_model)
+        text = write_report(workdir / "report", records, scores, shared, history, codec, best=best)
         print(f"\n{text}\nmodel: {workdir / 'model'}   report and plots: {workdir / 'report'}")
     distributed.barrier("report")
     return scores
 
 
-def make_inputs(config: TrainConfig, workdir: pathlib.Path) -> tuple[pathlib.Path, str | None]:
-    """The run's records and base model; scenes and rehearsals are made where they are not there yet."""
+def in_steps(config: TrainConfig, records: Records | Mixture) -> TrainConfig:
+    """The configuration with every stage's length in steps, which is said."""
+    lasting = {}
+    pairs = sum(len(rows) * records.weights("train")[name] for name, rows in records.buckets("train").items())
+    for name in ("generator", "reward"):
+        stage = getattr(config, name)
+        if stage is not None and stage.epochs is not None and pairs:
+            lasting[name] = stage.lasting(pairs)
+            distributed.say(
+                f"{name}: {stage.epochs:g} epochs of {pairs:,.0f} pairs are {lasting[name].steps:,} steps of "
+                f"{stage.batch_size}"
+            )
+    return dataclasses.replace(config, **lasting)
+
+
+def save_model(config: TrainConfig, params: Params, directory: pathlib.Path, step: int) -> None:
+    """Writes the model of a finished run, unless it is there; that of a shorter run keeps its step in its name."""
+    if (directory / "config.json").exists():
+        found = read_json(directory / "config.json").get("step")
+        if found == step:
+            return
+        if distributed.is_first():
+            directory.rename(directory.with_name(f"{directory.name}_step_{found}"))
+        distributed.barrier("shorter model renamed")
+    whole = gather(params)
+    if distributed.is_first():
+        model = RewardModel(config.model, whole, config.execution, likelihood=config.loss)
+        save_reward_model(model, directory, step=step)
+
+
+def make_inputs(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path:
+    """The directory of the run's records; scenes and rehearsals are made where they are not there yet."""
     data = workdir / "data" if config.data is None else pathlib.Path(config.data)
     if config.rehearsal is not None:
         make_rehearsal(config, config.rehearsal, workdir)
-        return data, str(workdir / "base_model")
     if config.scenes is not None and not data.exists() and distributed.is_first():
         write_scene_records(data, config.scenes, config.model.encoders)
     distributed.barrier("scenes")
-    return data, config.base_model
+    return data
 
 
 def make_rehearsal(config: TrainConfig, wanted: RehearsalConfig, workdir: pathlib.Path) -> None:
@@ -175,43 +215,36 @@ def make_rehearsal(config: TrainConfig, wanted: RehearsalConfig, workdir: pathli
         preprocess(source, workdir / "data", wanted.preparation, base_model)
 
 
-def make_backbone(
-    config: TrainConfig, base_model: str | None, records: Records, workdir: pathlib.Path, mesh: Mesh
-) -> Mapping[str, np.ndarray]:
-    """A whole transformer's parameters: a finished generator stage's, else loaded or random, then trained."""
-    finished = workdir / "generator" / "backbone"
-    if finished.exists():
-        return open_backbone(finished)[1]
+def train_generator(
+    config: TrainConfig,
+    base_model: str | None,
+    records: Records | Mixture,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    log: Callable[[str], MetricsLog],
+) -> None:
+    """Trains the whole transformer by flow matching and saves it as WORKDIR/generator/backbone."""
     transformer = config.model.transformer
-    # Blocks that will be trained start as the identity; frozen random ones would teach LoRA nothing that way.
-    zero_init = config.generator is not None
-    module = transformer_functional(transformer, config.execution, zero_init=zero_init)
-    if base_model is None:
-        params = draw(module, config.seed)
-    else:
-        found, params = open_backbone(base_model)
-        if found != transformer:
-            raise ConfigError(f"base_model {base_model} has geometry {found}, the config says {transformer}")
-    if config.generator is None:
-        return params
-    plain = transformer_functional(transformer, plain_execution(config), zero_init=zero_init)
-    state = fit(
+    # Blocks that are trained start as the identity; frozen random ones would teach LoRA nothing that way.
+    module = transformer_functional(transformer, config.execution, zero_init=True)
+    plain = transformer_functional(transformer, plain_execution(config), zero_init=True)
+    state, _ = fit(
         "generator",
         config.generator,
         flow_matching_objective(module, config.generator.sigma),
         flow_matching_objective(plain, config.generator.sigma),
-        params,
+        draw(module, config.seed) if base_model is None else open_base(base_model, config),
         {},
         records,
         config,
         workdir=workdir,
         mesh=mesh,
+        log=log,
     )
     whole = gather(state.result)
     if distributed.is_first():
-        save_backbone(transformer, whole, finished)
+        save_backbone(transformer, whole, workdir / "generator" / "backbone")
     distributed.barrier("generator")
-    return whole
 
 
 def fit(
@@ -221,17 +254,19 @@ def fit(
     plain_objective: Objective,
     params: Mapping[str, np.ndarray],
     frozen: Params,
-    records: Records,
+    records: Records | Mixture,
     config: TrainConfig,
     *,
     workdir: pathlib.Path,
     mesh: Mesh,
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    log: Callable[[str], MetricsLog],
+    held_out: HeldOut | None = None,
     profile: ProfileConfig = ProfileConfig(),
-) -> TrainState:
+) -> tuple[TrainState, BestCheckpoint | None]:
     """Trains one stage to its last step, continuing from its latest checkpoint.
 
-    `plain_objective` is the objective by `plain_execution`: its FLOPs are the model's.
+    `plain_objective` is the objective by `plain_execution`: its FLOPs are the model's. Where `held_out` evaluates, the
+    state of the highest accuracy is kept too.
     """
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     learning_rate = learning_rate_schedule(stage.optimizer, stage.steps)
@@ -244,12 +279,15 @@ def fit(
     step_fn = make_step(objective, optimizer, stage, mesh, config.seed, state_shardings, frozen_shardings)
     batches = TrainingBatches(records, stage.batch_size, config.seed, local_rows(stage.batch_size, mesh))
     checkpoints = Checkpoints(workdir / name / "checkpoints")
+    best = None if held_out is None else BestCheckpoint(workdir / name / "best")
     if (restored := checkpoints.restore_latest(state)) is not None:
         state, loader_state = restored
         batches.set_state(loader_state)
         distributed.say(f"{name}: continuing from the checkpoint of step {int(state.step)}")
 
     first = int(state.step)
+    if first > stage.steps:
+        raise ConfigError(f"{name}: {workdir} is at step {first} already, beyond the {stage.steps} asked for")
     trained = sum(array.size for array in params.values())
     distributed.say(
         f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps of {stage.batch_size} pairs"
@@ -260,16 +298,18 @@ def fit(
                 f"{name}: bucket {bucket} has {len(rows)} pairs, fewer than a batch, which will repeat them"
             )
     compiled = flops = {}
-    log = MetricsLog(workdir, name, config.wandb_project, to_mapping(config))
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save that was started is finished
-        contextlib.closing(log),
+        contextlib.closing(best) if best else contextlib.nullcontext(),
+        contextlib.closing(log(name)) as log,
         contextlib.closing(ProfileWindow(workdir / "profile", profile)) as window,
         StopSignals() as stop,
     ):
         if first < stage.steps:
             shapes = batch_shapes(records, stage.batch_size, mesh)
             compiled, flops = compile_ahead(step_fn, state, frozen, shapes, mesh)
+            if held_out is not None:
+                held_out.compile(state)
             if config.execution != plain_execution(config):
                 flops = {
                     shape: model_flops(plain_objective, state.params, frozen, batch) for shape, batch in shapes.items()
@@ -299,12 +339,14 @@ def fit(
                 checkpoints.save(state, loader_state)
             if asked:
                 raise Stopped(asked, name, step)
-            if evaluate is not None and (step % stage.evaluate_every == 0 or last):
+            if held_out is not None and (step % stage.evaluate_every == 0 or last):
                 started = time.perf_counter()
-                log.write_values(step, evaluate(state))
+                values = held_out(state)
+                log.write_values(step, values)
+                best.offer(state, values["eval_accuracy"])
                 log.pause(time.perf_counter() - started)
         bar.close()
-    return state
+    return state, best
 
 
 def plain_execution(config: TrainConfig) -> ExecutionConfig:
@@ -312,17 +354,7 @@ def plain_execution(config: TrainConfig) -> ExecutionConfig:
     return dataclasses.replace(config.execution, layers="loop", remat="none", attention="xla")
 
 
-def draw(module: Functional, seed: int) -> dict[str, np.ndarray]:
-    """Freshly drawn parameters on the host: the same on every process, and no device has to hold them whole."""
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-        device = jax.local_devices()[0]
-    with jax.default_device(device):
-        return {name: np.asarray(array) for name, array in module.init(seed).items()}
-
-
-def report_codec(records: Records, base_model: str | None) -> ImageCodec | None:
+def report_codec(records: Records | Mixture, base_model: str | None) -> ImageCodec | None:
     """What can draw the records' images; None where that needs a pipeline and the run has none."""
     if records.encoders.kind == "sd3" and not (base_model and (pathlib.Path(base_model) / "vae").is_dir()):
         return None
@@ -334,14 +366,15 @@ def report_codec(records: Records, base_model: str | None) -> ImageCodec | None:
 
 def run_sweep(sweep: SweepConfig, workdir: pathlib.Path) -> None:
     """Runs every configuration with every seed and prints the held-out accuracies with their spread."""
-    claim_workdir(workdir, sweep)
+    claim_workdir(workdir, sweep, {})
     accuracies = {config.name: [] for config in sweep.runs}
     for seed in sweep.seeds:
         for config in sweep.runs:
-            config = dataclasses.replace(config, seed=seed, data=config.data or str(workdir / "data"))
+            config = dataclasses.replace(config, seed=seed)
+            if not config.mixture:
+                config = dataclasses.replace(config, data=config.data or str(workdir / "data"))
             if config.generator is not None:
-                shared = workdir / f"seed{seed}" / "generator_run"
-                config = with_shared_generator(config, shared)
+                config = with_shared_generator(config, workdir / f"seed{seed}" / "generator_run")
             scores = run(config, workdir / f"seed{seed}" / config.name)
             levels = (0.0, config.evaluation.sigma, config.evaluation.ensemble)
             accuracies[config.name].append({level_name(level): scores.accuracy(level) for level in levels})
@@ -357,17 +390,31 @@ def with_shared_generator(config: TrainConfig, shared: pathlib.Path) -> TrainCon
     if not backbone.exists():
         mesh = make_mesh(config.mesh)
         check_stages(config, mesh)
-        data, base_model = make_inputs(config, shared)
-        records = Records(data)
-        check_records(records, config, base_model)
-        make_backbone(config, base_model, records, shared, mesh)
+        records = Mixture(config.mixture) if config.mixture else Records(make_inputs(config, shared))
+        config_in_steps = in_steps(config, records)
+        base_model = base_model_of(config, shared)
+        check_records(records, config_in_steps, base_model)
+        run_name = claim_workdir(shared, config, {"data": records.fingerprint})
+        log = functools.partial(MetricsLog, shared, project=config.wandb_project, run=run_name)
+        train_generator(config_in_steps, base_model, records, shared, mesh, log)
     return dataclasses.replace(config, generator=None, base_model=str(backbone))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one message instead of a traceback for an override that ml_collections refuses."""
+    """absl's parser, with one message instead of a traceback for an override that ml_collections refuses.
+
+    `--config.generator=None` is taken for any value that may be None, a section among them.
+    """
+    nothing = [argument for argument in argv if re.fullmatch(r"--config\.[\w.]+=None", argument)]
     try:
-        return app.parse_flags_with_usage(argv)
+        rest = app.parse_flags_with_usage([argument for argument in argv if argument not in nothing])
+        for argument in nothing:
+            *parents, key = argument.removeprefix("--config.").removesuffix("=None").split(".")
+            section = functools.reduce(lambda node, name: node[name], parents, flags.FLAGS.config)
+            section[key]  # raises KeyError for an unknown one
+            with section.ignore_type():
+                section[key] = None
+        return rest
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         refused = re.search(r'instead of "(\w+)"', str(error))
         key = refused[1] if refused else str(error).strip("\"'")
@@ -404,7 +451,7 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         distributed.leave(130)
-    except (ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, FileNotFoundError) as error:
+    except (ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(2)
 

@@ -1,7 +1,7 @@
 """Scores a benchmark's images: every distinct (prompt, image) once, at all levels and noise draws.
 
 Rankings are split over processes, each of which scores its own on its own devices; then every process has
-all scores. What a row scores depends on nothing but the row and the seed, up to the rounding of another batch.
+all scores. What a row scores depends on nothing but the row and the draw, up to the rounding of another batch.
 """
 
 import collections
@@ -15,11 +15,13 @@ import numpy as np
 
 from dinalrm_jax import distributed
 from dinalrm_jax.benchmarks.accuracy import PairCounts, count_pairs
+from dinalrm_jax.config import LossConfig
 from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.data.buckets import Size
 from dinalrm_jax.data.preferences import Benchmark, Ranking
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.local_devices import on_every_device
+from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.scoring import LatentScorer, Level, padded, score_images
 
@@ -30,30 +32,36 @@ class Evaluation:
 
     Attributes:
         name: of the benchmark.
-        levels, seeds: what was scored at.
+        levels, draws: what was scored at, with which noise.
         rankings: all of them.
-        scores: of each ranking's images (n, levels, seeds), NaN where one could not be read.
+        scores: of each ranking's images (n, levels, draws), NaN where one could not be read.
         problems: why, by the image's name.
+        likelihood: that the model was trained with, where it is known.
     """
 
     name: str
     levels: tuple[Level, ...]
-    seeds: tuple[int, ...]
+    draws: tuple[NoiseDraw, ...]
     rankings: Sequence[Ranking]
     scores: Sequence[np.ndarray]
     problems: Mapping[str, str]
+    likelihood: LossConfig | None = None
 
-    def counts(self, level: int, seed: int) -> PairCounts:
-        """The pair counts at one level and draw, by their places in `levels` and `seeds`."""
+    def counts(self, level: int, draw: int) -> PairCounts:
+        """The pair counts at one level and draw, by their places in `levels` and `draws`."""
         ranks = [ranking.ranks for ranking in self.rankings]
-        return count_pairs(ranks, [scores[:, level, seed] for scores in self.scores])
+        return count_pairs(ranks, [scores[:, level, draw] for scores in self.scores])
+
+    def draws_of(self, shared: bool) -> list[int]:
+        """The places of the draws that all images share, or of the others."""
+        return [place for place, draw in enumerate(self.draws) if draw.shared == shared]
 
 
 def evaluate_images(
     model: RewardModel,
     benchmark: Benchmark,
     levels: Sequence[Level],
-    seeds: Sequence[int],
+    draws: Sequence[NoiseDraw],
     *,
     size: Size | None = None,
     batch_size: int = 8,
@@ -67,13 +75,14 @@ def evaluate_images(
             [prompt for prompt, _ in rows],
             [functools.partial(benchmark.open, image) for _, image in rows],
             levels,
-            seeds,
+            draws,
+            names=[image for _, image in rows],
             size=size,
             batch_size=batch_size,
             progress=bar.update,
         )
     problems = {rows[index][1]: problem for index, problem in found.problems.items()}
-    return _gathered(benchmark.name, benchmark.rankings, levels, seeds, rows, found.scores, problems)
+    return _gathered(model, benchmark.name, benchmark.rankings, levels, draws, rows, found.scores, problems)
 
 
 def evaluate_records(
@@ -81,11 +90,14 @@ def evaluate_records(
     records: Records,
     split: str,
     levels: Sequence[Level],
-    seeds: Sequence[int],
+    draws: Sequence[NoiseDraw],
     *,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Scores the pairs of a split of records, as rankings of two; prompts and images are named by their indices."""
+    """Scores the pairs of a split of records, as rankings of two; prompts and images are named by their indices.
+
+    An image's noise goes by its name in the records, as in a training run's own evaluation.
+    """
     rows_of_pairs = records.pairs(split)
     pairs = [rows_of_pairs[index] for index in range(len(rows_of_pairs))]
     rankings = [Ranking(str(pair.prompt), (str(pair.chosen), str(pair.rejected)), (1, 2)) for pair in pairs]
@@ -97,8 +109,8 @@ def evaluate_records(
     by_shape = collections.defaultdict(list)
     for index, (_, image) in enumerate(rows):
         by_shape[shapes[image]].append(index)
-    scorer = LatentScorer(_on_every_device(model), levels, seeds)
-    scores = np.empty((len(rows), len(levels), len(seeds)), np.float32)
+    scorer = LatentScorer(_on_every_device(model), levels, draws)
+    scores = np.empty((len(rows), len(levels), len(draws)), np.float32)
     with distributed.progress(total=len(rows), desc=f"scoring {records.directory}", unit="image") as bar:
         for indices in by_shape.values():
             for start in range(0, len(indices), batch_size):
@@ -109,10 +121,11 @@ def evaluate_records(
                     np.stack([row.prompt_embeds for row in prompts]),
                     np.stack([row.pooled_prompt_embeds for row in prompts]),
                 )
-                latents = np.stack([records.images[int(image)].latents for _, image in batch])
-                scores[some] = scorer(latents, prompt)[: len(some)]
+                images = [records.images[int(image)] for _, image in batch]
+                latents = np.stack([image.latents for image in images])
+                scores[some] = scorer(latents, prompt, [image.name for image in images])[: len(some)]
                 bar.update(len(some))
-    return _gathered(f"{records.directory} {split}", rankings, levels, seeds, rows, scores, {})
+    return _gathered(model, f"{records.directory} {split}", rankings, levels, draws, rows, scores, {})
 
 
 def _my_share(rankings: Sequence[Ranking]) -> Sequence[Ranking]:
@@ -127,14 +140,14 @@ def _on_every_device(model: RewardModel) -> RewardModel:
     return dataclasses.replace(model, params=on_every_device(model.params))
 
 
-def _gathered(name, rankings, levels, seeds, rows, scores, problems) -> Evaluation:
+def _gathered(model, name, rankings, levels, draws, rows, scores, problems) -> Evaluation:
     """The evaluation of all processes, from each one's rows."""
     mine = json.dumps([rows, problems]).encode()
     by_row, all_problems = {}, {}
     for text, data in zip(distributed.gather_bytes(mine), distributed.gather_bytes(scores.tobytes())):
         their_rows, their_problems = json.loads(text)
         all_problems |= their_problems
-        values = np.frombuffer(data, np.float32).reshape(len(their_rows), len(levels), len(seeds))
+        values = np.frombuffer(data, np.float32).reshape(len(their_rows), len(levels), len(draws))
         by_row |= {tuple(row): value for row, value in zip(their_rows, values)}
     by_ranking = [np.stack([by_row[ranking.prompt, image] for image in ranking.images]) for ranking in rankings]
-    return Evaluation(name, tuple(levels), tuple(seeds), rankings, by_ranking, all_problems)
+    return Evaluation(name, tuple(levels), tuple(draws), rankings, by_ranking, all_problems, model.likelihood)

@@ -17,7 +17,7 @@ from dinalrm_jax.benchmarks.accuracy import (
     strict_pairs,
 )
 from dinalrm_jax.benchmarks.evaluator import Evaluation
-from dinalrm_jax.config import LossConfig
+from dinalrm_jax.config import LossConfig, to_mapping
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.plots import BETTER, INK, WORSE, chance_line, colormap, new_figure, save
 from dinalrm_jax.scoring import level_name
@@ -29,8 +29,9 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     Raises:
         RecordsError: no pair with a winner was scored.
 
-    The accuracy of a level is the mean over the noise draws, with their standard deviation; its interval is that
-    of this mean under resampled prompts.
+    The accuracy of a level is the mean over the noise draws of which every image has its own, with their standard
+    deviation; its interval is that of this mean under resampled prompts. "shared_noise" has the same of the draws
+    that all images share.
     """
     if not evaluation.counts(0, 0).strict.sum():
         examples = "".join(f"\n  {name}: {problem}" for name, problem in list(evaluation.problems.items())[:3])
@@ -41,24 +42,11 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     prompts = [ranking.prompt for ranking in evaluation.rankings]
     by_level = {}
     for place, level in enumerate(evaluation.levels):
-        draws = [evaluation.counts(place, seed) for seed in range(len(evaluation.seeds))]
-        points = [accuracies(counts) for counts in draws]
-        ends = intervals(draws, prompts)
-        by_level[level_name(level)] = {
-            rule: {
-                "accuracy": _percent(np.mean([point[rule] for point in points])),
-                "standard_deviation": _percent(np.std([point[rule] for point in points], ddof=1))
-                if points[1:]
-                else None,
-                "interval_95": list(map(_percent, ends[rule])),
-                "by_seed": [_percent(point[rule]) for point in points],
-            }
-            for rule in RULES
-        }
+        found = by_level[level_name(level)] = _by_rule(evaluation, place, evaluation.draws_of(shared=False), prompts)
+        if shared := evaluation.draws_of(shared=True):
+            found["shared_noise"] = _by_rule(evaluation, place, shared, prompts)
         if not isinstance(level, tuple):
-            by_level[level_name(level)]["calibration_error"] = _percent(
-                _reliability(evaluation, place).calibration_error
-            )
+            found["calibration_error"] = _percent(_reliability(evaluation, place).calibration_error)
     counts = evaluation.counts(0, 0)
     total = sum(len(ranking.images) * (len(ranking.images) - 1) // 2 for ranking in evaluation.rankings)
     return {
@@ -69,8 +57,25 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
         "pairs": int(counts.pairs.sum()),
         "pairs_left_out": int(total - counts.pairs.sum()),
         "pairs_tied_by_people": int((counts.pairs - counts.strict).sum()),
-        "seeds": list(evaluation.seeds),
+        "seeds": [evaluation.draws[place].seed for place in evaluation.draws_of(shared=False)],
+        "likelihood": None if evaluation.likelihood is None else to_mapping(evaluation.likelihood),
         "levels": by_level,
+    }
+
+
+def _by_rule(evaluation: Evaluation, level: int, draws: list[int], prompts: list[str]) -> dict[str, Any]:
+    """Accuracy by every rule at one level, over some draws; all by their places."""
+    counts = [evaluation.counts(level, draw) for draw in draws]
+    points = [accuracies(one) for one in counts]
+    ends = intervals(counts, prompts)
+    return {
+        rule: {
+            "accuracy": _percent(np.mean([point[rule] for point in points])),
+            "standard_deviation": _percent(np.std([point[rule] for point in points], ddof=1)) if points[1:] else None,
+            "interval_95": list(map(_percent, ends[rule])),
+            "by_seed": [_percent(point[rule]) for point in points],
+        }
+        for rule in RULES
     }
 
 
@@ -82,21 +87,22 @@ def as_markdown(summary: dict[str, Any]) -> str:
             f"; {summary['images_left_out']} images not read, {summary['pairs_left_out']} pairs left out for that"
         )
     seeds = len(summary["seeds"])
+    shared = all("shared_noise" in by_rule for by_rule in summary["levels"].values())
     lines = [
         f"# {summary['benchmark']}",
         "",
         f"{summary['rankings']} rankings of {summary['prompts']} prompts, {summary['pairs']} pairs, of which people "
         f"tied {summary['pairs_tied_by_people']}{left_out}.",
         f"Pair accuracy, %: {f'mean ± standard deviation of {seeds} noise draws' if seeds > 1 else 'one noise draw'}, "
-        "and the 95 % bootstrap interval over prompts.",
+        "and the 95 % bootstrap interval over prompts. Every image has its own noise"
+        + (", but in the last column, where all have the same." if shared else "."),
         "",
-        "| sigma | " + " | ".join(RULES.values()) + " |",
-        "|---" * (1 + len(RULES)) + "|",
+        "| sigma | " + " | ".join([*RULES.values(), *(["strict, shared noise"] if shared else [])]) + " |",
+        "|---" * (1 + len(RULES) + shared) + "|",
     ]
     for name, by_rule in summary["levels"].items():
         cells = []
-        for rule in RULES:
-            found = by_rule[rule]
+        for found in [by_rule[rule] for rule in RULES] + ([by_rule["shared_noise"]["strict"]] if shared else []):
             spread = "" if found["standard_deviation"] is None else f" ± {found['standard_deviation']:.2f}"
             low, high = found["interval_95"]
             cells.append(f"{found['accuracy']:.2f}{spread} ({low:.1f} to {high:.1f})")
@@ -125,7 +131,11 @@ def write_evaluation(directory: pathlib.Path, evaluation: Evaluation) -> str:
 
 def write_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
     """A line for every image of every ranking: its rank by people and its score at every level and seed."""
-    columns = [f"{level_name(level)}, seed {seed}" for level in evaluation.levels for seed in evaluation.seeds]
+    columns = [
+        f"{level_name(level)}, {'shared seed' if draw.shared else 'seed'} {draw.seed}"
+        for level in evaluation.levels
+        for draw in evaluation.draws
+    ]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["ranking", "prompt", "image", "rank", *columns])
@@ -169,7 +179,7 @@ def plot_reliability(path: pathlib.Path, evaluation: Evaluation, places: list[in
         label = f"{level_name(evaluation.levels[place])} (error {100 * curve.calibration_error:.1f} %)"
         axes.plot(100 * curve.confidence, 100 * curve.accuracy, "o-", color=color, label=label, markersize=4)
     axes.set(xlabel="predicted probability of the order, %", ylabel="pairs in that order, %", ylim=(0, 102))
-    axes.set_title(f"{evaluation.name}: reliability by sigma")
+    axes.set_title(f"{evaluation.name}: reliability by sigma\n({likelihood_name(evaluation.likelihood)})", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     save(figure, path)
 
@@ -193,20 +203,32 @@ def plot_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
 
 
 def _pairs(evaluation: Evaluation, place: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the preferred and the other image of all strict pairs, all noise draws one after another."""
+    """Scores of the preferred and the other image of all strict pairs, of all draws of images' own noise."""
     ranks = [ranking.ranks for ranking in evaluation.rankings]
     draws = [
-        strict_pairs(ranks, [scores[:, place, seed] for scores in evaluation.scores])
-        for seed in range(len(evaluation.seeds))
+        strict_pairs(ranks, [scores[:, place, draw] for scores in evaluation.scores])
+        for draw in evaluation.draws_of(shared=False)
     ]
     return tuple(map(np.concatenate, zip(*draws)))
 
 
 def _reliability(evaluation: Evaluation, place: int):
-    """Of the paper's calibrated Thurstone probabilities at a single level."""
-    loss = LossConfig()
-    variance = preference.calibrated_variance(evaluation.levels[place], loss.k, loss.sigma_0)
-    return reliability(np.asarray(preference.probability(*_pairs(evaluation, place), variance)))
+    """Of the probabilities at a single level, by the likelihood that the model was trained with."""
+    likelihood = evaluation.likelihood or LossConfig()
+    return reliability(
+        np.asarray(preference.preferred(*_pairs(evaluation, place), evaluation.levels[place], likelihood))
+    )
+
+
+def likelihood_name(config: LossConfig | None) -> str:
+    """A likelihood as plots and tables write it."""
+    if config is None:
+        return "the paper's likelihood, as the checkpoint names none"
+    if config.name == "bradley_terry":
+        return "Bradley-Terry"
+    if config.variance == "constant":
+        return f"Thurstone, variance {config.constant_variance:g}"
+    return f"Thurstone, variance {config.k:g} sigma² + {config.sigma_0**2:g}"
 
 
 def _percent(value) -> float:

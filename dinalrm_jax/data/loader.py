@@ -57,11 +57,16 @@ class Schedule:
         buckets: each bucket's rows.
         batch_size: pairs a batch.
         seed: of all permutations.
+        weights: how often each bucket's pairs come in an epoch; None: once.
     """
 
-    def __init__(self, buckets: Mapping[str, range], batch_size: int, seed: int):
+    def __init__(
+        self, buckets: Mapping[str, range], batch_size: int, seed: int, weights: Mapping[str, float] | None = None
+    ):
         self.buckets = {name: rows for name, rows in buckets.items() if len(rows)}
         self.batch_size, self.seed = batch_size, seed
+        weights = dict.fromkeys(self.buckets, 1.0) if weights is None else weights
+        self._share = {name: len(rows) * weights[name] for name, rows in self.buckets.items()}
         self._names = tuple(self.buckets)
         self._permutation = functools.lru_cache(2 * len(self._names) + 2)(self._draw_permutation)
         self._order = functools.lru_cache(4)(self._draw_order)
@@ -76,14 +81,18 @@ class Schedule:
         picked = [self._permutation(number, int(place) // len(rows))[place % len(rows)] for place in stream]
         return name, rows.start + np.array(picked)
 
+    @property
+    def epoch_pairs(self) -> float:
+        """Pairs an epoch."""
+        return sum(self._share.values())
+
     def _batches_until(self, epoch: int) -> np.ndarray:
         """Batches of each bucket in all epochs before `epoch`."""
-        return np.array([epoch * len(self.buckets[name]) // self.batch_size for name in self._names])
+        return np.array([int(epoch * self._share[name] / self.batch_size) for name in self._names])
 
     def _epoch(self, step: int) -> tuple[int, int]:
         """The epoch that batch `step` is in, and the epoch's first batch."""
-        pairs = sum(map(len, self.buckets.values()))
-        epoch = step * self.batch_size // pairs
+        epoch = int(step * self.batch_size / self.epoch_pairs)
         while int(self._batches_until(epoch + 1).sum()) <= step:
             epoch += 1
         while int(self._batches_until(epoch).sum()) > step:
@@ -117,13 +126,15 @@ class TrainingBatches:
         pairs = JoinedPairs(records, "train")
         if len(pairs) < batch_size:
             raise RecordsError(f"{records.directory} has {len(pairs)} training pairs, a batch takes {batch_size}")
-        self.schedule = Schedule(records.buckets("train"), batch_size, seed)
+        self.schedule = Schedule(records.buckets("train"), batch_size, seed, records.weights("train"))
         self._rows = tuple(range(batch_size) if rows is None else rows)
         self._identity = {
             "seed": seed,
             "batch_size": batch_size,
             "pairs": {name: len(bucket) for name, bucket in self.schedule.buckets.items()},
         }
+        if any(weight != 1 for weight in records.weights("train").values()):
+            self._identity["weights"] = records.weights("train")
         source = _Rows(pairs, self.schedule, self._rows)
         dataset = grain.MapDataset.source(source).batch(len(self._rows), drop_remainder=True)
         # Reading releases the GIL, so threads overlap; two batches ahead hide the slowest read.

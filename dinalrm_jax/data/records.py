@@ -9,6 +9,8 @@ A pair is read by joining the three by index. Pairs of one bucket (image size) s
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -306,6 +308,19 @@ class Records:
         self.images = _Rows(self._source("images", "rows"), ImageRecord)
         self.prompts = _Rows(self._source("prompts", "rows"), PromptRecord)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells contents apart, wherever they lie: of the manifest, all pairs, and the shards' names and sizes.
+
+        (Not of the latents themselves, which would have to be read.)
+        """
+        digest = hashlib.sha256((self.directory / "manifest.json").read_bytes())
+        for path in sorted(self.directory.rglob("*.array_record-*")):
+            digest.update(f"{path.relative_to(self.directory)} {path.stat().st_size}\0".encode())
+            if path.parent.name == "pairs":
+                digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
     def pairs(self, split: str) -> Sequence[PairRecord]:
         """The pairs of a split, "train" or "eval"."""
         return _Rows(self._source("pairs", split), PairRecord)
@@ -317,6 +332,10 @@ class Records:
             out[bucket] = range(start, start + count)
             start += count
         return out
+
+    def weights(self, split: str) -> dict[str, float]:
+        """How often a bucket's pairs come in an epoch."""
+        return dict.fromkeys(self.buckets(split), 1.0)
 
     def _source(self, name: str, split: str):
         import tensorflow_datasets as tfds

@@ -208,7 +208,7 @@ def _train(setting: Setting, config: RewardModelConfig, mesh: Mesh, latents, pro
         reward_functional(config, setting.execution), LossConfig(), SigmaConfig("constant", (SIGMA,))
     )
     frozen_shardings = {name: array.sharding for name, array in frozen.items()}
-    stage = StageConfig(1000, setting.batch, optimizer=optimizer_config)
+    stage = StageConfig(setting.batch, steps=1000, optimizer=optimizer_config)
     step = make_step(objective, optimizer, stage, mesh, 0, state_shardings, frozen_shardings)
     batch = put_rows(PreferenceBatch(latents, 0.9 * latents, prompt), setting.batch, mesh)
     compiled, known = _compile(step, (state, frozen, batch))

@@ -1,7 +1,7 @@
 """What runs ahead of the training loop: compilation of every bucket, and the way of batches to the mesh."""
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -53,6 +53,30 @@ def compile_ahead(
         compiled = dict(zip(lowered, workers(compile_one, lowered.values())))
     return_freed_memory()
     return compiled, {shape: float((step.cost_analysis() or {}).get("flops", 0.0)) for shape, step in lowered.items()}
+
+
+def compile_if_it_fits(
+    lowered: jax.stages.Lowered, fits: Callable[[jax.stages.Compiled], bool]
+) -> jax.stages.Compiled | None:
+    """The program, or None where the compiler or `fits` says that it needs more memory than there is."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+    return compiled if fits(compiled) else None
+
+
+def fits_beside(compiled: jax.stages.Compiled) -> bool:
+    """Whether a device has room for a program's temporaries and results beside what it holds now.
+
+    True where the device does not say how much memory it has (a CPU), or the compiler how much a program needs.
+    """
+    stats, analysis = jax.local_devices()[0].memory_stats() or {}, compiled.memory_analysis()
+    if "bytes_limit" not in stats or analysis is None:
+        return True
+    return stats["bytes_in_use"] + analysis.temp_size_in_bytes + analysis.output_size_in_bytes <= stats["bytes_limit"]
 
 
 def on_device(batches: TrainingBatches, batch_size: int, mesh: Mesh) -> Iterator[tuple[PreferenceBatch, dict]]:

@@ -1,5 +1,6 @@
 """Training checkpoints: everything that a resumed run needs to continue as if never stopped."""
 
+import contextlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dinalrm_jax import distributed
 from dinalrm_jax.training.step import TrainState
 
 
@@ -28,33 +30,67 @@ class Checkpoints:
 
     def __init__(self, directory: str | pathlib.Path, keep: int = 2):
         self.directory = pathlib.Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, state: TrainState, loader_state: Mapping[str, Any]) -> None:
-        """Starts saving in the background; the arrays are copied before this returns."""
+        """Starts saving in the background; the arrays are copied before this returns.
+
+        Raises:
+            OSError: the disk is full, or another failure of this or the last save.
+        """
         step = int(state.step)
         if step == self._manager.latest_step():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                loader=ocp.args.JsonSave(dict(loader_state)),
-            ),
-        )
+        with _disk_errors(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    loader=ocp.args.JsonSave(dict(loader_state)),
+                ),
+            )
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The latest whole checkpoint's state and loader position, or None where there is none.
 
-        Arrays come back as those of `like` lie, on whatever mesh the checkpoint was written.
+        Arrays come back as those of `like` lie, on whatever mesh the checkpoint was written. A damaged checkpoint
+        is said and put aside, as `damaged-STEP` beside the directory, and the one before it is taken.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or of a model with other parameters.
+            CheckpointError: no checkpoint can be read: all are damaged, or of a model with other parameters.
         """
+        failures: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            restored, failure = self._restore(step, like)
+            if distributed.all_agree(failure is None):
+                self._put_aside(failures)
+                return restored
+            failures[step] = failure or CheckpointError("another process could not read it")
+        if not failures:
+            return None
+        step, error = next(iter(failures.items()))
+        raise CheckpointError(
+            f"checkpoint {self.directory / str(step)} is damaged or of another model, and so is every other one there: "
+            f"{error}\nRemove {self.directory} to start this stage again, or choose another --workdir"
+        ) from error
+
+    def position(self) -> dict[str, Any] | None:
+        """What was saved as the latest checkpoint's loader position."""
         step = self._manager.latest_step()
         if step is None:
             return None
+        return self._manager.restore(step, args=ocp.args.Composite(loader=ocp.args.JsonRestore()))["loader"]
+
+    def close(self) -> None:
+        """Returns when every started save is on disk; errors as for `save`."""
+        with _disk_errors(self.directory):
+            self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _restore(
+        self, step: int, like: TrainState
+    ) -> tuple[tuple[TrainState, dict[str, Any]] | None, Exception | None]:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         try:
             restored = self._manager.restore(
@@ -62,13 +98,54 @@ class Checkpoints:
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(target), loader=ocp.args.JsonRestore()),
             )
         except Exception as error:  # orbax raises many kinds for a damaged or foreign directory
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} is damaged or of another model: {error}\n"
-                "Remove that directory to continue from the checkpoint before it, or choose another --workdir"
-            ) from error
-        return restored["state"], restored["loader"]
+            return None, error
+        return (restored["state"], restored["loader"]), None
+
+    def _put_aside(self, failures: Mapping[int, Exception]) -> None:
+        for step, error in failures.items():
+            aside = self.directory.parent / f"damaged-{step}"
+            distributed.say(
+                f"checkpoint {self.directory / str(step)} is damaged; it is now {aside}, and the one before it is "
+                f"taken ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+            )
+            if distributed.is_first():
+                (self.directory / str(step)).rename(aside)
+        if failures:
+            distributed.barrier("checkpoints put aside")
+            self._manager.reload()
+
+
+class BestCheckpoint:
+    """The checkpoint with the highest held-out accuracy of a stage, in a directory of its own.
+
+    Attributes:
+        step, accuracy: of that checkpoint; None before there is one.
+    """
+
+    def __init__(self, directory: str | pathlib.Path):
+        self._checkpoints = Checkpoints(directory, keep=1)
+        position = self._checkpoints.position() or {}
+        self.step, self.accuracy = position.get("step"), position.get("accuracy")
+
+    def offer(self, state: TrainState, accuracy: float) -> None:
+        """Saves the state if no earlier one is as good."""
+        if self.accuracy is None or accuracy > self.accuracy:
+            self.step, self.accuracy = int(state.step), accuracy
+            self._checkpoints.save(state, {"step": self.step, "accuracy": accuracy})
 
     def close(self) -> None:
-        """Returns when every started save is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """As `Checkpoints.close`."""
+        self._checkpoints.close()
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: pathlib.Path):
+    """What tensorstore and orbax say of a file system, as an OSError of one line."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        for words in ("No space left on device", "Disk quota exceeded", "File too large", "Input/output error"):
+            if words in text:
+                raise OSError(f"cannot save a checkpoint in {directory}: {words.lower()}") from error
+        raise

@@ -37,7 +37,8 @@ class MetricsLog:
     Args:
         directory: of the run; gets `metrics.jsonl` and `tensorboard/`.
         stage: named in every line, and the TensorBoard run's name.
-        wandb_project: also log to this Weights & Biases project; None: do not.
+        project: also log to this Weights & Biases project; None: do not.
+        run: the workdir's own name, which no other has.
         config: what wandb shows as the run's configuration.
     """
 
@@ -45,7 +46,9 @@ class MetricsLog:
         self,
         directory: pathlib.Path,
         stage: str,
-        wandb_project: str | None = None,
+        *,
+        project: str | None = None,
+        run: str = "",
         config: Mapping[str, Any] | None = None,
     ):
         self.stage = stage
@@ -61,12 +64,12 @@ class MetricsLog:
         from tensorboardX import SummaryWriter  # brings torch with it, where that is installed
 
         self._board = SummaryWriter(str(directory / "tensorboard" / stage))
-        if wandb_project is not None:
+        if project is not None:
             import wandb  # optional, and only where it is asked for
 
             name = f"{directory.name}/{stage}"
             self._wandb = wandb.init(
-                project=wandb_project, name=name, id=name.replace("/", "-"), resume="allow", config=dict(config or {})
+                project=project, name=name, id=f"{run}-{stage}", resume="allow", config=dict(config or {})
             )
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], rows: int, *, waited: float, flops: float) -> None:

@@ -1,16 +1,14 @@
 """What is checked before a run computes anything."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from dinalrm_jax import distributed, noise
-from dinalrm_jax.config import ConfigError, RewardModelConfig, SweepConfig, TrainConfig, to_mapping
+from dinalrm_jax import noise
+from dinalrm_jax.config import RewardModelConfig, TrainConfig, to_mapping
 from dinalrm_jax.data.batch import validate_latents
 from dinalrm_jax.data.records import Records, RecordsError
-from dinalrm_jax.disk import write_json
 from dinalrm_jax.training.sharding import check_batch_size
 from dinalrm_jax.weights.pipeline import vae_fingerprint
 
@@ -77,39 +75,3 @@ def check_fit(records: Records, model: RewardModelConfig, base_model: str | None
                 )
             except ValueError as error:
                 raise RecordsError(f"{records.directory}: {error}") from None
-
-
-def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
-    """Raises ConfigError if the directory holds a run of another configuration."""
-    path = workdir / "config.json"
-    if path.exists():
-        current = json.loads(json.dumps(_identity(config)))
-        changed = ", ".join(_differences(json.loads(path.read_text()), current))
-        if changed:
-            raise ConfigError(
-                f"{workdir} holds a run of another configuration; changed: {changed}. Choose another --workdir, or "
-                "restore these values to continue that run"
-            )
-
-
-def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> None:
-    """Makes the run's directory and writes its configuration there; see `check_workdir`."""
-    check_workdir(workdir, config)
-    if distributed.is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", _identity(config), indent=1)
-
-
-def _identity(config: TrainConfig | SweepConfig) -> dict:
-    """What a continued run must share: all but how it is computed, spread and watched."""
-    values = to_mapping(config)
-    for key in ("mesh", "execution", "wandb_project", "profile"):
-        values.pop(key, None)
-    return values
-
-
-def _differences(old, new, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
-    return [] if old == new else [f"{path} ({old!r} -> {new!r})"]

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.encoders import ImageCodec
 from dinalrm_jax.plots import BETTER, ENSEMBLE, INK, WORSE, chance_line, new_figure, save
 from dinalrm_jax.scoring import Level, level_name
+from dinalrm_jax.training.checkpoint import BestCheckpoint
 from dinalrm_jax.training.evaluation import PairScores
 
 
@@ -21,14 +23,14 @@ def groups(scores: PairScores) -> dict[str, np.ndarray]:
     return {"all": np.ones(len(prefixes), bool), **({name: prefixes == name for name in names} if names[1:] else {})}
 
 
-def accuracy_table(scores: PairScores) -> str:
-    """A Markdown table, one line a level, one column a group of pairs; per cent."""
+def accuracy_table(scores: PairScores, shared: PairScores) -> str:
+    """A Markdown table, one line a level, one column a group of pairs; per cent. The last is of `shared`."""
     masks = groups(scores)
-    lines = ["| sigma | " + " | ".join(f"{name} ({mask.sum()})" for name, mask in masks.items()) + " |"]
-    lines.append("|---" * (len(masks) + 1) + "|")
+    names = [f"{name} ({mask.sum()})" for name, mask in masks.items()] + ["all, shared noise"]
+    lines = ["| sigma | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for level in scores.levels:
-        cells = [f"{100 * scores.accuracy(level, mask):.1f}" for mask in masks.values()]
-        lines.append(f"| {level_name(level)} | " + " | ".join(cells) + " |")
+        found = [scores.accuracy(level, mask) for mask in masks.values()] + [shared.accuracy(level)]
+        lines.append(f"| {level_name(level)} | " + " | ".join(f"{100 * accuracy:.1f}" for accuracy in found) + " |")
     return "\n".join(lines)
 
 
@@ -42,7 +44,7 @@ def kind_table(scores: PairScores, level: Level) -> str:
     return "\n".join(lines)
 
 
-def file_size_accuracy(records: Records, scores: PairScores) -> float | None:
+def file_size_accuracy(records: Records | Mixture, scores: PairScores) -> float | None:
     """Accuracy of the image file's size as a score, or None where the images came from no files."""
     sizes = {int(i): records.images[int(i)].file_bytes for i in np.unique(scores.records[:, :2])}
     if not all(sizes.values()):
@@ -51,22 +53,39 @@ def file_size_accuracy(records: Records, scores: PairScores) -> float | None:
 
 
 def write_report(
-    directory: pathlib.Path, records: Records, scores: PairScores, history: list[dict], codec: ImageCodec | None
+    directory: pathlib.Path,
+    records: Records | Mixture,
+    scores: PairScores,
+    shared: PairScores,
+    history: list[dict],
+    codec: ImageCodec | None,
+    best: BestCheckpoint | None = None,
 ) -> str:
     """Writes tables, results.json and plots into `directory`; returns the text that `report.md` holds.
 
     Args:
         directory: made if it is not there.
         records: what was evaluated on, for the contact sheet and the file-size baseline.
-        scores: single levels in increasing order, then ensembles.
+        scores: single levels in increasing order, then ensembles; every image with its own noise.
+        shared: the same with one noise for all images.
         history: the reward stage's lines of metrics.jsonl.
         codec: what draws the contact sheet's images; None: no sheet.
+        best: the stage's best checkpoint, where it was evaluated while it trained.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    best = scores.levels[-1]
-    sections = [f"Held-out pair accuracy, % (chance 50, {len(scores.kinds)} pairs)", accuracy_table(scores)]
+    ensemble = scores.levels[-1]
+    title = f"Held-out pair accuracy, % (chance 50, {len(scores.kinds)} pairs)"
+    sections = [
+        f"{title}; every image has its own noise, but in the last column, where all have the same",
+        accuracy_table(scores, shared),
+    ]
     if len(set(scores.kinds)) > 1:
-        sections.append(kind_table(scores, best))
+        sections.append(kind_table(scores, ensemble))
+    if best is not None and best.accuracy is not None:
+        sections.append(
+            f"The model is that of the last step. Of those evaluated while it trained, the best has "
+            f"{100 * best.accuracy:.1f} %: reward/best/{best.step}"
+        )
     file_size = file_size_accuracy(records, scores)
     if file_size is not None:
         sections.append(f"Baseline without a model, the larger image file wins: {100 * file_size:.1f} %")
@@ -74,6 +93,7 @@ def write_report(
     (directory / "report.md").write_text(text)
     results = {
         level_name(level): {name: scores.accuracy(level, mask) for name, mask in groups(scores).items()}
+        | {"all, shared noise": shared.accuracy(level)}
         for level in scores.levels
     }
     baseline = {} if file_size is None else {"file size": {"all": file_size}}
@@ -81,7 +101,7 @@ def write_report(
     plot_learning_curve(directory / "learning_curve.png", history)
     plot_accuracy_by_sigma(directory / "accuracy_by_sigma.png", scores)
     if codec is not None:
-        plot_pairs(directory / "pairs.png", records, scores, best, codec)
+        plot_pairs(directory / "pairs.png", records, scores, ensemble, codec)
     return text
 
 
@@ -129,7 +149,7 @@ def plot_accuracy_by_sigma(path: pathlib.Path, scores: PairScores) -> None:
 
 
 def plot_pairs(
-    path: pathlib.Path, records: Records, scores: PairScores, level: Level, codec: ImageCodec, count: int = 12
+    path: pathlib.Path, records: Records | Mixture, scores: PairScores, level: Level, codec: ImageCodec, count: int = 12
 ) -> None:
     """A contact sheet: held-out pairs, chosen left, with their scores; wrong orders in red."""
     row = scores.levels.index(level)

@@ -1,5 +1,6 @@
 """safetensors on disk: single files and sharded directories, memory-mapped."""
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -110,6 +111,16 @@ def resolve(name: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path
                 f"{name!r} is neither a directory nor a hub repository that can be downloaded: {error}"
             ) from error
     raise FileNotFoundError(f"no directory {path}")
+
+
+def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
+    """Tells weights apart at the cost of a page or two a tensor: of names, dtypes, shapes and eight numbers of each."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name].reshape(-1)
+        digest.update(f"{name} {array.dtype} {tensors[name].shape}\0".encode())
+        digest.update(array[np.linspace(0, max(0, len(array) - 1), min(8, len(array))).astype(int)].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dinalrm_jax.backbone.sd3 import SD3Transformer
-from dinalrm_jax.config import ConfigError, ExecutionConfig, RewardModelConfig, SD3Config, from_mapping, to_mapping
+from dinalrm_jax.config import (
+    ConfigError,
+    ExecutionConfig,
+    LossConfig,
+    RewardModelConfig,
+    SD3Config,
+    from_mapping,
+    to_mapping,
+)
 from dinalrm_jax.disk import whole_directory
 from dinalrm_jax.parameters import Functional, Params, functional
 from dinalrm_jax.placement import place
@@ -57,7 +65,7 @@ class PretrainedModel:
     (Of the released layout, `rm_head.pt` and the position table, which is checked, are read at once.)
 
     Attributes:
-        config, execution, base_model: as of the `RewardModel`.
+        config, execution, base_model, likelihood: as of the `RewardModel`.
         arrays: parameters, of safetensors as views of the mapped files, in their dtype.
         shared: parameters that are on the device already.
     """
@@ -67,6 +75,7 @@ class PretrainedModel:
     base_model: str | pathlib.Path | None
     arrays: dict[str, np.ndarray] = dataclasses.field(repr=False)
     shared: Params = dataclasses.field(repr=False)
+    likelihood: LossConfig | None = None
 
     @functools.cached_property
     def params(self) -> Params:
@@ -75,7 +84,7 @@ class PretrainedModel:
         return self.shared | place(frozen, self.execution.dtype) | place(trained, np.float32)
 
     def load(self) -> RewardModel:
-        return RewardModel(self.config, self.params, self.execution, self.base_model)
+        return RewardModel(self.config, self.params, self.execution, self.base_model, self.likelihood)
 
 
 def open_reward_model(
@@ -90,7 +99,10 @@ def open_reward_model(
     if "format" in config:
         return _open_native(directory, config, base_model, execution, backbone)
     if (directory / "model" / "config.json").is_file():
-        raise ConfigError(f"{directory} is the directory of a training run; its model is {directory / 'model'}")
+        raise ConfigError(
+            f"{directory} is the directory of a training run; its model is {directory / 'model'}, its checkpoints are "
+            f"{directory}/reward/checkpoints/STEP and {directory}/reward/best/STEP"
+        )
     if base_model is None:
         raise ConfigError(
             f"{directory} is in the released layout, which holds LoRA and head only; name its base model "
@@ -112,7 +124,8 @@ def open_reward_model(
     if problems:
         raise WeightsError("\n".join(problems))
     shared = {} if backbone is None else share(backbone, model_config, execution)
-    return PretrainedModel(model_config, execution, base_model, arrays, shared)
+    likelihood = released.likelihood(config)
+    return PretrainedModel(model_config, execution, base_model, arrays, shared, likelihood)
 
 
 def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path, SD3Config]:
@@ -195,12 +208,13 @@ def share(backbone: Params, config: RewardModelConfig, execution: ExecutionConfi
     return truncate(backbone, config)
 
 
-def save_reward_model(model: RewardModel, output: str | pathlib.Path) -> None:
-    """Writes a native checkpoint, whole or not at all."""
+def save_reward_model(model: RewardModel, output: str | pathlib.Path, step: int | None = None) -> None:
+    """Writes a native checkpoint, whole or not at all; `step` is the training step that it is of."""
     frozen = {name: array for name, array in model.params.items() if not is_trainable(name)}
     trained = {name: array for name, array in model.params.items() if is_trainable(name)}
     with whole_directory(output) as directory:
-        _write_config(directory, "reward_model", to_mapping(model.config))
+        likelihood = None if model.likelihood is None else to_mapping(model.likelihood)
+        _write_config(directory, "reward_model", to_mapping(model.config), likelihood=likelihood, step=step)
         save_safetensors(directory / "backbone.safetensors", rules.dump(frozen, rules.IDENTITY))
         save_safetensors(directory / "trained.safetensors", rules.dump(trained, rules.IDENTITY))
 
@@ -218,7 +232,7 @@ def export_released(model: RewardModel, output: str | pathlib.Path) -> None:
     Raises:
         ConfigError: a model that this layout cannot hold.
     """
-    config = released.released_config(model.config)
+    config = released.released_config(model.config, model.likelihood)
     lora = {name: np.asarray(array) for name, array in model.params.items() if _is_lora(name)}
     head = {name: np.asarray(array) for name, array in model.params.items() if _is_head(name)}
     with whole_directory(output) as directory:
@@ -259,7 +273,9 @@ def _open_native(
         tensors |= SafetensorsDirectory(directory, stem)
     wanted = {name: shape for name, shape in shapes.items() if name not in shared}
     arrays = rules.load(tensors, rules.IDENTITY, wanted, source=str(directory))
-    return PretrainedModel(model_config, execution, base_model, arrays, shared)
+    found = config.get("likelihood")
+    likelihood = None if found is None else from_mapping(LossConfig, found, f"{directory}/config.json, likelihood")
+    return PretrainedModel(model_config, execution, base_model, arrays, shared, likelihood)
 
 
 def _released_parts(checkpoint: pathlib.Path, transformer: pathlib.Path, config: RewardModelConfig):
@@ -300,8 +316,8 @@ def _check_adapter_config(adapter: pathlib.Path, config: RewardModelConfig) -> N
             raise ConfigError(f"{adapter}/adapter_config.json sets {key}, which this model does not have")
 
 
-def _write_config(directory: pathlib.Path, kind: str, config: dict) -> None:
-    text = json.dumps({"format": FORMAT, "kind": kind, "config": config}, indent=1)
+def _write_config(directory: pathlib.Path, kind: str, config: dict, **beside) -> None:
+    text = json.dumps({"format": FORMAT, "kind": kind, "config": config, **beside}, indent=1)
     (directory / "config.json").write_text(text + "\n")
 
 

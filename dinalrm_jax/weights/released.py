@@ -7,7 +7,16 @@ Layout: `config.json`, `checkpoint/backbone_lora/adapter_{config.json,model.safe
 from collections.abc import Mapping
 from typing import Any
 
-from dinalrm_jax.config import ConfigError, HeadConfig, LoRAConfig, RewardModelConfig, SD3Config, from_mapping
+from dinalrm_jax.config import (
+    ConfigError,
+    HeadConfig,
+    LoRAConfig,
+    LossConfig,
+    RewardModelConfig,
+    SD3Config,
+    from_mapping,
+    to_mapping,
+)
 from dinalrm_jax.lora import IMAGE_TARGETS, TEXT_TARGETS
 from dinalrm_jax.weights.rules import Rule
 
@@ -75,7 +84,26 @@ def model_config(released: Mapping[str, Any], transformer: SD3Config) -> RewardM
     )
 
 
-def released_config(config: RewardModelConfig) -> dict[str, Any]:
+# `model_type` of the released config, and the constants that its code has for it.
+LIKELIHOODS = {
+    "thurstone": LossConfig(sigma_0=0.05**0.5, epsilon=1e-6),
+    "thurstone-constant": LossConfig(variance="constant", constant_variance=0.5, epsilon=1e-6),
+    "bt": LossConfig(name="bradley_terry"),
+    "bt-margin": LossConfig(name="bradley_terry", margin=1.0),
+}
+
+
+def likelihood(released: Mapping[str, Any]) -> LossConfig | None:
+    """What a released model was trained with: by `model_type`, unless we exported it and said so.
+
+    None for a `model_type` that the released code does not have.
+    """
+    if "likelihood" in released:
+        return from_mapping(LossConfig, released["likelihood"], "config.json, likelihood")
+    return LIKELIHOODS.get(released["model"].get("model_type"))
+
+
+def released_config(config: RewardModelConfig, trained_with: LossConfig | None = None) -> dict[str, Any]:
     """The inverse of `model_config`: the `config.json` to write beside an exported checkpoint.
 
     Raises:
@@ -93,7 +121,7 @@ def released_config(config: RewardModelConfig) -> dict[str, Any]:
     }
     return {
         "model": {
-            "model_type": "thurstone",
+            "model_type": next((name for name, one in LIKELIHOODS.items() if one == trained_with), "thurstone"),
             "backbone_model_id": "local",
             "num_transformer_layers": config.num_blocks,
             "freeze_backbone": config.lora is None,
@@ -114,6 +142,8 @@ def released_config(config: RewardModelConfig) -> dict[str, Any]:
             },
         },
         "training": {"add_noise": True},
+        # Not the released code's, which has the constants of four likelihoods in its source and reads no such key.
+        **({} if trained_with is None else {"likelihood": to_mapping(trained_with)}),
     }
 
 

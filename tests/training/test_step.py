@@ -45,7 +45,7 @@ def run_steps(tiny_model, batch, config, *, mesh=MeshConfig(data=1), parts=1, st
     state = jax.device_put(state, state_shardings)
     frozen_shardings = {name: shardings[name] for name in frozen}
     objective = objective or deterministic_objective(module)
-    stage = StageConfig(steps, BATCH, micro_batches=parts, optimizer=config)
+    stage = StageConfig(BATCH, steps, micro_batches=parts, optimizer=config)
     step = make_step(objective, optimizer, stage, mesh, 0, state_shardings, frozen_shardings)
     history = []
     with jax.set_mesh(mesh):
