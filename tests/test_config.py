@@ -69,7 +69,7 @@ def test_bad_values_say_where_and_why(path, value, message):
 
 
 def test_missing_keys_are_named():
-    with pytest.raises(ConfigError, match=r"stage lacks steps, batch_size \(needed by StageConfig\)"):
+    with pytest.raises(ConfigError, match=r"stage lacks batch_size \(needed by StageConfig\)"):
         from_mapping(StageConfig, {}, "stage")
 
 

@@ -14,6 +14,7 @@ import dinalrm_jax as dina
 from dinalrm_jax import score
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.images import scoring_size
+from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.reward_model import ranks
 from dinalrm_jax.scoring import score_images
 from dinalrm_jax.weights.pretrained import save_reward_model
@@ -96,7 +97,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_scored(scene_model, pictures,
     pictures[0].save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
     names = [tmp_path / name for name in ("garbage.png", "whole.png", "cut.png", "missing.png")]
-    found = score_images(scene_model, 4 * ["two dogs"], names, [0.4], [0])
+    found = score_images(scene_model, 4 * ["two dogs"], names, [0.4], [NoiseDraw(0, shared=True)])
     assert np.isnan(found.scores[[0, 2, 3]]).all()
     assert found.scores[1, 0, 0] == pytest.approx(alone(scene_model, "two dogs", pictures[0], 0.4), abs=1e-5)
     assert set(found.problems) == {0, 2, 3}
@@ -207,7 +208,7 @@ def test_score_command(scene_model, checkpoint, pictures, tmp_path):
 
 
 def test_score_table(scene_model, pictures):
-    found = score_images(scene_model, 3 * ["two dogs"], pictures[:3], [0.4], [0])
+    found = score_images(scene_model, 3 * ["two dogs"], pictures[:3], [0.4], [NoiseDraw(0, shared=True)])
     text = score.as_table(score.table_rows(3 * ["two dogs"], ["a.png", "b.png", "c.png"], found))
     header, *lines = [line.split() for line in text.splitlines()]
     assert header == ["rank", "score", "normalized", "image"]

@@ -22,10 +22,10 @@ from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
 from dinalrm_jax.training.optimizer import make_optimizer
-from dinalrm_jax.training.preflight import claim_workdir
 from dinalrm_jax.training.profiling import ProfileWindow
 from dinalrm_jax.training.report import sweep_table
 from dinalrm_jax.training.step import TrainState
+from dinalrm_jax.training.workdir import claim_workdir
 from tests import tiny_run
 from tests.conftest import ROOT
 

@@ -1,6 +1,7 @@
 """The evaluate command on a small HPDv2 directory, by one process and by two, and on records."""
 
 import csv
+import itertools
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from dinalrm_jax.config import ScenesConfig
 from dinalrm_jax.data import hpdv2
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.scene_records import write_scene_records
+from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.weights.pretrained import save_reward_model
 from tests.conftest import ROOT
 from tests.data.sources import ranking, write_hpdv2
@@ -50,15 +52,19 @@ def checkpoint(scene_model, tmp_path_factory):
     return directory
 
 
-def by_hand(scene_model, source, sigma, seed):
+def by_hand(scene_model, source, sigma, draw):
     """(correct, strict, all) pairs of every ranking, one image at a time."""
+
+    def score_of(prompt, name):
+        if draw.shared:
+            return scene_model.score(prompt, [source / "test" / name], sigma, draw.seed)[0]
+        latents = scene_model.encode_image([source / "test" / name])
+        noise = draw_noise(draw.keys([f"test/{name}"]), latents.shape)
+        return scene_model.score_latents(latents, scene_model.encode_prompt([prompt]), sigma, noise)[0]
+
     out = []
     for row in ROWS:
-        score = {
-            name: scene_model.score(row["prompt"], [source / "test" / name], sigma, seed)[0]
-            for name in row["image_path"]
-            if name not in ("c.png", "g.png")
-        }
+        score = {name: score_of(row["prompt"], name) for name in row["image_path"] if name not in ("c.png", "g.png")}
         ranks = dict(zip(row["image_path"], row["rank"]))
         pairs = [(one, other) for one in score for other in score if one < other]
         strict = [pair for pair in pairs if ranks[pair[0]] != ranks[pair[1]]]
@@ -98,8 +104,8 @@ def test_evaluate_by_one_process_and_by_two(scene_model, checkpoint, source, tmp
 
     # M1 and M4 over all pairs, M2 over rankings; nobody ties here, so that M2 is M3.
     for level, sigma in (("0.2", 0.2), ("ensemble 0.2 0.6", (0.2, 0.6))):
-        for seed in (0, 1):
-            correct, strict, pairs = by_hand(scene_model, source, sigma, seed).T
+        for seed, shared in itertools.product((0, 1), (False, True)):
+            correct, strict, pairs = by_hand(scene_model, source, sigma, NoiseDraw(seed, shared)).T
             expected = {
                 "strict": correct.sum() / strict.sum(),
                 "strict_by_prompt": np.mean(correct / strict),
@@ -107,7 +113,8 @@ def test_evaluate_by_one_process_and_by_two(scene_model, checkpoint, source, tmp
                 "released": correct.sum() / pairs.sum(),
             }
             for rule, value in expected.items():
-                assert found["levels"][level][rule]["by_seed"][seed] == pytest.approx(100 * value, abs=1e-3)
+                by_rule = found["levels"][level]["shared_noise"] if shared else found["levels"][level]
+                assert by_rule[rule]["by_seed"][seed] == pytest.approx(100 * value, abs=1e-3)
     assert (found["pairs"], found["pairs_tied_by_people"], found["pairs_left_out"]) == (5, 0, 5)
 
     rows = [list(csv.DictReader((directory / "scores.csv").open())) for directory in (one, two)]
@@ -121,9 +128,9 @@ def test_evaluate_by_one_process_and_by_two(scene_model, checkpoint, source, tmp
 
 def test_the_report_of_a_known_model(scene_model, source):
     """A table whose numbers can be counted: with perfect scores, and the paper's line beside."""
-    found = evaluate_images(scene_model, hpdv2.benchmark(source), [0.4], [0])
+    found = evaluate_images(scene_model, hpdv2.benchmark(source), [0.4], [NoiseDraw(0)])
     perfect = [-np.array(row.ranks, np.float32)[:, None, None] for row in found.rankings]
-    summary = summarize(type(found)("HPDv2", found.levels, found.seeds, found.rankings, perfect, {}))
+    summary = summarize(type(found)("HPDv2", found.levels, found.draws, found.rankings, perfect, {}))
     assert (summary["pairs"], summary["pairs_tied_by_people"]) == (10, 1)
     by_rule = summary["levels"]["0.4"]
     assert [by_rule[rule]["accuracy"] for rule in ("strict", "strict_by_prompt", "inversions_by_prompt")] == [100.0] * 3
@@ -137,16 +144,21 @@ def test_records_are_scored_as_their_latents(scene_model, tmp_path):
         tmp_path / "data", ScenesConfig(train_pairs=1, eval_pairs=5, image_size=64), scene_model.config.encoders
     )
     records = Records(tmp_path / "data")
-    found = evaluate_records(scene_model, records, "eval", [0.4, (0.2, 0.6)], [3], batch_size=4)
+    found = evaluate_records(
+        scene_model, records, "eval", [0.4, (0.2, 0.6)], [NoiseDraw(3), NoiseDraw(3, shared=True)], batch_size=4
+    )
     pairs = records.pairs("eval")
     for scores, pair in zip(found.scores, (pairs[index] for index in range(len(pairs)))):
         for place, image in enumerate((pair.chosen, pair.rejected)):
             prompt = scene_model.encode_prompt([records.prompts[pair.prompt].text])
             latents = records.images[image].latents[None].astype(np.float32)
+            own = draw_noise(NoiseDraw(3).keys([records.images[image].name]), latents.shape)
             for level, sigma in enumerate((0.4, (0.2, 0.6))):
                 # Records hold embeddings in float16.
-                expected = scene_model.score_latents(latents, prompt, sigma, seed=3)[0]
-                assert scores[place, level, 0] == pytest.approx(expected, abs=5e-3)
+                expected = [
+                    scene_model.score_latents(latents, prompt, sigma, noise, seed=3)[0] for noise in (own, None)
+                ]
+                assert scores[place, level] == pytest.approx(expected, abs=5e-3)
 
 
 def evaluate(*arguments):
@@ -175,7 +187,7 @@ def test_evaluate_on_records_and_what_it_refuses(scene_model, checkpoint, source
 
 def test_a_benchmark_without_its_images_is_an_error(scene_model, source, tmp_path):
     (tmp_path / "test.json").write_text((source / "test.json").read_text())
-    found = evaluate_images(scene_model, hpdv2.benchmark(tmp_path), [0.4], [0])
+    found = evaluate_images(scene_model, hpdv2.benchmark(tmp_path), [0.4], [NoiseDraw(0)])
     with pytest.raises(
         RecordsError, match=r"no pair .* was scored; 8 images could not be read\n  test/a.png: there is no"
     ):

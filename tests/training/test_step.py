@@ -18,7 +18,7 @@ from dinalrm_jax.training.step import TrainState, make_step, model_flops, row_ke
 from dinalrm_jax.weights.pretrained import transformer_functional
 from tests.conftest import TINY, TINY_SD3, random_inputs, randomized
 
-CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, ema_decay=0.9, max_grad_norm=0.5)
+CONFIG = OptimizerConfig(learning_rate=1e-2, b1=0.8, b2=0.95, warmup_steps=0, ema_decay=0.9, max_grad_norm=0.5)
 BATCH = 8
 
 
@@ -115,7 +115,7 @@ def test_update_is_torchs(tiny_model, batch, plain):
     names = [name for name in tiny_model.params if is_trainable(name)]
     parameters = {name: torch.nn.Parameter(torch.from_numpy(np.array(tiny_model.params[name]))) for name in names}
     ema = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, betas=(0.8, 0.95), weight_decay=0.01)
     for _ in range(3):
         current = {name: jnp.asarray(parameter.detach().numpy()) for name, parameter in parameters.items()}
         for name, gradient in gradients(current, frozen).items():
@@ -133,6 +133,16 @@ def test_one_compilation_and_a_counted_step(plain):
     state, _, step = plain
     assert step._cache_size() == 1
     assert int(state.step) == 3
+
+
+def test_an_update_that_is_not_finite_is_told_though_the_loss_is(tiny_model, batch):
+    """The parameters overflow in the first step, whose loss was taken before."""
+    config = dataclasses.replace(CONFIG, max_grad_norm=1e9)
+    _, history, _ = run_steps(tiny_model, batch, config, steps=1, optimizer=optax.sgd(3e38))
+    assert np.isfinite(history[0]["loss"])
+    assert history[0]["finite"] == 0
+    _, history, _ = run_steps(tiny_model, batch, CONFIG, steps=1)
+    assert history[0]["finite"] == 1
 
 
 def test_training_lowers_the_loss(tiny_model, batch):
