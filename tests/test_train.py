@@ -11,13 +11,17 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
 import dinalrm_jax as dina
 from dinalrm_jax import train
 from dinalrm_jax.config import ConfigError, ProfileConfig, SweepConfig, TrainConfig, from_mapping
+from dinalrm_jax.data import records
 from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.disk import Locked, lock
+from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
@@ -26,6 +30,7 @@ from dinalrm_jax.training.profiling import ProfileWindow
 from dinalrm_jax.training.report import sweep_table
 from dinalrm_jax.training.step import TrainState
 from dinalrm_jax.training.workdir import claim_workdir
+from dinalrm_jax.weights.pretrained import export_released
 from tests import tiny_run
 from tests.conftest import ROOT
 
@@ -77,19 +82,54 @@ def test_what_a_run_leaves(finished):
     assert history[-1]["loss"] < history[0]["loss"]
 
 
-def test_the_saved_model_scores_what_the_report_says(finished):
-    workdir, _ = finished
-    model = dina.RewardModel.from_pretrained(workdir / "model", dtype="float32")
-    records = Records(workdir / "data")
-    right = []
+def scores_of(model, records, levels):
+    """(levels, pairs, 2) scores of the held-out pairs, chosen first, each image with its own noise."""
+    out = []
     for pair in records.pairs("eval"):
-        latents = np.stack([records.images[i].latents for i in (pair.chosen, pair.rejected)])
+        images = [records.images[i] for i in (pair.chosen, pair.rejected)]
+        latents = np.stack([image.latents for image in images]).astype(np.float32)
         text = records.prompts[pair.prompt]
         prompt = dina.PromptEmbeds(np.stack(2 * [text.prompt_embeds]), np.stack(2 * [text.pooled_prompt_embeds]))
-        chosen, rejected = model.score_latents(latents.astype(np.float32), prompt, (0.2, 0.5, 0.7), seed=0)
-        right.append(chosen > rejected)
+        noise = draw_noise(NoiseDraw(0).keys([image.name for image in images]), latents.shape)
+        out.append([model.score_latents(latents, prompt, level, noise) for level in levels])
+    return np.array(out).transpose(1, 0, 2)
+
+
+def test_the_saved_model_scores_what_the_report_says(finished):
+    """At single levels and of the ensemble, and it is the average of the last step's checkpoint."""
+    workdir, _ = finished
+    model = dina.RewardModel.from_pretrained(workdir / "model", dtype="float32")
+    levels = {"0.2": 0.2, "0.7": 0.7, "ensemble 0.2 0.5 0.7": (0.2, 0.5, 0.7)}
+    scores = scores_of(model, Records(workdir / "data"), levels.values())
     results = json.loads((workdir / "report" / "results.json").read_text())
-    assert results["ensemble 0.2 0.5 0.7"]["all"] == pytest.approx(np.mean(right), abs=1e-6)
+    for name, (chosen, rejected) in zip(levels, scores.transpose(0, 2, 1)):
+        assert results[name]["all"] == pytest.approx(np.mean(chosen > rejected), abs=1e-6)
+    assert model.likelihood == from_mapping(TrainConfig, tiny_run.get_config()).loss
+
+    last = dina.RewardModel.from_pretrained(workdir / "reward" / "checkpoints" / "150", dtype="float32")
+    for name, array in model.params.items():
+        np.testing.assert_array_equal(array, last.params[name], err_msg=name)
+    saved = ocp.PyTreeCheckpointer().restore(workdir / "reward" / "checkpoints" / "150" / "state")
+    name = "head.ff.0.weight"
+    np.testing.assert_array_equal(model.params[name], saved["ema"][name])
+    assert np.abs(saved["ema"][name] - saved["params"][name]).max() > 1e-5, "the average is not the parameters"
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_scored_and_exported(finished, tmp_path):
+    workdir, out = finished
+    evaluated = [row for row in read_metrics(workdir, "reward") if "eval_accuracy" in row]
+    accuracy = max(row["eval_accuracy"] for row in evaluated)
+    step = next(row["step"] for row in evaluated if row["eval_accuracy"] == accuracy)
+    (best,) = (workdir / "reward" / "best").iterdir()
+    assert best.name == str(step)
+    assert f"the best has {100 * accuracy:.1f} %: reward/best/{step}" in out
+    model = dina.RewardModel.from_pretrained(best, dtype="float32")
+    (scores,) = scores_of(model, Records(workdir / "data"), [0.4])
+    assert np.mean(scores[:, 0] > scores[:, 1]) == pytest.approx(accuracy)
+    export_released(model, tmp_path / "released")
+    assert (tmp_path / "released" / "checkpoint" / "rm_head.pt").is_file()
+    with pytest.raises(ConfigError, match="not the checkpoint of a reward model, but of another stage"):
+        dina.RewardModel.from_pretrained(workdir / "generator" / "checkpoints" / "40")
 
 
 def test_killed_twice_ends_where_the_undisturbed_run_ends(finished, tmp_path):
@@ -147,11 +187,151 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_another_configuration_needs_another_workdir(config, tmp_path):
-    claim_workdir(tmp_path, config)
-    claim_workdir(tmp_path, config)
-    with pytest.raises(ConfigError, match=r"changed: reward.optimizer.learning_rate \(0.001 -> 0.002\)"):
-        claim_workdir(tmp_path, changed(config, learning_rate=2e-3))
+def replaced(config, path, value):
+    """The configuration with one value changed, by its dotted name."""
+    head, _, rest = path.partition(".")
+    return dataclasses.replace(config, **{head: replaced(getattr(config, head), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("reward.optimizer.learning_rate", 2e-3),
+        ("reward.optimizer.ema_decay", 0.5),
+        ("reward.batch_size", 4),
+        ("reward.evaluate_every", 6),
+        ("execution.dtype", "bfloat16"),
+        ("seed", 1),
+        ("evaluation.sigma", 0.3),
+        ("loss.k", 1.0),
+    ],
+)
+def test_a_value_that_decides_the_result_needs_another_workdir(config, tmp_path, path, value):
+    claim_workdir(tmp_path, config, {})
+    with pytest.raises(ConfigError, match=rf"changed: {path} \(.* -> {value!r}\)"):
+        claim_workdir(tmp_path, replaced(config, path, value), {})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("reward.log_every", 1),
+        ("reward.checkpoint_every", 2),
+        ("reward.micro_batches", 2),
+        ("evaluation.batch_size", 4),
+        ("evaluation.levels", (0.1, 0.9)),
+        ("data", "moved/elsewhere"),
+        ("execution.remat", "block"),
+        ("mesh.data", 4),
+        ("name", "renamed"),
+    ],
+)
+def test_a_value_that_does_not_decide_the_result_may_change(config, tmp_path, path, value):
+    first = claim_workdir(tmp_path, config, {"data": "0123"})
+    assert claim_workdir(tmp_path, replaced(config, path, value), {"data": "0123"}) == first
+
+
+def test_more_steps_go_on_where_the_learning_rate_does_not_know_the_end(config, tmp_path):
+    constant, cosine = (changed(config, schedule=schedule) for schedule in ("constant", "cosine"))
+    claim_workdir(tmp_path / "constant", constant, {})
+    claim_workdir(tmp_path / "constant", replaced(constant, "reward.steps", 100), {})
+    claim_workdir(tmp_path / "cosine", cosine, {})
+    with pytest.raises(ConfigError, match=r"reward.steps \(12 -> 100\)"):
+        claim_workdir(tmp_path / "cosine", replaced(cosine, "reward.steps", 100), {})
+
+
+def test_a_new_key_with_its_default_and_other_contents(config, tmp_path):
+    """What an older version wrote lacks a key; what is read is known by its contents."""
+    claim_workdir(tmp_path, config, {"data": "0123"})
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["config"]["reward"]["micro_batches"]
+    path.write_text(json.dumps(values))
+    claim_workdir(tmp_path, config, {"data": "0123"})
+    with pytest.raises(ConfigError, match="changed: the contents of data"):
+        claim_workdir(tmp_path, config, {"data": "4567"})
+    path.write_text(json.dumps({"name": "of another version"}))
+    with pytest.raises(ConfigError, match="not the configuration of a run that this version can continue"):
+        claim_workdir(tmp_path, config, {})
+
+
+def test_swapped_labels_are_other_data_and_a_moved_set_is_the_same(finished, tmp_path):
+    moved = Records(shutil.copytree(finished[0] / "data", tmp_path / "moved"))
+    assert moved.fingerprint == Records(finished[0] / "data").fingerprint
+    pairs = {split: list(moved.pairs(split)) for split in ("train", "eval")}
+    swapped = {
+        split: [dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in rows]
+        for split, rows in pairs.items()
+    }
+    for name, rows in (("same", pairs), ("swapped", swapped)):
+        records.write(
+            tmp_path / name,
+            images=list(moved.images),
+            prompts=list(moved.prompts),
+            pairs=rows,
+            encoders=moved.encoders,
+            downsampling=8,
+            source=moved.manifest["source"],
+        )
+    assert Records(tmp_path / "same").fingerprint == moved.fingerprint
+    assert Records(tmp_path / "swapped").fingerprint != moved.fingerprint
+
+
+def test_a_run_goes_on_from_another_model(config, finished, tmp_path):
+    """LoRA and head start as they are there, on that model's own backbone; without learning they stay."""
+    still = changed(config, learning_rate=0.0, weight_decay=0.0)
+    still = dataclasses.replace(still, scenes=None, init_from=str(finished[0] / "model"))
+    train.run(dataclasses.replace(still, reward=dataclasses.replace(still.reward, steps=2)), tmp_path / "run")
+    first, then = (
+        dina.RewardModel.from_pretrained(d / "model", dtype="float32") for d in (finished[0], tmp_path / "run")
+    )
+    for name, array in first.params.items():
+        np.testing.assert_allclose(then.params[name], array, atol=1e-6, err_msg=name)
+    other = dataclasses.replace(still, model=dataclasses.replace(still.model, lora=None))
+    with pytest.raises(
+        ConfigError, match=r"init_from .* is another model than the config's: lora is \{.*, in the config"
+    ):
+        train.run(other, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_longer_run_keeps_the_shorter_ones_model(config, tmp_path, capsys):
+    """And a run in epochs says how many steps they are."""
+    constant = changed(config, schedule="constant", warmup_steps=0)
+    short = dataclasses.replace(constant, reward=dataclasses.replace(constant.reward, steps=None, epochs=0.25))
+    train.run(short, tmp_path / "run")
+    assert "reward: 0.25 epochs of 64 pairs are 2 steps of 8" in capsys.readouterr().out
+    train.run(dataclasses.replace(short, reward=dataclasses.replace(short.reward, epochs=0.5)), tmp_path / "run")
+    assert "continuing from the checkpoint of step 2" in capsys.readouterr().out
+    whole = dataclasses.replace(constant, reward=dataclasses.replace(constant.reward, steps=4))
+    train.run(whole, tmp_path / "whole")
+    models = [tmp_path / "run" / "model", tmp_path / "run" / "model_step_2", tmp_path / "whole" / "model"]
+    longer, shorter, undisturbed = ((model / "trained.safetensors").read_bytes() for model in models)
+    assert longer == undisturbed != shorter
+    with pytest.raises(ConfigError, match="is at step 4 already, beyond the 2 asked for"):
+        train.run(short, tmp_path / "run")
+
+
+def test_two_processes_do_not_train_in_one_workdir(config, tmp_path):
+    with lock(tmp_path / "run"), pytest.raises(Locked, match="run is being written by .* process"):
+        train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_message(finished, tmp_path):
+    """A limit on the size of files stands for it; the checkpoint of step 20 does not fit."""
+    flags = ["--config.generator=None", "--config.scenes=None", f"--config.data={finished[0] / 'data'}"]
+    command = f"ulimit -f 64; exec {sys.executable} -m dinalrm_jax.train --config tests/tiny_run.py"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --workdir {tmp_path / 'run'} {' '.join(flags)}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and "|" not in line]
+    assert len(errors) < 6, errors
+    assert "error: cannot save a checkpoint in" in errors[-1]
+    assert "file too large" in errors[-1]
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_records_of_other_encoders_are_refused(config, finished, tmp_path):
@@ -207,7 +387,7 @@ def test_a_base_model_of_another_geometry_is_refused(config, finished, tmp_path)
         train.run(config, tmp_path / "run")
 
 
-def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
+def test_damaged_and_foreign_checkpoints(finished, tmp_path, capsys):
     source = finished[0] / "reward" / "checkpoints"
     latest = max(source.iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
     optimizer = make_optimizer(from_mapping(TrainConfig, tiny_run.get_config()).reward.optimizer, 10)
@@ -223,10 +403,27 @@ def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
     shutil.copytree(copy / latest.name, copy / "999.orbax-checkpoint-tmp")
     restored, _ = Checkpoints(copy).restore_latest(state)
     assert int(restored.step) == int(latest.name)
-    for path in (copy / latest.name / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match="(?s)is damaged or of another model.*Remove that directory"):
+    assert not (copy / "999.orbax-checkpoint-tmp").exists()
+
+    def damage(checkpoint):
+        for path in (checkpoint / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    # A damaged one is put aside, and the one before it taken.
+    damage(copy / latest.name)
+    capsys.readouterr()
+    checkpoints = Checkpoints(copy)
+    restored, position = checkpoints.restore_latest(state)
+    assert (int(restored.step), position["step"]) == (140, 140)
+    assert f"{latest.name} is damaged; it is now {tmp_path / f'damaged-{latest.name}'}" in capsys.readouterr().out
+    assert [path.name for path in copy.iterdir()] == ["140"]
+    checkpoints.save(dataclasses.replace(restored, step=jnp.array(int(latest.name))), position)
+    checkpoints.close()
+    assert (copy / latest.name).is_dir(), "the step that was damaged can be saved again"
+    damage(copy / latest.name)
+    damage(copy / "140")
+    with pytest.raises(CheckpointError, match="(?s)is damaged or of another model, and so is every other.*Remove"):
         Checkpoints(copy).restore_latest(state)
 
 
@@ -238,10 +435,13 @@ def test_damaged_and_foreign_checkpoints_are_named(finished, tmp_path):
         ("--config.reward.optimizer.learning_rte=1e-3", "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
         ("--config.reward.learnin_rate=1e-3", "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
         ("--config=configs/nothing.py", "error: no config file configs/nothing.py"),
+        ("--config.generatr=None", "unknown key 'generatr'; did you mean 'generator'?"),
+        ("--config.init_from=nowhere", "init_from is a model on a backbone of its own; a generator stage"),
+        ("--config.init_from=nowhere --config.generator=None --config.scenes=None", "run/data holds no manifest.json"),
     ],
 )
 def test_command_line_errors_are_one_message(tmp_path, flag, message):
-    out, err = (process := start(tmp_path / "run", flag)).communicate(timeout=120)
+    out, err = (process := start(tmp_path / "run", *flag.split())).communicate(timeout=120)
     assert process.returncode == 2
     assert message in err
     assert "Traceback" not in err

@@ -120,6 +120,4 @@ def open_start(config: TrainConfig, workdir: pathlib.Path) -> PretrainedModel:
 
 def _difference(found: RewardModelConfig, wanted: RewardModelConfig) -> str:
     pairs = zip(to_mapping(found).items(), to_mapping(wanted).values())
-    return "; ".join(
-        f"{name} is {one!r} there, {other!r} in the config" for (name, one), other in pairs if one != other
-    )
+    return "; ".join(f"{name} is {one!r}, in the config {other!r}" for (name, one), other in pairs if one != other)
