@@ -14,9 +14,11 @@ import dataclasses
 import difflib
 import functools
 import json
+import logging as python_logging
 import pathlib
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -87,7 +89,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         Locked: another process is at work in the directory.
         Stopped: on SIGTERM or Ctrl-C, after saving.
         NonFiniteLoss: with the step; the last good checkpoint is kept.
-        OSError: a full disk; the last whole checkpoint is kept.
+        CheckpointError, OSError: a full disk, above all; the last whole checkpoint is kept.
     """
     with lock(workdir) if distributed.is_first() else contextlib.nullcontext():
         return _run(config, workdir)
@@ -427,10 +429,28 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(2)
 
 
+def quieten_writers() -> None:
+    """Of what orbax and TensorBoard do in threads, failures are told once: in the main thread, which raises them too.
+
+    (A full disk is a thousand lines otherwise; and orbax and tfds tell every file they touch.)
+    """
+    logging.set_verbosity(logging.FATAL)
+    for name in ("asyncio", "concurrent.futures"):
+        python_logging.getLogger(name).setLevel(python_logging.CRITICAL)
+    threading.excepthook = sys.unraisablehook = lambda failure: None
+    told = sys.excepthook  # which tensorstore calls from threads of its own
+
+    def of_the_main_thread(*failure):
+        if threading.current_thread() is threading.main_thread():
+            told(*failure)
+
+    sys.excepthook = of_the_main_thread
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every file they touch
+    quieten_writers()
     enable_compilation_cache()
     try:
         file = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,14 @@ import orbax.checkpoint as ocp
 from dinalrm_jax import distributed
 from dinalrm_jax.training.step import TrainState
 
+DISK_FAILURES = ("No space left on device", "Disk quota exceeded", "File too large", "Input/output error")
+
+
+KEPT = "The one before it is kept, and the same command goes on from there"
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint directory that this run cannot continue from."""
+    """A checkpoint that this run cannot continue from, or cannot write."""
 
 
 class Checkpoints:
@@ -37,12 +43,19 @@ class Checkpoints:
         """Starts saving in the background; the arrays are copied before this returns.
 
         Raises:
-            OSError: the disk is full, or another failure of this or the last save.
+            CheckpointError: this or the last save failed, for lack of space above all.
         """
         step = int(state.step)
         if step == self._manager.latest_step():
             return
-        with _disk_errors(self.directory):
+        needed = sum(shard.data.nbytes for array in jax.tree.leaves(state) for shard in array.addressable_shards)
+        free = shutil.disk_usage(self.directory).free
+        if not distributed.all_agree(free > 1.1 * needed):  # orbax would say it with a thousand lines
+            raise CheckpointError(
+                f"cannot save a checkpoint in {self.directory}: No space left on device, {needed / 2**20:.1f} MiB are "
+                f"needed and {free / 2**20:.1f} MiB free. {KEPT}"
+            )
+        with _failures_of_saving(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -84,7 +97,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Returns when every started save is on disk; errors as for `save`."""
-        with _disk_errors(self.directory):
+        with _failures_of_saving(self.directory):
             self._manager.wait_until_finished()
         self._manager.close()
 
@@ -139,13 +152,16 @@ class BestCheckpoint:
 
 
 @contextlib.contextmanager
-def _disk_errors(directory: pathlib.Path):
-    """What tensorstore and orbax say of a file system, as an OSError of one line."""
+def _failures_of_saving(directory: pathlib.Path):
+    """Whatever orbax and tensorstore raise, as one line that names the place and the reason."""
     try:
         yield
     except Exception as error:
-        text = str(error)
-        for words in ("No space left on device", "Disk quota exceeded", "File too large", "Input/output error"):
-            if words in text:
-                raise OSError(f"cannot save a checkpoint in {directory}: {words.lower()}") from error
-        raise
+        texts = []
+        cause: BaseException | None = error
+        while cause is not None:
+            texts.append(str(cause))
+            cause = cause.__cause__ or cause.__context__
+        known = next((words for words in DISK_FAILURES if any(words in text for text in texts)), None)
+        reason = known or f"{type(error).__name__}: {texts[0].splitlines()[0][:300]}"
+        raise CheckpointError(f"cannot save a checkpoint in {directory}: {reason}. {KEPT}") from error

@@ -61,9 +61,7 @@ class MetricsLog:
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             with self._path.open("a") as file:
                 file.write("\n")  # ends a line that a kill tore, which must not swallow the next one
-        from tensorboardX import SummaryWriter  # brings torch with it, where that is installed
-
-        self._board = SummaryWriter(str(directory / "tensorboard" / stage))
+        self._board = _TensorBoard(directory / "tensorboard" / stage)
         if project is not None:
             import wandb  # optional, and only where it is asked for
 
@@ -144,8 +142,7 @@ class MetricsLog:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.write(step, values)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
@@ -154,6 +151,31 @@ class MetricsLog:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class _TensorBoard:
+    """Scalars for TensorBoard, written where they are told.
+
+    (tensorboardX's `SummaryWriter` leaves that to a thread; where the disk is full the thread ends, and the run waits
+    for it for ever.)
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        from tensorboardX.event_file_writer import EventsWriter  # brings torch with it, where that is installed
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(directory / "events"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def _by_sigma(means: Mapping[str, np.ndarray]) -> dict[str, float]:
