@@ -32,7 +32,7 @@ def compile_step(
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer, averaged), trainable)
     state_shardings = like_parameters(state, shardings, mesh)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings)
-    objective = reward_objective(module, config.loss, config.reward.sigma)
+    objective = reward_objective(module, config.loss, config.reward.sigma, config.ensemble_term)
     frozen_shardings = {name: shardings[name] for name in frozen}
     step = make_step(objective, optimizer, config.reward, mesh, 0, state_shardings, frozen_shardings)
     rows = pairs * mesh.shape["data"] * mesh.shape["fsdp"]

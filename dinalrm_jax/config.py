@@ -412,6 +412,26 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EnsembleTermConfig:
+    """Trains the token-level ensemble too: every pair is also scored at several levels at once.
+
+    Neither the paper nor the released code has it: their head first sees several levels when it is evaluated.
+
+    levels: of one pair's ensemble, drawn like its single level, which is one of them.
+    weight: of the ensemble's loss; the single level's has the rest.
+    """
+
+    levels: int = 3
+    weight: float = 0.5
+
+    def __post_init__(self):
+        if self.levels < 2 or not 0 < self.weight <= 1:
+            raise ConfigError(
+                f"an ensemble has 2 levels or more and its loss a weight in (0, 1], got {self.levels} and {self.weight}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warmup, constant or cosine decay, clipping by global norm, an average of the weights."""
 
@@ -593,6 +613,7 @@ class TrainConfig:
         (then base_model is needed): its LoRA and head are what the reward stage starts with.
     generator: a flow-matching stage that trains the whole backbone first; None: skip it.
     reward: the stage that trains LoRA and head on preference pairs.
+    ensemble_term: train the ensemble too; None: single levels only, as the paper does.
     wandb_project: log to this Weights & Biases project too; needs `wandb` installed.
     profile: steps to record into WORKDIR/profile.
     """
@@ -608,6 +629,7 @@ class TrainConfig:
     init_from: str | None = None
     generator: StageConfig | None = None
     loss: LossConfig = LossConfig()
+    ensemble_term: EnsembleTermConfig | None = None
     execution: ExecutionConfig = ExecutionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()

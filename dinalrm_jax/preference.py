@@ -84,7 +84,7 @@ def pair_loss(chosen: jax.Array, rejected: jax.Array, sigma: jax.Array, config: 
 
     Args:
         chosen, rejected: (B,) scores of the preferred and the other image.
-        sigma: (B,) the noise level both were scored at.
+        sigma: (B,) the noise level both were scored at; (K, B) of an ensemble, whose variance is the levels' mean.
         config: which loss, with its constants.
 
     Returns:
@@ -92,5 +92,8 @@ def pair_loss(chosen: jax.Array, rejected: jax.Array, sigma: jax.Array, config: 
     """
     if config.name == "bradley_terry":
         return bradley_terry_loss(chosen, rejected, config.margin)
-    z = standardized_margin(chosen, rejected, score_variance(sigma, config), config.epsilon)
+    variance = score_variance(sigma, config)
+    if variance.ndim > 1:
+        variance = variance.mean(axis=0)
+    z = standardized_margin(chosen, rejected, variance, config.epsilon)
     return nll_loss(z) if config.name == "nll" else fidelity_loss(z, epsilon=config.epsilon)

@@ -131,8 +131,8 @@ def _run(given: TrainConfig, workdir: pathlib.Path) -> PairScores:
     state, best = fit(
         "reward",
         config.reward,
-        reward_objective(module, config.loss, config.reward.sigma),
-        reward_objective(plain, config.loss, config.reward.sigma),
+        reward_objective(module, config.loss, config.reward.sigma, config.ensemble_term),
+        reward_objective(plain, config.loss, config.reward.sigma, config.ensemble_term),
         trainable,
         frozen,
         records,

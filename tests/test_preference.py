@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from dinalrm_jax import preference
 from dinalrm_jax.config import ConfigError, LossConfig
@@ -68,3 +69,36 @@ def test_constants_that_cannot_work_are_refused():
         LossConfig(sigma_0=0.0)
     with pytest.raises(ConfigError, match="constant_variance must be positive"):
         LossConfig(variance="constant", constant_variance=0.0)
+
+
+def test_probabilities_are_those_of_the_likelihood():
+    chosen, rejected, sigma = np.array([0.5, -1.0]), np.array([0.0, 0.2]), np.array([0.4, 0.1])
+    difference = chosen - rejected
+
+    def found(**values):
+        return np.asarray(preference.preferred(chosen, rejected, sigma, LossConfig(**values)))
+
+    np.testing.assert_allclose(found()[0], 0.73087, atol=1e-5)
+    np.testing.assert_allclose(
+        found(variance="constant", constant_variance=2.0), stats.norm.cdf(difference / 2), atol=1e-6
+    )
+    for margin in (0.0, 1.0):
+        probabilities = found(name="bradley_terry", margin=margin)
+        np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-difference)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"margin": 1.0}, "margin = 1.0 would have no effect: the fidelity loss has none"),
+        ({"constant_variance": 9.0}, r"constant_variance = 9.0 would have no effect: the variance is k sigma\^2"),
+        ({"margin": 1.0, "constant_variance": 9.0}, "would have no effect"),
+        ({"variance": "constant", "k": 1.0, "sigma_0": 0.5}, "k = 1.0, sigma_0 = 0.5 would have no effect"),
+        ({"name": "bradley_terry", "variance": "constant"}, "variance = 'constant' would have no effect: the Bradley"),
+        ({"name": "bradley_terry", "epsilon": 1e-6}, "epsilon = 1e-06 would have no effect"),
+        ({"name": "nll", "epsilon": 1e-6}, "epsilon is 1e-06, but it belongs to the fidelity loss"),
+    ],
+)
+def test_values_without_effect_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        LossConfig(**values)

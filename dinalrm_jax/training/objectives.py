@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dinalrm_jax import noise, preference
 from dinalrm_jax.backbone.sd3 import SD3Transformer
-from dinalrm_jax.config import LossConfig, SigmaConfig
+from dinalrm_jax.config import EnsembleTermConfig, LossConfig, SigmaConfig
 from dinalrm_jax.data.batch import PreferenceBatch
 from dinalrm_jax.parameters import Functional, Params
 from dinalrm_jax.reward_model import RewardModule
@@ -21,12 +21,28 @@ SIGMA_BINS = 10  # of equal width, for metrics by noise level
 Objective = Callable[[Params, PreferenceBatch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def reward_objective(module: Functional[RewardModule], loss: LossConfig, sigma: SigmaConfig) -> Objective:
-    """`reward_losses`, each pair noised with one sigma and one eps of its own (method: training)."""
-    draw = _drawer(sigma)
+def reward_objective(
+    module: Functional[RewardModule], loss: LossConfig, sigma: SigmaConfig, ensemble: EnsembleTermConfig | None = None
+) -> Objective:
+    """`reward_losses`, each pair noised with one sigma and one eps of its own (method: training).
+
+    With an `ensemble` term the loss is a weighted mean of that and of the loss of the ensemble's scores, at further
+    levels with the same eps.
+    """
+    draw, sample_sigma = _drawer(sigma), noise.sampler(sigma)
 
     def objective(params: Params, batch: PreferenceBatch, keys: jax.Array):
-        return reward_losses(module, loss, params, batch, *draw(keys, batch.chosen.shape))
+        levels, eps = draw(keys, batch.chosen.shape)
+        losses, metrics = reward_losses(module, loss, params, batch, levels, eps)
+        if ensemble is None:
+            return losses, metrics
+        more_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1), ensemble.levels - 1))(keys)
+        more = jax.vmap(jax.vmap(lambda key: sample_sigma(key, ())), out_axes=1)(more_keys)
+        levels = jnp.concatenate([levels[None], more])
+        chosen, rejected = _score_pairs(module.bind(params).ensemble, batch, levels, eps)
+        metrics |= {"ensemble_accuracy": (chosen > rejected).astype(jnp.float32)}
+        together = preference.pair_loss(chosen, rejected, levels, loss)
+        return (1 - ensemble.weight) * losses + ensemble.weight * together, metrics
 
     return objective
 
@@ -41,24 +57,14 @@ def reward_losses(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The preference loss of every pair, both of whose images are noised alike, and its metrics.
 
-    Both images of all pairs run as one batch, a pair's one after the other: devices that split the batch have
-    nothing to exchange for it. A metric named `*_by_sigma` has one number a bin of
+    A metric named `*_by_sigma` has one number a bin of
     the noise level: `share_by_sigma` says how many rows fell into it, the others are zero outside of it.
 
     Args:
         levels: (B,) noise levels.
         eps: (B, H, W, C) standard normal noise.
     """
-
-    def paired(first, second):
-        return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
-
-    def twice(tree):
-        return jax.tree.map(lambda x: paired(x, x), tree)
-
-    latents = paired(batch.chosen, batch.rejected)
-    scores = module.bind(params)(latents, twice(batch.prompt), twice(levels), twice(eps))
-    chosen, rejected = scores.reshape(-1, 2).T
+    chosen, rejected = _score_pairs(module.bind(params), batch, levels, eps)
     correct, margin = (chosen > rejected).astype(jnp.float32), chosen - rejected
     in_bin = jax.nn.one_hot(jnp.minimum(levels * SIGMA_BINS, SIGMA_BINS - 1).astype(jnp.int32), SIGMA_BINS)
     metrics = {
@@ -71,6 +77,21 @@ def reward_losses(
         "margin_by_sigma": in_bin * margin[:, None],
     }
     return preference.pair_loss(chosen, rejected, levels, loss), metrics
+
+
+def _score_pairs(score: Callable, batch: PreferenceBatch, levels: jax.Array, eps: jax.Array):
+    """Scores of the chosen and of the rejected images at levels (B,), or those of an ensemble (K, B).
+
+    All images run as one batch, a pair's one after the other: devices that split the batch have nothing to exchange
+    for it.
+    """
+
+    def paired(first, second, axis=0):
+        return jnp.stack([first, second], axis + 1).reshape(*first.shape[:axis], -1, *first.shape[axis + 1 :])
+
+    prompt = jax.tree.map(lambda x: paired(x, x), batch.prompt)
+    levels = paired(levels, levels, axis=levels.ndim - 1)
+    return score(paired(batch.chosen, batch.rejected), prompt, levels, paired(eps, eps)).reshape(-1, 2).T
 
 
 def flow_matching_objective(module: Functional[SD3Transformer], sigma: SigmaConfig) -> Objective:

@@ -1,6 +1,7 @@
 """The evaluate command on a small HPDv2 directory, by one process and by two, and on records."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -12,10 +13,11 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from dinalrm_jax.benchmarks.evaluator import evaluate_images, evaluate_records
 from dinalrm_jax.benchmarks.report import as_markdown, summarize
-from dinalrm_jax.config import ScenesConfig
+from dinalrm_jax.config import LossConfig, ScenesConfig
 from dinalrm_jax.data import hpdv2
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.scene_records import write_scene_records
@@ -137,6 +139,25 @@ def test_the_report_of_a_known_model(scene_model, source):
     assert by_rule["released"]["accuracy"] == 90.0
     assert "| 0.4 | 100.00 (100.0 to 100.0) |" in as_markdown(summary)
     assert "DiNa-LRM, ensemble 84.31" in as_markdown(summary)
+
+
+def test_reliability_is_of_the_likelihood_that_was_trained_with(scene_model, source):
+    """One predicted probability, 0.75 or so, of which all pairs are right: the error is what is left to 100 %."""
+    found = evaluate_images(scene_model, hpdv2.benchmark(source), [0.4], [NoiseDraw(0)])
+    assert found.likelihood is None
+    ordered = [
+        np.linspace(1, 0, len(row.ranks), dtype=np.float32)[np.argsort(np.argsort(row.ranks, kind="stable"))]
+        for row in found.rankings
+    ]
+    two = dataclasses.replace(found, rankings=found.rankings[1:2], scores=[ordered[1][:, None, None]])
+    for likelihood, expected in (
+        (LossConfig(variance="constant", constant_variance=0.5), stats.norm.cdf(1.0)),
+        (LossConfig(name="bradley_terry"), 1 / (1 + np.exp(-1.0))),
+        (None, stats.norm.cdf(1 / np.sqrt(2 * (2 * 0.4**2 + 0.01)))),
+    ):
+        summary = summarize(dataclasses.replace(two, likelihood=likelihood))
+        assert summary["levels"]["0.4"]["calibration_error"] == pytest.approx(100 * (1 - expected), abs=1e-2)
+        assert (summary["likelihood"] is None) == (likelihood is None)
 
 
 def test_records_are_scored_as_their_latents(scene_model, tmp_path):

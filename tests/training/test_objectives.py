@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import LossConfig, SigmaConfig
+from dinalrm_jax.config import EnsembleTermConfig, LossConfig, SigmaConfig
 from dinalrm_jax.reward_model import reward_functional
 from dinalrm_jax.training.objectives import reward_losses, reward_objective
 from dinalrm_jax.training.step import row_keys
@@ -42,11 +43,17 @@ def test_the_released_loss_of_the_golden_pairs(golden_model, golden_batch, cases
 class Reading:
     """Stands in for the reward model: the "score" of an image is what `read` makes of its level and noise."""
 
-    def __init__(self, read):
-        self.read = read
+    def __init__(self, read, ensemble=None):
+        self.read, self.read_ensemble = read, ensemble
 
     def bind(self, params):
-        return lambda latents, prompt, levels, eps: self.read(levels, eps)
+        return self
+
+    def __call__(self, latents, prompt, levels, eps):
+        return self.read(levels, eps)
+
+    def ensemble(self, latents, prompt, levels, eps):
+        return self.read_ensemble(latents, prompt, levels, eps)
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +98,33 @@ def test_the_configured_distribution_is_drawn_from(batch):
 def test_keys_depend_on_seed_step_and_row():
     data = [np.asarray(jax.random.key_data(row_keys(*which, 3))) for which in ((0, 0), (1, 0), (0, 1))]
     assert len(np.unique(np.concatenate(data), axis=0)) == 9
+
+
+def test_the_ensemble_term_scores_both_images_at_several_levels_of_the_row(golden_model, golden_batch, cases):
+    """The single level is among them, eps is the pair's own, and the variance is the levels' mean."""
+    seen = {}
+
+    def ensemble(latents, prompt, levels, eps):
+        seen.update(levels=levels, eps=eps, latents=latents, pooled=prompt.pooled_prompt_embeds)
+        return latents.mean(axis=(1, 2, 3))
+
+    rows = len(golden_batch.chosen)
+    keys, term = row_keys(0, 0, rows), EnsembleTermConfig(levels=3, weight=0.25)
+    module = Reading(lambda levels, eps: levels, ensemble)
+    losses, metrics = reward_objective(module, LossConfig(), SigmaConfig(), term)({}, golden_batch, keys)
+    levels = np.asarray(seen["levels"])
+    assert levels.shape == (3, 2 * rows)
+    np.testing.assert_array_equal(levels[:, ::2], levels[:, 1::2])
+    np.testing.assert_array_equal(levels[0, ::2], metrics["score_chosen"])
+    assert len(np.unique(levels)) == 3 * rows
+    np.testing.assert_array_equal(seen["eps"][::2], seen["eps"][1::2])
+    np.testing.assert_array_equal(seen["latents"][::2], golden_batch.chosen)
+    np.testing.assert_array_equal(seen["latents"][1::2], golden_batch.rejected)
+    np.testing.assert_array_equal(seen["pooled"][1::2], golden_batch.prompt.pooled_prompt_embeds)
+    difference = np.asarray(golden_batch.chosen).mean(axis=(1, 2, 3)) - np.asarray(golden_batch.rejected).mean(
+        axis=(1, 2, 3)
+    )
+    variance = (2 * levels[:, ::2] ** 2 + 0.01).mean(axis=0)
+    together = 1 - np.sqrt(stats.norm.cdf(difference / np.sqrt(2 * variance)))
+    np.testing.assert_allclose(losses, 0.75 * (1 - np.sqrt(0.5)) + 0.25 * together, rtol=1e-5)
+    np.testing.assert_array_equal(metrics["ensemble_accuracy"], difference > 0)

@@ -1,5 +1,6 @@
 """Weights on disk: every layout read, written, and refused."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import dinalrm_jax as dina
 from dinalrm_jax import convert
-from dinalrm_jax.config import ConfigError
+from dinalrm_jax.config import ConfigError, LossConfig
 from dinalrm_jax.weights import pretrained, torch_file
 from dinalrm_jax.weights.rules import WeightsError
 from dinalrm_jax.weights.verify import VerificationError, verify_against_released
@@ -37,6 +38,25 @@ def test_native_round_trip(golden_model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, golden_model.params)
     with pytest.raises(FileExistsError, match="exists already"):
         pretrained.save_reward_model(golden_model, tmp_path / "native")
+
+
+def test_the_likelihood_goes_with_the_checkpoint(golden_model, released, tmp_path):
+    """Natively, exported, and by the released code's `model_type`, whose constants are in its source."""
+    assert golden_model.likelihood == LossConfig(sigma_0=0.05**0.5, epsilon=1e-6)
+    own = dataclasses.replace(golden_model, likelihood=LossConfig(k=1.5))
+    pretrained.save_reward_model(own, tmp_path / "native")
+    pretrained.export_released(own, tmp_path / "exported")
+    assert load(tmp_path / "native").likelihood == LossConfig(k=1.5)
+    assert load(tmp_path / "exported").likelihood == LossConfig(k=1.5)
+    config = json.loads((released / "config.json").read_text())
+    for name, likelihood in {
+        "bt-margin": LossConfig(name="bradley_terry", margin=1.0),
+        "thurstone-constant": LossConfig(variance="constant", constant_variance=0.5, epsilon=1e-6),
+        "a later one": None,
+    }.items():
+        config["model"]["model_type"] = name
+        (released / "config.json").write_text(json.dumps(config))
+        assert load(released).likelihood == likelihood
 
 
 def test_bfloat16_native_checkpoint(golden_model, tmp_path):
