@@ -310,44 +310,49 @@ def fit(
         if first < stage.steps:
             shapes = batch_shapes(records, stage.batch_size, mesh)
             compiled, flops = compile_ahead(step_fn, state, frozen, shapes, mesh)
-            if held_out is not None:
-                held_out.compile(state)
             if config.execution != plain_execution(config):
                 flops = {
                     shape: model_flops(plain_objective, state.params, frozen, batch) for shape, batch in shapes.items()
                 }
         if asked := stop.asked():
             raise Stopped(asked, name, first)
-        queue = on_device(batches, stage.batch_size, mesh)
-        bar = distributed.progress(total=stage.steps, initial=first, desc=name, unit="step")
-        log.start()
-        for step in range(first + 1, stage.steps + 1):
+
+        def evaluate(step: int, state: TrainState) -> None:
+            if held_out is None or not step or (step % stage.evaluate_every and step != stage.steps):
+                return
             started = time.perf_counter()
-            batch, loader_state = next(queue)
-            waited = time.perf_counter() - started
-            jax.block_until_ready(state.step)  # at most one step in flight
-            window.before(step)
-            shape = batch.chosen.shape
-            state, metrics = compiled[shape](state, frozen, batch)
-            log.add(step, metrics, stage.batch_size, waited=waited, flops=flops[shape] / mesh.size)
-            window.after(step, state)
-            bar.update()
-            asked, last = stop.asked(), step == stage.steps
-            if step % stage.log_every == 0 or last:
-                values = log.write(step, {"learning_rate": float(learning_rate(step - 1))})
-                bar.set_postfix({key: f"{values[key]:.3f}" for key in ("loss", "accuracy") if key in values})
-            if step % stage.checkpoint_every == 0 or last or asked:
-                log.check_finite()
-                checkpoints.save(state, loader_state)
-            if asked:
-                raise Stopped(asked, name, step)
-            if held_out is not None and (step % stage.evaluate_every == 0 or last):
+            values = held_out(state)
+            log.write_values(step, values)
+            best.offer(state, values["eval_accuracy"])
+            log.pause(time.perf_counter() - started)
+
+        if held_out is not None:
+            held_out.compile(state)
+        evaluate(first, state)  # a run that was killed after the save of this step may not have got to it
+        queue = on_device(batches, stage.batch_size, mesh)
+        log.start()
+        with distributed.progress(total=stage.steps, initial=first, desc=name, unit="step") as bar:
+            for step in range(first + 1, stage.steps + 1):
                 started = time.perf_counter()
-                values = held_out(state)
-                log.write_values(step, values)
-                best.offer(state, values["eval_accuracy"])
-                log.pause(time.perf_counter() - started)
-        bar.close()
+                batch, loader_state = next(queue)
+                waited = time.perf_counter() - started
+                jax.block_until_ready(state.step)  # at most one step in flight
+                window.before(step)
+                shape = batch.chosen.shape
+                state, metrics = compiled[shape](state, frozen, batch)
+                log.add(step, metrics, stage.batch_size, waited=waited, flops=flops[shape] / mesh.size)
+                window.after(step, state)
+                bar.update()
+                asked, last = stop.asked(), step == stage.steps
+                if step % stage.log_every == 0 or last:
+                    values = log.write(step, {"learning_rate": float(learning_rate(step - 1))})
+                    bar.set_postfix({key: f"{values[key]:.3f}" for key in ("loss", "accuracy") if key in values})
+                if step % stage.checkpoint_every == 0 or last or asked:
+                    log.check_finite()
+                    checkpoints.save(state, loader_state)
+                if asked:
+                    raise Stopped(asked, name, step)
+                evaluate(step, state)
     return state, best
 
 

@@ -1,3 +1,5 @@
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ from scipy import stats
 
 from dinalrm_jax import noise
 from dinalrm_jax.config import ConfigError, SigmaConfig
+from dinalrm_jax.noise import NoiseDraw
 
 DRAWS = 20_000
 
@@ -59,3 +62,21 @@ def test_add_noise_interpolates_per_row():
     np.testing.assert_allclose(noisy[0], 3.0)
     np.testing.assert_allclose(noisy[1], 2.0)
     assert noise.timestep(0.25) == 250.0
+
+
+def test_a_draw_gives_every_image_its_own_noise_or_all_the_same():
+    """Of seed and name only, on any machine; the numbers are SHA-256's."""
+    names = ["a", "b", "a"]
+    own, shared = NoiseDraw(7).keys(names), NoiseDraw(7, shared=True).keys(names)
+    digest = hashlib.sha256(b"7\0a").digest()
+    assert own[0].tolist() == [int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")]
+    assert own[0].tolist() == own[2].tolist() != own[1].tolist()
+    assert NoiseDraw(8).keys(["a"]).tolist() != own[:1].tolist()
+    np.testing.assert_array_equal(shared, np.tile(noise.seed_key(7), (3, 1)))
+    eps = np.asarray(noise.draw_noise(own, (3, 4, 4, 2)))
+    np.testing.assert_array_equal(eps[0], eps[2])
+    assert abs(np.corrcoef(eps[0].ravel(), eps[1].ravel())[0, 1]) < 0.6
+    np.testing.assert_array_equal(
+        noise.draw_noise(shared, (3, 4, 4, 2))[1], noise.draw_noise(noise.seed_key(7), (1, 4, 4, 2))[0]
+    )
+    assert len(NoiseDraw(0).keys(["\udcff", "\u72d0"])) == 2, "names of any bytes"

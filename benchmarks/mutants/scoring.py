@@ -1,5 +1,40 @@
-"""Mutants of scoring."""
+"""Mutants of scoring and of accuracies."""
 
 from benchmarks.mutants import Mutant
 
-MUTANTS: list[Mutant] = []
+SCORING, NOISE, MODEL = "dinalrm_jax/scoring.py", "dinalrm_jax/noise.py", "dinalrm_jax/reward_model.py"
+ACCURACY, REPORT = "dinalrm_jax/benchmarks/accuracy.py", "dinalrm_jax/benchmarks/report.py"
+EVALUATOR = "dinalrm_jax/benchmarks/evaluator.py"
+OF_SCORING, OF_MODEL = "tests/test_scoring.py", "tests/test_reward_model.py"
+OF_ACCURACY, OF_EVALUATION = "tests/benchmarks/test_accuracy.py", "tests/benchmarks/test_evaluate.py"
+
+MUTANTS = [
+    Mutant("an image's noise ignores its name", NOISE, 'f"{self.seed}\\0{name}"', 'f"{self.seed}\\0"', "tests/test_noise.py"),
+    Mutant("an image's noise ignores the seed", NOISE, 'f"{self.seed}\\0{name}"', 'f"\\0{name}"', "tests/test_noise.py"),
+    Mutant("shared noise is each image's own", NOISE, "if self.shared:", "if False:", "tests/test_noise.py"),
+    Mutant("a seed loses its higher half", NOISE, "[bits >> np.uint64(32), bits", "[bits * np.uint64(0), bits", OF_MODEL),
+    Mutant("images are scored under the next one's prompt", SCORING, "embeddings([prompts[index] for index in rows])",
+           "embeddings([prompts[index] for index in rows[::-1]])", f"{OF_SCORING} -k many_sizes"),
+    Mutant("scores of a padded batch are shifted", SCORING, "scores[good] = scored[: len(good)]", "scores[good] = scored[-len(good) :]",
+           f"{OF_SCORING} -k many_sizes"),
+    Mutant("samples are the first one", MODEL, "found.scores[:, 0].mean(axis=1)", "found.scores[:, 0, 0]", f"{OF_SCORING} -k samples"),
+    Mutant("the lowest score is first", MODEL, "np.sum(np.asarray(scores) > score)", "np.sum(np.asarray(scores) < score)",
+           f"{OF_SCORING} -k ranks"),
+    Mutant("normalised scores without their offset", MODEL, "else raw) + 10) / 10", "else raw) + 0) / 10", f"{OF_MODEL} -k normalize"),
+    Mutant("scores that are not finite pass", SCORING, "if not np.isfinite(found).all():", "if False:", f"{OF_SCORING} -k finite"),
+    Mutant("what people tied counts (M1)", ACCURACY, '"strict": (weights @ counts.correct) / (weights @ counts.strict)',
+           '"strict": (weights @ counts.correct) / (weights @ counts.pairs)', OF_ACCURACY),
+    Mutant("what people tied does not count (M4)", ACCURACY, '"released": (weights @ counts.correct) / (weights @ counts.pairs)',
+           '"released": (weights @ counts.correct) / (weights @ counts.strict)', OF_ACCURACY),
+    Mutant("what the model ties is right", ACCURACY, "correct = strict & (people == model)", "correct = strict & (people * model >= 0)",
+           OF_ACCURACY),
+    Mutant("pairs are resampled, not prompts", ACCURACY, "_, group = np.unique(np.asarray(prompts), return_inverse=True)",
+           "group = np.arange(len(prompts))", OF_ACCURACY),
+    Mutant("reliability is the paper's whatever was trained", REPORT, "likelihood = evaluation.likelihood or LossConfig()",
+           "likelihood = LossConfig()", f"{OF_EVALUATION} -k reliability"),
+    Mutant("the headline's noise is shared", REPORT, "evaluation.draws_of(shared=False), prompts)", "evaluation.draws_of(shared=True), prompts)",
+           f"{OF_EVALUATION} -k by_two"),
+    Mutant("an evaluation names images by their place", EVALUATOR, "names=[image for _, image in rows],", "", f"{OF_EVALUATION} -k by_two"),
+    Mutant("records' noise goes by the wrong image", EVALUATOR, "[image.name for image in images]", "[image.name for image in images[::-1]]",
+           f"{OF_EVALUATION} -k latents"),
+]  # fmt: skip
