@@ -208,3 +208,29 @@ def test_tpu_pod_command(tmp_path):
         r"--distributed --config.data=/mnt/d"
     )
     assert dry("tpu_pod.sh", tmp_path, "gcloud", **{**variables, "TPU": ""}).returncode != 0
+
+
+SKEWED = """
+import sys, time, jax
+from dinalrm_jax import distributed
+distributed.initialize(True)
+time.sleep(75 * jax.process_index())
+distributed.barrier("late")
+"""
+
+
+@pytest.mark.heavy
+def test_a_process_that_comes_late_to_the_first_exchange_does_not_end_the_job():
+    """By 75 s, as one that compiles or reads alone may; gloo gives up on connecting after 30."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SKEWED], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                 "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)},
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, stderr = process.communicate(timeout=150)
+        assert process.returncode == 0, stderr
