@@ -302,7 +302,7 @@ class PreparationConfig:
 
     dataset: the source's format.
     encoders: what makes latents and embeddings.
-    text_dtype: compute dtype of the text encoders; the VAE computes in float32.
+    text_dtype: compute dtype of the text encoders; the VAE computes in float32, on every backend.
     buckets: image sizes, height x width in pixels; the defaults are the paper's.
     fit: "stretch" resizes an image to a bucket whose log aspect is within `aspect_tolerance` and
         drops it where there is none (the paper's way); "crop" cuts it at the centre to the nearest.
@@ -318,7 +318,7 @@ class PreparationConfig:
     threads: that read and decode images; changes no byte.
     """
 
-    dataset: Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl"]
+    dataset: Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl", "dinalrm"]
     encoders: EncodersConfig = EncodersConfig()
     text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     buckets: tuple[str, ...] = tuple(map(bucket_name, BUCKETS))

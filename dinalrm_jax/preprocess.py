@@ -18,6 +18,7 @@ from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ConfigError, PreparationConfig, from_mapping
 from dinalrm_jax.data.datasets import preprocess
 from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.disk import Locked
 from dinalrm_jax.weights.rules import WeightsError
 
 DEFAULTS = PreparationConfig("hpdv3")
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
         if values.distributed:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the preemption service's: nothing is lost by a kill
         manifest = preprocess(values.source, values.output, config, values["base-model"].value)
-    except (RecordsError, ConfigError, WeightsError, FileExistsError) as error:
+    except (RecordsError, ConfigError, WeightsError, FileExistsError, Locked) as error:
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(2)
     except KeyboardInterrupt:
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> None:
 
 
 def define_flags() -> None:
-    datasets = ["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl"]
+    datasets = ["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl", "dinalrm"]
     flags.DEFINE_enum("dataset", None, datasets, "Format of the source.")
     flags.DEFINE_string("source", None, "The dataset's directory.")
     flags.DEFINE_string("output", None, "Record directory to write; must not exist.")
