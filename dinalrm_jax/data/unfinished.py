@@ -36,7 +36,7 @@ def check_output(output: pathlib.Path) -> None:
     if not output.exists():
         return
     work = work_directory(output)
-    if work.is_dir() and not (work / "records").exists():
+    if distributed.is_first() and work.is_dir() and not (work / "records").exists():
         shutil.rmtree(work)
     raise FileExistsError(f"{output} exists already; choose another output or remove it first")
 
