@@ -41,7 +41,7 @@ class Part:
 
 
 def preprocess(inputs: pathlib.Path) -> Part:
-    """200 small pictures with the built-in encoders, in 13 shards of images and 5 of prompts."""
+    """200 small pictures with the built-in encoders, in 25 shards of images and 10 of prompts."""
     (inputs / "images").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), []
     for number in range(100):
@@ -55,7 +55,7 @@ def preprocess(inputs: pathlib.Path) -> Part:
     def command(output: pathlib.Path) -> list[str]:
         return [
             "dinalrm_jax.preprocess", "--dataset=jsonl", f"--source={inputs}", f"--output={output}", "--encoders=tiny",
-            "--buckets=64x64", "--min-area=0", "--images-per-shard=16", "--prompts-per-shard=8",
+            "--buckets=64x64", "--min-area=0", "--images-per-shard=8", "--prompts-per-shard=4",
         ]  # fmt: skip
 
     def stage(output: pathlib.Path) -> str:
@@ -79,15 +79,17 @@ def start(command: list[str]) -> subprocess.Popen:
     )
 
 
-def wait_for_work(process: subprocess.Popen, output: pathlib.Path) -> None:
-    """Returns once the process holds its output's lock, or has ended."""
-    path = output.with_name(f".{output.name}.lock")
-    while process.poll() is None:
-        try:
-            if json.loads(path.read_text())["pid"] == process.pid:
-                return
-        except (FileNotFoundError, ValueError, KeyError):
-            pass
+def works(process: subprocess.Popen, output: pathlib.Path) -> bool:
+    """Whether the process holds its output's lock."""
+    try:
+        return json.loads(output.with_name(f".{output.name}.lock").read_text())["pid"] == process.pid
+    except (FileNotFoundError, ValueError):  # nobody's, or just being written
+        return False
+
+
+def wait_until(working: bool, process: subprocess.Popen, output: pathlib.Path) -> None:
+    """Returns once the process works or does no more, or has ended."""
+    while process.poll() is None and works(process, output) != working:
         time.sleep(0.001)
 
 
@@ -105,10 +107,11 @@ def kill_part(name: str, part: Part, root: pathlib.Path, kills: int, rng: random
     """Spends the kills of a part; whether all its runs came to the same end as the undisturbed one."""
     whole = root / "undisturbed" / "out"
     process = start(part.command(whole))
-    wait_for_work(process, whole)
+    wait_until(True, process, whole)
     began = time.perf_counter()
-    assert through(process, whole)
+    wait_until(False, process, whole)
     seconds = time.perf_counter() - began
+    assert through(process, whole)
     print(f"{name}: {seconds:.1f} s of work undisturbed")
     stages, results, left = Counter(), Counter(), kills
     bar = tqdm(total=kills, desc=name, unit="kill")
@@ -117,10 +120,10 @@ def kill_part(name: str, part: Part, root: pathlib.Path, kills: int, rng: random
         finished = False
         while not finished:
             process = start(part.command(output))
-            wait_for_work(process, output)
+            wait_until(True, process, output)
             if left:
                 time.sleep(rng.uniform(0, seconds))
-                if process.poll() is None:
+                if works(process, output):
                     process.send_signal(signal.SIGKILL)
                     process.wait()
                     stages[part.stage(output)] += 1

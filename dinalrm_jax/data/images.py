@@ -101,7 +101,10 @@ def read_bytes(source: str | pathlib.Path | Callable[[], BinaryIO]) -> bytes:
 
 def decode(data: bytes, size: Size | None = None, *, crop: bool = False) -> np.ndarray:
     """`read_rgb` of a file's bytes, which are in memory: whatever goes wrong is the picture's fault."""
-    return _decoded(io.BytesIO(data), size, crop)
+    try:
+        return _decoded(io.BytesIO(data), size, crop)
+    except OSError as error:
+        raise ImageProblem(UNREADABLE, f"not a readable image: {error}") from error
 
 
 def load(image: Image.Image) -> None:

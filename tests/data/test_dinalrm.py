@@ -3,8 +3,12 @@
 import csv
 import dataclasses
 import io
+import os
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +21,7 @@ from dinalrm_jax.data.datasets import preprocess, read_source
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.training.preflight import check_fit
 from dinalrm_jax.weights.pipeline import vae_fingerprint
+from tests.conftest import ROOT
 from tests.data.test_preparation import same_files
 
 CONFIG = PreparationConfig(
@@ -152,6 +157,25 @@ def test_killed_and_continued_ends_in_the_same_bytes(source, tmp_path, monkeypat
             kills += 1
     assert kills >= 3
     assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.heavy
+def test_processes_share_the_work(source, tmp_path):
+    """By the command, in one process and in two."""
+    command = ["dinalrm_jax.preprocess", "--dataset=dinalrm", f"--source={source}", "--encoders=tiny", "--holdout=1"]
+    command += ["--buckets=64x64,96x64", "--min-area=1024", "--images-per-shard=3", "--prompts-per-shard=2"]
+    run = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    one = subprocess.run([sys.executable, "-m", *command, f"--output={tmp_path / 'one'}"], **run)
+    assert one.returncode == 0, one.stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PROCESSES": "2", "LOGS": str(tmp_path / "logs"), "PORT": str(port)}
+    environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
+    two = subprocess.run(
+        ["launch/local_processes.sh", *command, f"--output={tmp_path / 'two'}"], **run, env=environment
+    )
+    assert two.returncode == 0, two.stderr
+    assert same_files(tmp_path / "one", tmp_path / "two")
 
 
 def test_what_is_not_as_the_index_says(source, tmp_path):

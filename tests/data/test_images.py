@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import pathlib
 import resource
 import struct
 import subprocess
@@ -242,6 +243,12 @@ def test_whatever_a_decoder_raises_is_the_pictures_fault(monkeypatch, tmp_path, 
     if step == "open":
         with pytest.raises(ImageProblem, match="not a readable image"):
             read_header(tmp_path / "a.png")
+
+
+def test_in_memory_there_is_no_file_system(monkeypatch):
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pathlib.Path("/proc/self/mem").read_bytes())
+    with pytest.raises(ImageProblem, match="Input/output error"):
+        decode(saved(Image.fromarray(PICTURE), "PNG"))
 
 
 class Failing(io.BytesIO):
