@@ -189,6 +189,13 @@ MUTANTS: list[Mutant] = [
         "members[:at_most]",
         f"{SOURCES} -k picked_by_the_seed",
     ),
+    Mutant(
+        "left and right votes are swapped in GenAI-Bench",
+        f"{DATA}/genai_bench.py",
+        '"leftvote": (1, 2), "rightvote": (2, 1)',
+        '"leftvote": (2, 1), "rightvote": (1, 2)',
+        f"{SOURCES}::test_genai_bench",
+    ),
     # ------------------------------------------------------------------------------------- buckets
     Mutant(
         "the nearest bucket in pixels, not in log area",
@@ -209,16 +216,23 @@ MUTANTS: list[Mutant] = [
         f"{DATA}/buckets.py",
         "if (ratios[1] - ratios[0]) / ratios[1] >= PAIR_ASPECT_LIMIT:",
         "if False:",
-        f"{BUCKETS} {PREPARATION} -k 'align or kept'",
+        f"{BUCKETS} {PREPARATION}::test_what_is_kept_and_why_not",
     ),
     # ----------------------------------------------------------------------------------- preparation
+    Mutant(
+        "the most rows of a prompt are not kept to",
+        f"{DATA}/preparation.py",
+        "kept = pick(groups, at_most, config.seed)",
+        "kept = pick(groups, 0, config.seed)",
+        f"{PREPARATION} -k held_out_pairs_are_limited",
+    ),
     Mutant(
         "rows that fill a batch are stored",
         f"{DATA}/latents.py",
         "for index, (_, found) in enumerate(images):\n            yield",
         "for index, (_, found) in enumerate([*images, *images[: self._config.batch_size - len(images)]]):\n"
         "            index %= len(images)\n            yield",
-        f"{PREPARATION} -k 'kept_and_why or float16_error'",
+        f"{PREPARATION}::test_what_is_kept_and_why_not",
     ),
     Mutant(
         "posterior samples depend on the place in the batch",
@@ -239,7 +253,7 @@ MUTANTS: list[Mutant] = [
         f"{DATA}/datasets.py",
         "with lock(output) if distributed.is_first() else contextlib.nullcontext():",
         "with contextlib.nullcontext():",
-        f"{PREPARATION} -k 'lock or one_run'",
+        f"{PREPARATION} -k lock_is_held",
     ),
     Mutant(
         "what was finished for another configuration is taken",
@@ -311,5 +325,13 @@ MUTANTS: list[Mutant] = [
         "allow_pickle=False",
         "allow_pickle=True",
         f"{STORED} -k that_are_none",
+    ),
+    # -------------------------------------------------------------------------------------- loader
+    Mutant(
+        "chosen and rejected latents are swapped in a batch",
+        f"{DATA}/loader.py",
+        "return PreferenceBatch(chosen, rejected, ",
+        "return PreferenceBatch(rejected, chosen, ",
+        "tests/data/test_loader.py",
     ),
 ]

@@ -294,9 +294,10 @@ def test_out_of_descriptors_for_a_moment(monkeypatch, tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         with pytest.raises(OSError, match="Too many open files"):
             open_file(tmp_path / "a.png")
-        np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"), PICTURE)
+        pixels = read_rgb(tmp_path / "a.png")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_array_equal(pixels, PICTURE)
     assert waited == [files.PAUSES[0]]
 
 
