@@ -80,7 +80,7 @@ MUTANTS: list[Mutant] = [
         f"{DATA}/images.py",
         "            if crop:\n",
         "            if not crop:\n",
-        f"{PREPARATION} -k float16_error",
+        f"{IMAGES} -k stretched",
     ),
     # -------------------------------------------------------------------------------------- files
     Mutant(

@@ -96,6 +96,21 @@ def tiff(bits=16, photometric=1, samples=1):
     return head.ljust(200, b"\0") + b"\xff\x0f"
 
 
+def test_an_image_is_stretched_or_cropped_to_its_size():
+    """A red frame of 8 pixels: stretched it stays all around, cropped to a taller shape it stays above and below."""
+    framed = np.full((64, 128, 3), (255, 0, 0), np.uint8)
+    framed[8:-8, 8:-8] = (0, 0, 255)
+    data = saved(Image.fromarray(framed), "PNG")
+    stretched, cropped = (decode(data, (64, 64), crop=crop) for crop in (False, True))
+    assert stretched.shape == cropped.shape == (64, 64, 3)
+    for pixels, sides in ((stretched, (250, 0)), (cropped, (0, 250))):
+        assert pixels[2, 32, 0] > 250
+        assert pixels[-3, 32, 0] > 250
+        for column in (0, -1):
+            assert pixels[32, column, 0] >= sides[0]
+            assert pixels[32, column, 2] >= sides[1]
+
+
 def test_greys_without_a_white_are_refused():
     assert decode(tiff()).shape == (1, 1, 3)
     floats = saved(Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF")
