@@ -300,7 +300,7 @@ class ExecutionConfig:
 class PreparationConfig:
     """How a preference dataset becomes records (`dinalrm_jax.data.preparation`).
 
-    dataset: the source's format.
+    dataset: the source's format; "dinalrm" holds latents, the others images.
     encoders: what makes latents and embeddings.
     text_dtype: compute dtype of the text encoders; the VAE computes in float32, on every backend.
     buckets: image sizes, height x width in pixels; the defaults are the paper's.
@@ -348,6 +348,8 @@ class PreparationConfig:
         for name in ("min_vote_share", "min_confidence"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.dataset == "dinalrm" and self.fit == "crop":
+            raise ConfigError("fit is crop, but dinalrm holds latents, which are not cut; leave fit at stretch")
         if not self.buckets:
             raise ConfigError("buckets is empty: name at least one, height x width, for instance 512x512")
         for name in self.buckets:

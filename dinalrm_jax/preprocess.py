@@ -2,10 +2,11 @@
 
     python -m dinalrm_jax.preprocess --dataset hpdv3 --source DIR --output DIR --base-model ID
 
-Images go to resolution buckets and through the VAE, once each; prompts through the text encoders,
-once each. What cannot be used is skipped and counted by reason. The work can be killed at any
-moment: the same command goes on with it, and the output appears whole or not at all. On several
-hosts (--distributed) each process takes its share; all of them see one file system.
+Images go to resolution buckets and through the VAE, once each (--dataset dinalrm holds latents
+already); prompts through the text encoders, once each. What cannot be used is skipped and counted by
+reason; docs/data.md lists them. The work can be killed at any moment: the same command goes on with
+it, and the output appears whole or not at all. On several hosts (--distributed) each process takes its
+share; all of them see one file system.
 """
 
 import signal

@@ -8,7 +8,7 @@ import io
 import pathlib
 from collections import Counter
 
-from dinalrm_jax.data.files import MISSING, ImageProblem
+from dinalrm_jax.data.files import MISSING, UNREADABLE, ImageProblem, is_of_the_file_system
 from dinalrm_jax.data.preferences import Benchmark, Ranking, Source, ranked_pairs
 from dinalrm_jax.data.records import RecordsError
 
@@ -56,11 +56,20 @@ def benchmark(source: pathlib.Path, split: str) -> Benchmark:
     # Images are asked for in no order, and the whole split is some 400 MB: it is read once.
     @functools.cache
     def column(path: str, side: str):
-        return parquet.read_table(source / path, columns=[side])[side]
+        """None where it is damaged, which only reading it shows."""
+        try:
+            return parquet.read_table(source / path, columns=[side])[side]
+        except (pyarrow.ArrowException, OSError) as error:
+            if is_of_the_file_system(error):
+                raise
+            return None
 
     def open_image(name: str) -> io.BytesIO:
         path, index, side = name.rsplit(":", 2)
-        picture = column(path, side)[int(index)].as_py()
+        pictures = column(path, side)
+        if pictures is None:
+            raise ImageProblem(f"{UNREADABLE}: damaged parquet file", f"the {side} column of {path} is damaged")
+        picture = pictures[int(index)].as_py()
         if picture is None or picture["bytes"] is None:
             raise ImageProblem(MISSING, f"the {side} of row {index} of {path} is empty")
         return io.BytesIO(picture["bytes"])

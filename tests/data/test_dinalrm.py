@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinalrm_jax.config import EncodersConfig, PreparationConfig, RewardModelConfig
+from dinalrm_jax.config import ConfigError, EncodersConfig, PreparationConfig, RewardModelConfig
 from dinalrm_jax.data import dinalrm, records, rehearsal
 from dinalrm_jax.data.datasets import preprocess, read_source
 from dinalrm_jax.data.records import Records, RecordsError
@@ -259,6 +259,11 @@ def test_sets_that_are_not_what_they_say(source, change, message):
     change(source)
     with pytest.raises(RecordsError, match=message):
         read_source(source, CONFIG)
+
+
+def test_latents_are_not_cropped():
+    with pytest.raises(ConfigError, match="fit is crop, but dinalrm holds latents"):
+        dataclasses.replace(CONFIG, fit="crop")
 
 
 def test_row_groups_are_read_once_for_a_bucket(source, monkeypatch):

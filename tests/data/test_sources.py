@@ -333,3 +333,20 @@ def test_parquet_images_that_are_empty(tmp_path):
         with pytest.raises(ImageProblem, match="the right_image of row . of .* is empty") as found:
             source.open(getattr(row, empty))
         assert found.value.reason == "missing"
+
+
+def test_a_damaged_column_of_images(tmp_path):
+    write_genai(tmp_path / "s", ["leftvote", "rightvote"])
+    path = tmp_path / "s" / "test_v1-00000-of-00001.parquet"
+    metadata = pq.ParquetFile(path).metadata
+    names = [metadata.row_group(0).column(i).path_in_schema for i in range(metadata.num_columns)]
+    start = metadata.row_group(0).column(names.index("left_image.bytes")).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 40] = bytes(40)
+    path.write_bytes(data)
+    source = genai_bench.read(tmp_path / "s", "test_v1")
+    first, _ = source.preferences["eval"]
+    with pytest.raises(ImageProblem) as found:
+        source.open(first.chosen)
+    assert found.value.reason == "unreadable: damaged parquet file"
+    assert source.open(first.rejected).read()
