@@ -138,9 +138,16 @@ def _open(file: BinaryIO | Image.Image | np.ndarray) -> Image.Image:
 
 def _header(image: Image.Image) -> Header:
     """Raises ImageProblem for a picture that is not taken."""
+    try:
+        return _taken(image)
+    except Exception as error:  # a tag is decoded when it is asked for
+        _refuse(error)
+
+
+def _taken(image: Image.Image) -> Header:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        _too_large(f"it has {width} x {height} pixels")
+        _too_large(f"{width} x {height}")
     tags = getattr(image, "tag_v2", {})
     odd_grey = image.mode in GREY_16 and (tags.get(BITS_PER_SAMPLE, (16,)) != (16,) or tags.get(PHOTOMETRIC, 1) != 1)
     if image.mode in ("I", "F") or odd_grey:
@@ -206,14 +213,14 @@ def _refuse(error: Exception) -> NoReturn:
     if is_of_the_file_system(error) or isinstance(error, ImageProblem):
         raise error
     if isinstance(error, Image.DecompressionBombError):
-        _too_large(str(error))
+        _too_large("more than PIL opens")
     if isinstance(error, UnidentifiedImageError):
         raise ImageProblem(UNREADABLE, f"not a readable image: none of {', '.join(FORMATS)}") from error
     raise ImageProblem(UNREADABLE, f"not a readable image: {error or type(error).__name__}") from error
 
 
 def _too_large(what: str) -> NoReturn:
-    raise ImageProblem(f"{UNREADABLE}: too many pixels", f"{what}, more than {MAX_PIXELS} are not decoded")
+    raise ImageProblem(f"{UNREADABLE}: too many pixels", f"too many pixels: {what}, and {MAX_PIXELS} are the most")
 
 
 def _opened(source: str | pathlib.Path | Callable[[], BinaryIO]) -> BinaryIO:

@@ -159,7 +159,7 @@ def test_a_pixel_limit_read_from_the_header(monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
     for size in ((10_001, 10_000), (60_000, 60_000)):  # the second is beyond PIL's own limit
         assert reason_of(lambda size=size: io.BytesIO(png_of(*size))) == "unreadable: too many pixels"
-        with pytest.raises(ImageProblem, match="more than 100000000 are not decoded"):
+        with pytest.raises(ImageProblem, match="too many pixels: .*, and 100000000 are the most"):
             read_header(lambda size=size: io.BytesIO(png_of(*size)))
     assert read_header(lambda: io.BytesIO(png_of(10_000, 10_000))).height == 10_000
 
@@ -258,6 +258,17 @@ def test_whatever_a_decoder_raises_is_the_pictures_fault(monkeypatch, tmp_path, 
     if step == "open":
         with pytest.raises(ImageProblem, match="not a readable image"):
             read_header(tmp_path / "a.png")
+
+
+def test_tags_that_cannot_be_decoded_are_the_pictures_fault(monkeypatch):
+    picture = Image.open(io.BytesIO(tiff()))
+
+    def odd(*_):
+        raise struct.error("odd")
+
+    monkeypatch.setattr(type(picture.tag_v2), "get", odd)
+    with pytest.raises(ImageProblem, match="not a readable image: odd"):
+        read_header(picture)
 
 
 def test_in_memory_there_is_no_file_system(monkeypatch):
