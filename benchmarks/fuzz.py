@@ -1,10 +1,12 @@
 """The reward server's parser under mutated bodies: by itself, and behind a real socket.
 
     python -m benchmarks.fuzz [--bodies 1000000] [--sent 20000]
+    python -m benchmarks.fuzz --mode images [--images 100000] [--files 3000]
 
 Mutates a good request of a tiny model (bytes changed, removed, inserted; mostly in the header), parses
 --bodies of them in this process and sends --sent to a running server. Anything but a request or a refusal
-with 400 or 422 ends the program with an error; prints how many of each, the slowest, and the memory.
+with 400 or 422 ends the program with an error; prints how many of each, the slowest, and the memory. The
+second is of the images that are preprocessed: `benchmarks.fuzz_images`.
 """
 
 import asyncio
@@ -19,6 +21,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 import dinalrm_jax as dina
+from benchmarks import fuzz_images
 from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config
 from dinalrm_jax.server import protocol
 from dinalrm_jax.server.app import RewardServer, ServerConfig
@@ -109,11 +112,18 @@ def send_many(good: bytes, count: int) -> None:
 def main(_) -> None:
     logging.set_verbosity(logging.ERROR)
     values, good = flags.FLAGS, good_body(TINY)
+    if values.mode == "images":
+        fuzz_images.decode_many(values.images)
+        fuzz_images.preprocess_many(values.files)
+        return
     parse_many(good, Limits.of(TINY, max_rows=4), values.bodies)
     send_many(good, values.sent)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_enum("mode", "bodies", ["bodies", "images"], "What is mutated.")
     flags.DEFINE_integer("bodies", 1_000_000, "Parsed in this process.")
     flags.DEFINE_integer("sent", 20_000, "Sent to a server.")
+    flags.DEFINE_integer("images", 100_000, "Images decoded in processes of this program.")
+    flags.DEFINE_integer("files", 3_000, "Images preprocessed as files.")
     app.run(main)

@@ -307,9 +307,9 @@ class ExecutionConfig:
 class PreparationConfig:
     """How a preference dataset becomes records (`dinalrm_jax.data.preparation`).
 
-    dataset: the source's format.
+    dataset: the source's format; "dinalrm" holds latents, the others images.
     encoders: what makes latents and embeddings.
-    text_dtype: compute dtype of the text encoders; the VAE computes in float32.
+    text_dtype: compute dtype of the text encoders; the VAE computes in float32, on every backend.
     buckets: image sizes, height x width in pixels; the defaults are the paper's.
     fit: "stretch" resizes an image to a bucket whose log aspect is within `aspect_tolerance` and
         drops it where there is none (the paper's way); "crop" cuts it at the centre to the nearest.
@@ -325,7 +325,7 @@ class PreparationConfig:
     threads: that read and decode images; changes no byte.
     """
 
-    dataset: Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl"]
+    dataset: Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl", "dinalrm"]
     encoders: EncodersConfig = EncodersConfig()
     text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     buckets: tuple[str, ...] = tuple(map(bucket_name, BUCKETS))
@@ -355,6 +355,8 @@ class PreparationConfig:
         for name in ("min_vote_share", "min_confidence"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.dataset == "dinalrm" and self.fit == "crop":
+            raise ConfigError("fit is crop, but dinalrm holds latents, which are not cut; leave fit at stretch")
         if not self.buckets:
             raise ConfigError("buckets is empty: name at least one, height x width, for instance 512x512")
         for name in self.buckets:

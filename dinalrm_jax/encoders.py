@@ -28,6 +28,7 @@ from dinalrm_jax.weights.pipeline import (
     vae_fingerprint,
 )
 
+PRECISION = "highest"  # of the VAE's products: by default TPUs and GPUs round what they multiply
 PromptEncoder = Callable[[Sequence[str]], PromptEmbeds]
 
 
@@ -81,6 +82,17 @@ def load_image_codec(config: EncodersConfig, base_model: str | pathlib.Path | No
     return TinyCodec() if config.kind == "tiny" else SD3Codec(_required(base_model))
 
 
+def image_codec_fingerprint(config: EncodersConfig, base_model: str | pathlib.Path | None) -> str | None:
+    """The fingerprint that the image codec has, without loading it; None where no VAE is named.
+
+    For latents that were made elsewhere: naming a base model says that they are of its VAE.
+    """
+    if config.kind == "tiny" or base_model is None:
+        return None
+    vae = open_pipeline(base_model, VAE_FILES) / "vae"
+    return vae_fingerprint(vae) if vae.is_dir() else None
+
+
 class TinyCodec:
     """The linear codec; it has no posterior to sample."""
 
@@ -107,8 +119,10 @@ class SD3Codec:
         self.fingerprint = vae_fingerprint(directory)
         self._params = on_local_devices(params, jnp.float32)
         self._channels = config.latent_channels
-        self._decode = jax.jit(lambda params, latents: module.bind(params).decode(latents))
-        self._encode = jax.jit(lambda params, images, noise: module.bind(params).encode(images / 127.5 - 1, noise))
+        self._decode = jax.jit(_precisely(lambda params, latents: module.bind(params).decode(latents)))
+        self._encode = jax.jit(
+            _precisely(lambda params, images, noise: module.bind(params).encode(images / 127.5 - 1, noise))
+        )
 
     def encode(self, images: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
         noise = None
@@ -120,6 +134,16 @@ class SD3Codec:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         images = np.asarray(self._decode(self._params, split_locally(latents.astype(np.float32))))
         return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def _precisely(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function, traced at PRECISION whatever the surroundings set."""
+
+    def traced(*arguments):
+        with jax.default_matmul_precision(PRECISION):
+            return function(*arguments)
+
+    return traced
 
 
 def _named_noise(name: str, shape: tuple[int, ...]) -> np.ndarray:

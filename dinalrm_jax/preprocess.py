@@ -2,10 +2,11 @@
 
     python -m dinalrm_jax.preprocess --dataset hpdv3 --source DIR --output DIR --base-model ID
 
-Images go to resolution buckets and through the VAE, once each; prompts through the text encoders,
-once each. What cannot be used is skipped and counted by reason. The work can be killed at any
-moment: the same command goes on with it, and the output appears whole or not at all. On several
-hosts (--distributed) each process takes its share; all of them see one file system.
+Images go to resolution buckets and through the VAE, once each (--dataset dinalrm holds latents
+already); prompts through the text encoders, once each. What cannot be used is skipped and counted by
+reason; docs/data.md lists them. The work can be killed at any moment: the same command goes on with
+it, and the output appears whole or not at all. On several hosts (--distributed) each process takes its
+share; all of them see one file system.
 """
 
 import signal
@@ -18,6 +19,7 @@ from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ConfigError, PreparationConfig, from_mapping
 from dinalrm_jax.data.datasets import preprocess
 from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.disk import Locked
 from dinalrm_jax.weights.rules import WeightsError
 
 DEFAULTS = PreparationConfig("hpdv3")
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
         if values.distributed:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the preemption service's: nothing is lost by a kill
         manifest = preprocess(values.source, values.output, config, values["base-model"].value)
-    except (RecordsError, ConfigError, WeightsError, FileExistsError) as error:
+    except (RecordsError, ConfigError, WeightsError, FileExistsError, Locked) as error:
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(2)
     except KeyboardInterrupt:
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 
 def define_flags() -> None:
-    datasets = ["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl"]
+    datasets = ["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl", "dinalrm"]
     flags.DEFINE_enum("dataset", None, datasets, "Format of the source.")
     flags.DEFINE_string("source", None, "The dataset's directory.")
     flags.DEFINE_string("output", None, "Record directory to write; must not exist.")

@@ -243,7 +243,7 @@ class RewardModel:
         """Images to clean, scaled latents, by this model's VAE: the mode of its posterior.
 
         Args:
-            images: PIL images, (H, W, 3) uint8 arrays or paths; any colour mode.
+            images: PIL images, (H, W, 3) uint8 arrays or paths; see `data.images` for what they become.
             size: (height, width) in pixels to resize to (Lanczos), multiples of 16; None: as they
                 are, which must be one size for all.
 
@@ -251,7 +251,7 @@ class RewardModel:
             (B, H/8, W/8, 16) float32.
 
         Raises:
-            ValueError: sizes that differ, or that latents cannot have.
+            ValueError: sizes that differ, or that latents cannot have; an image that cannot be read.
             ConfigError, WeightsError, FileNotFoundError: as for `encode_prompt`.
         """
         _check_list("images", "image", images)

@@ -32,7 +32,7 @@ from dinalrm_jax.plots import new_figure, save
 from dinalrm_jax.reward_model import RewardModel, normalize, ranks
 from dinalrm_jax.scoring import ImageScores, score_images
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.data.buckets import Size
-from dinalrm_jax.data.images import DAMAGE, ImageSource, map_ahead, open_image, read_rgb, scoring_size
+from dinalrm_jax.data.files import ImageProblem
+from dinalrm_jax.data.images import ImageSource, load, map_ahead, read_header, read_rgb, scoring_size
 from dinalrm_jax.local_devices import split_locally
 from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.reward_model import RewardModel, check_levels, jitted_score
@@ -110,6 +111,7 @@ def score_images(
 
     Raises:
         ValueError: arguments that do not fit each other, or a score that is not finite.
+        OSError: an error of the file system, which is none of the image.
     """
     if len(prompts) != len(images):
         raise ValueError(
@@ -129,9 +131,9 @@ def score_images(
     for index, image in enumerate(images):
         if isinstance(image, Image.Image):
             try:
-                image.load()  # here: PIL's lazy reading is not for threads, and one picture may stand in several rows
-            except DAMAGE as error:
-                problems[index] = _reason(error)
+                load(image)  # here, as one picture may stand in several rows
+            except ImageProblem as problem:
+                problems[index] = str(problem)
     with ThreadPoolExecutor(THREADS) as pool:
         by_size: dict[Size, list[int]] = collections.defaultdict(list)
         for index, found in enumerate(pool.map(_size, images)):
@@ -160,23 +162,17 @@ def score_images(
 
 def _size(image: ImageSource) -> Size | str:
     try:
-        opened = open_image(image)
-    except DAMAGE as error:
-        return _reason(error)
-    return opened.height, opened.width
+        header = read_header(image)
+    except ImageProblem as problem:
+        return str(problem)
+    return header.height, header.width
 
 
 def _pixels(image: ImageSource, size: Size) -> np.ndarray | str:
     try:
         return read_rgb(image, size)
-    except DAMAGE as error:
-        return _reason(error)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"there is no file {error.filename}" if error.filename else "there is no such file"
-    return f"not a readable image: {error}"
+    except ImageProblem as problem:
+        return str(problem)
 
 
 class _Embeddings:

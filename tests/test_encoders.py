@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,24 @@ def test_images_as_people_have_them(tiny_pipeline, images, tmp_path):
     with pytest.raises(ValueError, match=r"48x72 pixels is not a multiple of 16"):
         model.encode_image([images[0][:, :72]])
     assert model.encode_image([images[0][:, :72]], size=(48, 80)).shape == (1, 6, 10, 16)
+
+
+@pytest.mark.parametrize("surroundings", ["default", "bfloat16", "highest"])
+def test_the_vae_multiplies_in_float32_whatever_the_surroundings_set(tiny_pipeline, surroundings):
+    """By default TPUs and GPUs round what they multiply to bfloat16 and TF32; the program must ask for better."""
+    with jax.default_matmul_precision(surroundings):
+        codec = SD3Codec(tiny_pipeline)
+        pixels, latents = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 2, 2, 16))
+        programs = [
+            codec._encode.lower(codec._params, pixels, latents).as_text(),
+            codec._decode.lower(codec._params, latents).as_text(),
+        ]
+    for text in programs:
+        products = [line for line in text.split("\n") if re.search(r"stablehlo\.(convolution|dot_general)", line)]
+        assert len(products) > 10
+        # MLIR prints the precision of both factors, unless it is the default.
+        loose = [line for line in products if not re.search(r"HIGHEST.*HIGHEST", line)]
+        assert not loose
 
 
 def test_posterior_samples_depend_on_the_name_only(tiny_pipeline, images):

@@ -13,6 +13,7 @@ from PIL import Image
 import dinalrm_jax as dina
 from dinalrm_jax import score
 from dinalrm_jax.config import ConfigError
+from dinalrm_jax.data import files
 from dinalrm_jax.data.images import scoring_size
 from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.reward_model import ranks
@@ -105,6 +106,22 @@ def test_what_cannot_be_read_is_named_and_the_rest_scored(scene_model, pictures,
         ValueError, match=r"3 of 4 images cannot be read:\n.*\n.*images\[2\].*\n.*images\[3\]: there is no file"
     ):
         scene_model.score("two dogs", names)
+
+
+def test_an_error_of_the_file_system_is_none_of_the_image(scene_model, pictures, tmp_path, monkeypatch):
+    """The system's own EIO, by path, by function, and from a picture whose pixels are yet to be read."""
+    monkeypatch.setattr(files, "PAUSES", (0.0,))
+    pictures[0].save(tmp_path / "good.png")
+    broken = tmp_path / "broken.png"
+    broken.symlink_to("/proc/self/mem")
+    for source in (broken, lambda: broken.open("rb")):
+        with pytest.raises(OSError, match=r"cannot read .*Input/output error"):
+            scene_model.score("two dogs", [tmp_path / "good.png", source])
+    picture = Image.open(tmp_path / "good.png")
+    picture.fp.close()
+    picture.fp = broken.open("rb")
+    with pytest.raises(OSError, match="Input/output error"):
+        scene_model.score("two dogs", [picture])
 
 
 @pytest.mark.parametrize(

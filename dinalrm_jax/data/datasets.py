@@ -1,12 +1,17 @@
 """The datasets by name: reading their directories, and turning them into records."""
 
+import contextlib
 import pathlib
 
+from dinalrm_jax import distributed
 from dinalrm_jax.config import PreparationConfig
-from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
+from dinalrm_jax.data import dinalrm, genai_bench, hpdv2, hpdv3, imagereward, json_pairs
+from dinalrm_jax.data.latents import EncodedImages
 from dinalrm_jax.data.preferences import Benchmark, Source
 from dinalrm_jax.data.preparation import prepare
-from dinalrm_jax.encoders import load_image_codec, load_prompt_encoder, prompt_fingerprint
+from dinalrm_jax.data.unfinished import check_output
+from dinalrm_jax.disk import lock
+from dinalrm_jax.encoders import image_codec_fingerprint, load_image_codec, load_prompt_encoder, prompt_fingerprint
 
 
 def preprocess(
@@ -22,21 +27,31 @@ def preprocess(
         output: record directory to write; must not exist.
         config: which dataset it is, what to keep, how to encode it.
         base_model: the SD3 pipeline whose VAE and text encoders are used.
+
+    Raises:
+        FileExistsError: the output exists.
+        disk.Locked: another run is writing it.
+        ConfigError, WeightsError, FileNotFoundError: no base model, or one that will not do.
+        RecordsError: a source that is not what `config.dataset` says; and as for `prepare`.
     """
-    if pathlib.Path(output).exists():
-        raise FileExistsError(f"{output} exists already; choose another output or remove it first")
-    return prepare(
-        read_source(pathlib.Path(source), config),
-        output,
-        config,
-        load_image_codec(config.encoders, base_model),
-        lambda: load_prompt_encoder(config.encoders, base_model, config.text_dtype),
-        prompt_fingerprint(config.encoders, base_model),
-    )
+    output = pathlib.Path(output)
+    with lock(output) if distributed.is_first() else contextlib.nullcontext():
+        check_output(output)
+        found = read_source(pathlib.Path(source), config, base_model)
+        return prepare(
+            found,
+            output,
+            config,
+            found.latents or EncodedImages(found.open, load_image_codec(config.encoders, base_model), config),
+            lambda: load_prompt_encoder(config.encoders, base_model, config.text_dtype),
+            prompt_fingerprint(config.encoders, base_model),
+        )
 
 
-def read_source(source: pathlib.Path, config: PreparationConfig) -> Source:
-    """The preferences of a dataset directory.
+def read_source(
+    source: pathlib.Path, config: PreparationConfig, base_model: str | pathlib.Path | None = None
+) -> Source:
+    """The preferences of a dataset directory; `base_model` is what latents that it holds are said to be of.
 
     Raises:
         RecordsError: the directory is not what `config.dataset` says.
@@ -52,6 +67,8 @@ def read_source(source: pathlib.Path, config: PreparationConfig) -> Source:
             return genai_bench.read(source, config.benchmark_split)
         case "jsonl":
             return json_pairs.read(source, config.holdout)
+        case "dinalrm":
+            return dinalrm.read(source, config.holdout, image_codec_fingerprint(config.encoders, base_model))
 
 
 def read_benchmark(source: pathlib.Path, name: str, split: str) -> Benchmark:

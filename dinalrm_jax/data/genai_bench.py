@@ -8,6 +8,7 @@ import io
 import pathlib
 from collections import Counter
 
+from dinalrm_jax.data.files import MISSING, UNREADABLE, ImageProblem, is_of_the_file_system
 from dinalrm_jax.data.preferences import Benchmark, Ranking, Source, ranked_pairs
 from dinalrm_jax.data.records import RecordsError
 
@@ -41,9 +42,12 @@ def benchmark(source: pathlib.Path, split: str) -> Benchmark:
             table = parquet.read_table(path, columns=["prompt", "vote_type"])
             if missing := set(COLUMNS) - set(parquet.read_schema(path).names):
                 raise RecordsError(f"{path} lacks the columns {sorted(missing)} of GenAI-Bench")
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, OSError) as error:
+            columns = [table[name].to_pylist() for name in ("prompt", "vote_type")]
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, OSError, UnicodeDecodeError) as error:
             raise RecordsError(f"{path} is not a parquet file of GenAI-Bench: {error}") from None
-        for index, (prompt, vote) in enumerate(zip(*(table[name].to_pylist() for name in ("prompt", "vote_type")))):
+        for index, (prompt, vote) in enumerate(zip(*columns)):
+            if not isinstance(prompt, str):
+                raise RecordsError(f"{path}, row {index}: prompt must be text, got {prompt!r}")
             if vote not in RANKS:
                 raise RecordsError(f"{path}, row {index}: vote_type {vote!r}, expected one of {', '.join(RANKS)}")
             images = tuple(f"{path.relative_to(source)}:{index}:{side}" for side in ("left_image", "right_image"))
@@ -52,10 +56,22 @@ def benchmark(source: pathlib.Path, split: str) -> Benchmark:
     # Images are asked for in no order, and the whole split is some 400 MB: it is read once.
     @functools.cache
     def column(path: str, side: str):
-        return parquet.read_table(source / path, columns=[side])[side]
+        """None where it is damaged, which only reading it shows."""
+        try:
+            return parquet.read_table(source / path, columns=[side])[side]
+        except (pyarrow.ArrowException, OSError) as error:
+            if is_of_the_file_system(error):
+                raise
+            return None
 
     def open_image(name: str) -> io.BytesIO:
         path, index, side = name.rsplit(":", 2)
-        return io.BytesIO(column(path, side)[int(index)].as_py()["bytes"])
+        pictures = column(path, side)
+        if pictures is None:
+            raise ImageProblem(f"{UNREADABLE}: damaged parquet file", f"the {side} column of {path} is damaged")
+        picture = pictures[int(index)].as_py()
+        if picture is None or picture["bytes"] is None:
+            raise ImageProblem(MISSING, f"the {side} of row {index} of {path} is empty")
+        return io.BytesIO(picture["bytes"])
 
     return Benchmark(f"GenAI-Bench {split}", rankings, open_image)

@@ -5,13 +5,13 @@ SOURCE/test.json     the same without votes
 SOURCE/images/*.jpg
 """
 
-import ast
-import math
 import pathlib
 from collections import Counter
 from typing import Any
 
-from dinalrm_jax.data.preferences import Benchmark, Preference, Ranking, Source, files_below, read_rows
+from dinalrm_jax.data.files import files_below
+from dinalrm_jax.data.json_rows import parse_number, parse_votes, read_rows
+from dinalrm_jax.data.preferences import Benchmark, Preference, Ranking, Source
 
 KEYS = ("prompt", "path1", "path2")
 
@@ -27,7 +27,7 @@ def read(source: pathlib.Path) -> Source:
     """
     counts: Counter[str] = Counter()
     preferences = {
-        split: [_preference(row, counts) for row in read_rows(source / f"{name}.json", KEYS, "HPDv3")]
+        split: [_preference(row, counts) for row in read_rows(source / f"{name}.json", KEYS, "HPDv3", counts)]
         for split, name in (("train", "train"), ("eval", "test"))
     }
     return Source(preferences, counts, files_below(source))
@@ -35,7 +35,7 @@ def read(source: pathlib.Path) -> Source:
 
 def benchmark(source: pathlib.Path) -> Benchmark:
     """The pairs of test.json; errors as for `read`."""
-    rows = read_rows(source / "test.json", KEYS, "HPDv3")
+    rows = read_rows(source / "test.json", KEYS, "HPDv3", None)
     rankings = [Ranking(row["prompt"], (row["path1"], row["path2"]), (1, 2)) for row in rows]
     return Benchmark("HPDv3", rankings, files_below(source))
 
@@ -49,27 +49,3 @@ def _preference(row: dict[str, Any], counts: Counter) -> Preference:
     elif votes[0] == votes[1]:
         counts["note: votes tied"] += 1
     return Preference(row["prompt"], row["path1"], row["path2"], votes, confidence)
-
-
-def parse_votes(value: Any) -> tuple[int, int] | None:
-    """[12, 7] or "[12, 7]"; None for null, [null, null] and whatever else is not two counts."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return None
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return None
-    votes = tuple(parse_number(vote) for vote in value)
-    return None if None in votes else (int(votes[0]), int(votes[1]))
-
-
-def parse_number(value: Any) -> float | None:
-    """A finite number or its text; None for null, for other text and for NaN."""
-    if not isinstance(value, (str, int, float)):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -7,7 +7,9 @@ SOURCE/test_images/    the generations, unpacked
 import pathlib
 from collections import Counter
 
-from dinalrm_jax.data.preferences import Benchmark, Source, files_below, ranked_pairs, read_rankings
+from dinalrm_jax.data.files import files_below
+from dinalrm_jax.data.json_rows import read_rankings
+from dinalrm_jax.data.preferences import Benchmark, Ranking, Source, ranked_pairs
 
 
 def read(source: pathlib.Path) -> Source:
@@ -17,12 +19,14 @@ def read(source: pathlib.Path) -> Source:
         RecordsError: not such a directory, or rows of another form, naming the row.
     """
     counts: Counter[str] = Counter()
-    test = benchmark(source)
-    pairs = [pair for ranking in test.rankings for pair in ranked_pairs(ranking, counts)]
-    return Source({"eval": pairs}, counts, test.open)
+    pairs = [pair for ranking in _rankings(source, counts) for pair in ranked_pairs(ranking, counts)]
+    return Source({"eval": pairs}, counts, files_below(source / "test_images"))
 
 
 def benchmark(source: pathlib.Path) -> Benchmark:
     """The published rankings; errors as for `read`."""
-    rankings = read_rankings(source / "test.json", "generations", "ranking", "", "ImageReward")
-    return Benchmark("ImageReward", rankings, files_below(source / "test_images"))
+    return Benchmark("ImageReward", _rankings(source, None), files_below(source / "test_images"))
+
+
+def _rankings(source: pathlib.Path, counts: Counter | None) -> list[Ranking]:
+    return read_rankings(source / "test.json", "generations", "ranking", "", "ImageReward", counts)

@@ -3,15 +3,12 @@
 import dataclasses
 import hashlib
 import itertools
-import json
-import pathlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from dinalrm_jax.data.latents import Latents
 from dinalrm_jax.data.records import RecordsError
-
-TEXT_KEYS = {"prompt", "path1", "path2", "chosen", "rejected"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,83 +54,19 @@ class Benchmark:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A dataset, read but for its images.
+    """A dataset, read but for its images; it has either files of them or their latents.
 
     Attributes:
         preferences: by split, "train" and "eval".
         counts: what was left out or is odd, by reason.
-        open: an image's encoded bytes, as a file, by its name; raises FileNotFoundError.
+        open: an image's encoded bytes, as a file, by its name; raises ImageProblem where there is none.
+        latents: of the images, where the dataset holds these instead.
     """
 
     preferences: Mapping[str, Sequence[Preference]]
     counts: Counter
-    open: Callable[[str], BinaryIO]
-
-
-def files_below(root: pathlib.Path) -> Callable[[str], BinaryIO]:
-    """`Source.open` of image files named relative to `root`."""
-    return lambda name: (root / name).open("rb")
-
-
-def read_rows(path: pathlib.Path, keys: Sequence[str], dataset: str) -> list[dict[str, Any]]:
-    """The rows of a JSON array, or of JSON lines, each holding at least `keys`; errors count rows from 0.
-
-    What is named "prompt", "path1", "path2", "chosen" or "rejected" must be text.
-
-    Raises:
-        RecordsError: not that, naming file and row.
-    """
-    if not path.parent.is_dir():
-        raise RecordsError(f"{path.parent} is not a directory")
-    if not path.is_file():
-        raise RecordsError(f"{path.parent} is not a directory of {dataset}: it has no {path.name}")
-    text = path.read_text()
-    lines = [text] if text.lstrip().startswith("[") else text.split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            where = f", line {number}" if len(lines) > 1 else ""
-            raise RecordsError(f"{path}{where} is neither a JSON array nor JSON lines: {error}") from None
-    if text.lstrip().startswith("["):
-        (rows,) = rows
-    if not rows:
-        raise RecordsError(f"{path} holds no rows")
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict) or any(key not in row for key in keys):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise RecordsError(f"{path}, row {index}: expected the keys {', '.join(keys)} of {dataset}, found {found}")
-        for key in TEXT_KEYS & row.keys():
-            if not isinstance(row[key], str):
-                raise RecordsError(f"{path}, row {index}: {key} must be text, got {row[key]!r}")
-    return rows
-
-
-def read_rankings(path: pathlib.Path, names: str, ranks: str, prefix: str, dataset: str) -> list[Ranking]:
-    """The rankings of a JSON file.
-
-    Args:
-        path: of the file.
-        names, ranks: the keys of a row's image names and of their ranks.
-        prefix: of the image names.
-        dataset: what errors call it.
-
-    Raises:
-        RecordsError: rows of another form, naming the row.
-    """
-    rankings = []
-    for index, row in enumerate(read_rows(path, ("prompt", names, ranks), dataset)):
-        if not _list_of(row[names], str) or not _list_of(row[ranks], int | float):
-            raise RecordsError(f"{path}, row {index}: {names} must be a list of texts and {ranks} one of numbers")
-        if len(row[names]) != len(row[ranks]):
-            raise RecordsError(f"{path}, row {index}: {len(row[names])} {names} but {len(row[ranks])} ranks")
-        rankings.append(Ranking(row["prompt"], tuple(prefix + name for name in row[names]), tuple(row[ranks])))
-    return rankings
-
-
-def _list_of(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(isinstance(value, kind) and value == value for value in values)
+    open: Callable[[str], BinaryIO] | None = None
+    latents: Latents | None = None
 
 
 def ranked_pairs(ranking: Ranking, counts: Counter) -> list[Preference]:

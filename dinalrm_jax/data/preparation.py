@@ -11,8 +11,8 @@ the records end in the same bytes whatever happened on the way. All processes se
 """
 
 import collections
+import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import pathlib
@@ -20,26 +20,23 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from dinalrm_jax import distributed
 from dinalrm_jax.config import PreparationConfig, to_mapping
 from dinalrm_jax.data import buckets, records
-from dinalrm_jax.data.buckets import Size, bucket_name, parse_bucket
-from dinalrm_jax.data.images import DAMAGE, map_ahead, read_rgb
-from dinalrm_jax.data.preferences import Preference, Source, pick, select, stable_hash
+from dinalrm_jax.data.buckets import bucket_name, parse_bucket
+from dinalrm_jax.data.latents import Found, Latents
+from dinalrm_jax.data.preferences import Preference, Source, pick, select
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, RecordsError, Shard
-from dinalrm_jax.disk import write_json
-from dinalrm_jax.encoders import ImageCodec, PromptEncoder
+from dinalrm_jax.data.unfinished import claim, share, what_counts, work_directory
+from dinalrm_jax.disk import publish, write_json
+from dinalrm_jax.encoders import PRECISION, PromptEncoder
 
 SIZES_PER_PART = 4096
-MISSING, UNREADABLE = "missing", "unreadable"
-T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +52,17 @@ def prepare(
     source: Source,
     output: str | pathlib.Path,
     config: PreparationConfig,
-    codec: ImageCodec,
+    latents: Latents,
     load_prompt_encoder: Callable[[], PromptEncoder],
     prompt_fingerprint: str,
 ) -> dict[str, Any]:
     """Writes the records of a source, going on from what an earlier run left unfinished.
 
     Args:
-        source: the preferences and their images.
-        output: record directory; must not exist.
+        source: the preferences.
+        output: record directory; must not exist, and the first process must hold its lock.
         config: what to keep and how to encode it.
-        codec: of the images.
+        latents: of the source's images.
         load_prompt_encoder: called when there are prompts to encode.
         prompt_fingerprint: of that encoder.
 
@@ -74,27 +71,27 @@ def prepare(
 
     Raises:
         FileExistsError: the output exists.
-        RecordsError: unfinished work of another configuration, or nothing left to write.
-        OSError: a full disk; free some and run again.
+        RecordsError: unfinished work of another configuration or backend, or nothing left to write.
+        OSError: a full disk, or a file system that fails; see to it and run again.
     """
     output = pathlib.Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} exists already; choose another output or remove it first")
     counts = Counter(source.counts)
     preferences = dict(source.preferences)
     if "train" in preferences:
         preferences["train"] = select(preferences["train"], config.min_vote_share, config.min_confidence, counts)
-    work = output.with_name(f"{output.name}.unfinished")
+    work = work_directory(output)
     target = work / "records"
-    _claim(work, config, preferences, {"codec": codec.fingerprint, "text": prompt_fingerprint})
+    made_by = {"codec": latents.fingerprint, "text": prompt_fingerprint}
+    made_by |= {"backend": jax.default_backend(), "precision": PRECISION}
+    claim(work, config, preferences, made_by)
 
-    sizes = _sizes(work, source, preferences, config)
+    sizes = _sizes(work, latents, preferences, config)
     wanted = {
-        split: _limited(split, _bucketed(rows, sizes, config, counts), config, counts)
+        split: _limited(split, _bucketed(rows, sizes, latents, config, counts), config, counts)
         for split, rows in preferences.items()
     }
     shards = _image_shards(target, wanted, config)
-    written = _encode_images(work, shards, source, codec, config)
+    written = _encode_images(work, shards, latents)
 
     index: dict[tuple[str, str], int] = {}
     problems = {name: size for name, size in sizes.items() if isinstance(size, str)}
@@ -123,9 +120,8 @@ def prepare(
 
     manifest = {
         "encoders": to_mapping(config.encoders),
-        "codec": codec.fingerprint,
-        "text": prompt_fingerprint,
-        "source": _what_counts(config),
+        **{name: value for name, value in made_by.items() if value is not None},
+        "source": what_counts(config),
         "left_out": {name: count for name, count in sorted(counts.items()) if count},
         "examples": {
             problem: [name for name, found in sorted(problems.items()) if found == problem][:3]
@@ -147,10 +143,8 @@ def prepare(
             pairs={split: [record(bucket, row) for bucket, row in rows] for split, rows in pairs.items()},
             manifest=manifest,
         )
-        for leftover in target.rglob(".*.partial-*"):  # of killed processes
-            leftover.unlink()
         # Up to this line a killed run goes on from its parts; after it the records are whole.
-        target.replace(output)
+        publish(target, output)
         shutil.rmtree(work)
     distributed.barrier("records")
     return json.loads((output / "manifest.json").read_text())
@@ -174,67 +168,22 @@ def _limited(split: str, rows, config: PreparationConfig, counts: Counter) -> li
     return [rows[i] for i in kept]
 
 
-def _what_counts(config: PreparationConfig) -> dict[str, Any]:
-    """The configuration without what changes no byte."""
-    values = json.loads(json.dumps(to_mapping(config)))
-    del values["threads"]
-    return values
-
-
-def _claim(work: pathlib.Path, config: PreparationConfig, preferences, encoders: dict[str, str]) -> None:
-    """Makes the working directory, or checks that the one there is of the same work."""
-    rows = [
-        (split, row.prompt, row.chosen, row.rejected) for split in sorted(preferences) for row in preferences[split]
-    ]
-    plan = {
-        "config": _what_counts(config),
-        **encoders,
-        "preferences": stable_hash(*rows).hex(),
-    }
-    path = work / "plan.json"
-    if distributed.is_first() and not path.exists():
-        for name in ("parts", "records/images", "records/prompts"):
-            (work / name).mkdir(parents=True, exist_ok=True)
-        write_json(path, plan)
-    distributed.barrier("plan")
-    found = json.loads(path.read_text())
-    if found != plan:
-        changed = [key for key in plan["config"] if plan["config"][key] != found.get("config", {}).get(key)]
-        changed += [key for key in (*encoders, "preferences") if plan[key] != found.get(key)]
-        raise RecordsError(
-            f"{work} holds unfinished work of another configuration (changed: {', '.join(changed)}); restore these "
-            "values to go on with it, or remove it to start anew"
-        )
-
-
-def _sizes(work: pathlib.Path, source: Source, preferences, config: PreparationConfig) -> dict[str, Any]:
-    """Every image's (height, width, mode) by name, or MISSING or UNREADABLE; only headers are read."""
+def _sizes(work: pathlib.Path, latents: Latents, preferences, config: PreparationConfig) -> dict[str, Any]:
+    """Every image's (height, width, mode) by name, or the reason why it has none; only headers are read."""
     names = sorted({name for rows in preferences.values() for row in rows for name in (row.chosen, row.rejected)})
     parts = [names[start : start + SIZES_PER_PART] for start in range(0, len(names), SIZES_PER_PART)]
     paths = [work / "parts" / f"sizes-{i:05d}.json" for i in range(len(parts))]
-
-    def size(name: str) -> list | str:
-        try:
-            file = source.open(name)
-        except FileNotFoundError:
-            return MISSING
-        try:
-            with file, Image.open(file) as image:
-                return [image.height, image.width, image.mode]
-        except DAMAGE:
-            return UNREADABLE
-
     jobs = list(zip(parts, paths))
-    todo, bar = _share(jobs, lambda job: job[1], lambda job: len(job[0]), "reading sizes", "image")
+    todo, bar = share(jobs, lambda job: job[1], lambda job: len(job[0]), "reading sizes", "image")
     with bar, ThreadPoolExecutor(config.threads) as pool:
         for part, path in todo:
-            write_json(path, list(pool.map(size, part)))
+            write_json(path, list(pool.map(latents.size, part)))
             bar.update(len(part))
     distributed.barrier("sizes")
     return dict(zip(names, (size for path in paths for size in json.loads(path.read_text()))))
 
 
-def _bucketed(rows, sizes, config: PreparationConfig, counts: Counter) -> list[tuple[str, Preference]]:
+def _bucketed(rows, sizes, latents: Latents, config: PreparationConfig, counts) -> list[tuple[str, Preference]]:
     """The pairs that have a bucket, with it; the others are counted by reason."""
     choices = [parse_bucket(name) for name in config.buckets]
     kept = []
@@ -247,20 +196,14 @@ def _bucketed(rows, sizes, config: PreparationConfig, counts: Counter) -> list[t
         elif any(height * width < config.min_area for height, width, _ in pair):
             counts["pair of an image too small"] += 1
         else:
-            own = [_bucket((height, width), choices, config) for height, width, _ in pair]
+            own = [latents.bucket((height, width), choices) for height, width, _ in pair]
             if None in own:
-                counts["pair of an image of odd aspect"] += 1
+                counts[latents.without_bucket] += 1
             elif (bucket := buckets.align(*own, choices, config.aspect_tolerance)) is None:
                 counts["pair of different aspects"] += 1
             else:
                 kept.append((bucket_name(bucket), row))
     return kept
-
-
-def _bucket(size: Size, choices: Sequence[Size], config: PreparationConfig) -> Size | None:
-    if config.fit == "crop":
-        return buckets.nearest_aspect(size, choices)
-    return buckets.nearest(size, choices, config.aspect_tolerance)
 
 
 def _image_shards(target: pathlib.Path, wanted, config: PreparationConfig) -> list[_ImageShard]:
@@ -292,70 +235,40 @@ def _surviving(rows, index, counts: Counter) -> list[tuple[str, Preference]]:
 # ----------------------------------------------------------------------------------- encoding
 
 
-def _encode_images(
-    work: pathlib.Path, shards: Sequence[_ImageShard], source: Source, codec: ImageCodec, config: PreparationConfig
-) -> list[dict[str, Any]]:
-    """Encodes the shards that are not written yet; what became of every one, in order."""
+def _encode_images(work: pathlib.Path, shards: Sequence[_ImageShard], latents: Latents) -> list[dict[str, Any]]:
+    """Writes the shards that are not written yet; what became of every one, in order."""
     features = records.image_features()
 
     def result_path(shard: _ImageShard) -> pathlib.Path:
         return work / "parts" / f"{shard.path.name}.json"
 
-    todo, bar = _share(shards, result_path, lambda shard: len(shard.names), "encoding images", "image")
-    with bar, ThreadPoolExecutor(config.threads) as pool:
-        # Threads decode ahead, across shards, while the encoder runs.
-        decoded = map_ahead(
-            pool,
-            lambda job: _decode(source, job[1], parse_bucket(job[0].bucket), config),
-            [(shard, name) for shard in todo for name in shard.names],
-            ahead=4 * config.batch_size,
-        )
+    todo, bar = share(shards, result_path, lambda shard: len(shard.names), "encoding images", "image")
+    stream = latents.read([(parse_bucket(shard.bucket), shard.names) for shard in todo])
+    with bar, contextlib.closing(stream):
         for shard in todo:
             failed: dict[str, str] = {}
             error = np.zeros(2)  # largest, and sum of squares, of what float16 loses
-            rows = _encoded(shard, decoded, codec, config.batch_size, failed, error, bar)
+            rows = _image_records(shard.names, stream, failed, error, bar)
             written = records.write_shard(shard.path, features, rows)
             result = {**dataclasses.asdict(written), "failed": failed, "error": error.tolist()}
             height, width = parse_bucket(shard.bucket)
-            result["numbers"] = written.records * (height * width // codec.downsampling**2)
+            result["numbers"] = written.records * (height * width // latents.downsampling**2)
             write_json(result_path(shard), result)
     distributed.barrier("images")
     return [json.loads(result_path(shard).read_text()) for shard in shards]
 
 
-def _encoded(shard, decoded, codec, batch_size, failed, error, bar) -> Iterator[ImageRecord]:
-    """The shard's records; `failed` and `error` are filled on the way."""
-    batch: list[tuple[str, np.ndarray, int]] = []
-    for position, name in enumerate(shard.names):
-        pixels, file_bytes = next(decoded)
-        if isinstance(pixels, str):
-            failed[name] = pixels
+def _image_records(names: Sequence[str], stream: Iterator[Found], failed, error, bar) -> Iterator[ImageRecord]:
+    """A shard's records; `failed` and `error` are filled on the way."""
+    for name, (array, file_bytes) in zip(names, stream):
+        if isinstance(array, str):
+            failed[name] = array
         else:
-            batch.append((name, pixels, file_bytes))
-        if len(batch) == batch_size or (batch and position == len(shard.names) - 1):
-            rows = np.resize(np.arange(len(batch)), batch_size)  # one shape, one compilation, one rounding
-            names = [batch[row][0] for row in rows]
-            latents = codec.encode(np.stack([batch[row][1] for row in rows]), names)
-            for (image_name, _, size), array in zip(batch, latents):
-                difference = array - records.to_half(image_name, array).astype(np.float32)
-                error[0] = max(error[0], np.abs(difference).max())
-                error[1] += float(np.square(difference, dtype=np.float64).sum()) / array.shape[-1]
-                yield ImageRecord(array, image_name, size)
-            batch = []
+            difference = array - records.to_half(name, array).astype(np.float32)
+            error[0] = max(error[0], np.abs(difference).max())
+            error[1] += float(np.square(difference, dtype=np.float64).sum()) / array.shape[-1]
+            yield ImageRecord(array, name, file_bytes)
         bar.update()
-
-
-def _decode(source: Source, name: str, size: Size, config: PreparationConfig) -> tuple[np.ndarray | str, int]:
-    """((H, W, 3) uint8, bytes of the file), or the reason why there are no pixels."""
-    try:
-        with source.open(name) as file:
-            data = file.read()  # an error of the file system is none of the image, and ends the run
-    except FileNotFoundError:
-        return MISSING, 0
-    try:
-        return read_rgb(lambda: io.BytesIO(data), size, crop=config.fit == "crop"), len(data)
-    except DAMAGE:
-        return UNREADABLE, 0
 
 
 def _error(written: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -381,7 +294,7 @@ def _encode_prompts(
     paths = [records.shard_path(target, "prompts", "rows", i, len(parts)) for i in range(len(parts))]
     results = [work / "parts" / f"{path.name}.json" for path in paths]
     jobs = list(zip(parts, paths, results))
-    todo, bar = _share(jobs, lambda job: job[2], lambda job: len(job[0]), "encoding prompts", "prompt")
+    todo, bar = share(jobs, lambda job: job[2], lambda job: len(job[0]), "encoding prompts", "prompt")
     encoder = None
     with bar:
         for part, path, result in todo:
@@ -407,18 +320,3 @@ def _embedded(prompts: Sequence[str], encoder: PromptEncoder, batch_size: int, b
         for row, prompt in enumerate(batch):
             yield PromptRecord(prompt, embeds.prompt_embeds[row], embeds.pooled_prompt_embeds[row])
         bar.update(len(batch))
-
-
-# -------------------------------------------------------------------------------------- parts
-
-
-def _share(
-    parts: Sequence[T], result: Callable[[T], pathlib.Path], weight: Callable[[T], int], description: str, unit: str
-) -> tuple[list[T], tqdm]:
-    """This process's parts that have no result yet, and a bar over its share, shown by the first process."""
-    mine = [part for index, part in enumerate(parts) if index % jax.process_count() == jax.process_index()]
-    todo = [part for part in mine if not result(part).exists()]
-    total = sum(map(weight, mine))
-    done = total - sum(map(weight, todo))
-    bar = distributed.progress(total=total, initial=done, desc=description, unit=unit)
-    return todo, bar

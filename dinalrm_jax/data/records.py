@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dinalrm_jax.config import EncodersConfig, from_mapping, to_mapping
-from dinalrm_jax.disk import whole_directory
+from dinalrm_jax.disk import publish, whole_directory
 
 FORMAT = "dinalrm_jax/records/2"
 
@@ -178,9 +178,7 @@ def write_shard(path: pathlib.Path, features, rows: Iterable[Any]) -> Shard:
         reader.close()
         if found != count:
             raise OSError(f"cannot write {path}: it took {found} of {count} records")
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())  # what the rename publishes is on disk
-        partial.replace(path)
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return Shard(count, size)

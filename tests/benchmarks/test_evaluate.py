@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from scipy import stats
 from dinalrm_jax.benchmarks.evaluator import evaluate_images, evaluate_records
 from dinalrm_jax.benchmarks.report import as_markdown, summarize
 from dinalrm_jax.config import LossConfig, ScenesConfig
-from dinalrm_jax.data import hpdv2
+from dinalrm_jax.data import files, hpdv2
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.scene_records import write_scene_records
 from dinalrm_jax.noise import NoiseDraw, draw_noise
@@ -126,6 +127,15 @@ def test_evaluate_by_one_process_and_by_two(scene_model, checkpoint, source, tmp
         for column, value in mine.items():
             if "seed" in column and value:
                 assert float(value) == pytest.approx(float(theirs[column]), abs=1e-4)
+
+
+def test_an_error_of_the_file_system_is_no_missing_image(scene_model, source, tmp_path, monkeypatch):
+    """The system's own EIO: the evaluation ends with the name, as its numbers would be of other images each time."""
+    monkeypatch.setattr(files, "PAUSES", (0.0,))
+    directory = shutil.copytree(source, tmp_path / "HPDv2")
+    (directory / "test" / "c.png").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match=r"cannot read test/c.png: .*Input/output error"):
+        evaluate_images(scene_model, hpdv2.benchmark(directory), [0.4], [NoiseDraw(0)])
 
 
 def test_the_report_of_a_known_model(scene_model, source):

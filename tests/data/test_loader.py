@@ -14,19 +14,36 @@ from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, Reco
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Pairs (i, i) of two buckets, images filled with their index: 7 of 16x16 and 13 of 16x32 pixels."""
+    """Pairs of an image and the next of its bucket, 7 of 16x16 and 13 of 16x32 pixels, filled with their index.
+
+    Prompts alternate, and are filled with theirs.
+    """
     path = tmp_path_factory.mktemp("records") / "data"
     images = [ImageRecord(np.full((2, 2 if i < 7 else 4, 16), i, np.float32), f"{i}") for i in range(20)]
     records.write(
         path,
         images=images,
-        prompts=[PromptRecord("p", np.zeros((3, 5)), np.zeros(7))],
-        pairs={"train": [PairRecord(i, i, 0, "") for i in (*range(15, 20), *range(15))]},
+        prompts=[PromptRecord(f"p{i}", np.full((3, 5), i), np.full(7, -i)) for i in range(2)],
+        pairs={"train": [PairRecord(i, following(i), i % 2, "") for i in (*range(15, 20), *range(15))]},
         encoders=EncodersConfig("tiny", 3),
         downsampling=8,
         source={},
     )
     return Records(path)
+
+
+def following(image):
+    return (image + 1) % 7 if image < 7 else 7 + (image - 7 + 1) % 13
+
+
+def test_every_row_of_a_batch_is_its_pair(data):
+    batches = TrainingBatches(data, 4, seed=3)
+    for _ in range(10):
+        batch = next(batches)
+        chosen = batch.chosen[:, 0, 0, 0].astype(int)
+        assert batch.rejected[:, 0, 0, 0].astype(int).tolist() == [following(image) for image in chosen]
+        assert batch.prompt.prompt_embeds[:, 0, 0].tolist() == [image % 2 for image in chosen]
+        assert batch.prompt.pooled_prompt_embeds[:, 0].tolist() == [-(image % 2) for image in chosen]
 
 
 def values(batches, count):

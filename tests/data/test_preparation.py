@@ -4,21 +4,25 @@ import dataclasses
 import filecmp
 import json
 import os
+import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dinalrm_jax.config import EncodersConfig, PreparationConfig
-from dinalrm_jax.data import records, tiny_encoders
+from dinalrm_jax.data import files, records, tiny_encoders
 from dinalrm_jax.data.datasets import preprocess
 from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.disk import Locked, lock
 from dinalrm_jax.encoders import SD3Codec
 from dinalrm_jax.preprocess import report
 from tests.conftest import ROOT
@@ -156,6 +160,163 @@ def test_a_hostile_file_costs_its_pairs_only(source, tmp_path):
     Image.new("RGB", (64, 64)).save(source / "images" / "other_shape.png", pnginfo=info)
     manifest = preprocess(source, tmp_path / "out", TINY)
     assert manifest["left_out"]["image unreadable"] == 2
+
+
+def test_names_that_are_no_files_cost_their_pairs_only(source, tmp_path):
+    """Each is counted with its reason, and nothing outside of the source is read."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "outside.png")
+    os.mkfifo(source / "images" / "pipe.png")
+    odd = ("pipe", "../../outside", "a\0b", "x" * 300)
+    rows = json.loads((source / "train.json").read_text()) + [pair("d", 0, name) for name in odd]
+    rows.append({"prompt": "d", "path1": "images/0.png", "path2": str(tmp_path / "outside.png")})
+    rows.append(pair("half a \ud83d pair", 0, 1))
+    (source / "train.json").write_text(json.dumps(rows))
+    manifest = preprocess(source, tmp_path / "out", TINY)
+    assert {reason: count for reason, count in manifest["left_out"].items() if "missing:" in reason} == {
+        "image missing: not a regular file": 1,
+        "image missing: outside of the source": 2,
+        "image missing: no file's name": 1,
+        "image missing: file name too long": 1,
+    }
+    assert manifest["left_out"]["row of text that is no Unicode"] == 1
+    assert manifest["left_out"]["pair of a missing or unreadable image"] == 2 + 5
+    assert manifest["examples"]["missing: not a regular file"] == ["images/pipe.png"]
+    assert "1 image missing: not a regular file (images/pipe.png)" in report(manifest)
+
+
+def test_orientation_decides_the_bucket(tmp_path):
+    """A picture stored lying that is shown standing is one of a standing bucket, and stands in its latents."""
+    directory = write_hpdv3(tmp_path / "s", [pair("a", 0, 1)], [pair("d", 1, 0)])
+    (directory / "images").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = np.zeros((64, 96, 3), np.uint8)
+    lying[:, :48] = 255  # its left half is the upper one when shown
+    for i in range(2):
+        Image.fromarray(lying).save(directory / "images" / f"{i}.png", exif=exif)
+    manifest = preprocess(directory, tmp_path / "out", TINY)
+    assert manifest["pairs"]["train"] == {"96x64": 1}
+    shown = tiny_encoders.decode_latents(Records(tmp_path / "out").images[0].latents)
+    assert shown[:40].mean() > 240
+    assert shown[56:].mean() < 15
+
+
+@pytest.mark.parametrize("step", ["sizes", "decoding"])
+def test_an_error_of_the_file_system_ends_the_run_and_is_not_noted(source, tmp_path, monkeypatch, step):
+    """The system's own EIO: /proc/self/mem is a regular file whose first byte cannot be read."""
+    expected = preprocess(source, tmp_path / "whole", TINY)
+    pauses = []
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    if step == "decoding":
+        with monkeypatch.context() as patch:
+            patch.setattr(records, "write_shard", lambda *_: [][0])
+            with pytest.raises(IndexError):
+                preprocess(source, tmp_path / "out", TINY)
+    victim = source / "images" / "3.png"
+    whole = victim.read_bytes()
+    victim.unlink()
+    victim.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match=r"cannot read images/3.png: .*Input/output error"):
+        preprocess(source, tmp_path / "out", TINY)
+    assert pauses == list(files.PAUSES)
+    victim.unlink()
+    victim.write_bytes(whole)
+    assert preprocess(source, tmp_path / "out", TINY) == expected
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def test_one_run_at_a_time(source, tmp_path):
+    """The second one says who the first is and touches nothing."""
+    with lock(tmp_path / "out"):
+        tiny = ["--encoders=tiny", f"--output={tmp_path / 'out'}", f"--source={source}", "--dataset=hpdv3"]
+        second = [sys.executable, "-m", "dinalrm_jax.preprocess", *tiny]
+        result = subprocess.run(second, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 2
+        assert re.search(rf"^error: .*out is being written by .*, process {os.getpid()}", result.stderr, re.M)
+        assert "goes on" not in result.stderr
+        assert not (tmp_path / "out.unfinished").exists()
+    preprocess(source, tmp_path / "out", TINY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_the_lock_is_held_to_the_end(source, tmp_path, monkeypatch):
+    finish, held = records.finish, []
+
+    def asks(*args, **kwargs):
+        with pytest.raises(Locked), lock(tmp_path / "out"):
+            pass
+        held.append(True)
+        return finish(*args, **kwargs)
+
+    monkeypatch.setattr(records, "finish", asks)
+    preprocess(source, tmp_path / "out", TINY)
+    assert held
+
+
+def test_what_kills_leave_is_removed(source, tmp_path, monkeypatch):
+    """Half shards of another process, and the working directory of a run killed between its last two steps."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(source, tmp_path / "out", TINY)
+    work = tmp_path / "out.unfinished"
+    half = work / "records" / "images" / ".images-rows.array_record-00000-of-00001.partial-1"
+    half.write_bytes(b"half")
+    (work / "parts" / ".sizes-00000.json.partial-1").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(source, tmp_path / "out", TINY)
+    assert (tmp_path / "out" / "manifest.json").exists()
+    assert work.exists()
+    assert not list(tmp_path.rglob("*.partial-*"))
+    with pytest.raises(FileExistsError, match="exists already"):
+        preprocess(source, tmp_path / "out", TINY)
+    assert not work.exists()
+
+
+def test_work_beside_an_output_is_kept_while_it_holds_records(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "finish", lambda *_, **__: [][0])
+    with pytest.raises(IndexError):
+        preprocess(source, tmp_path / "out", TINY)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="exists already"):
+        preprocess(source, tmp_path / "out", TINY)
+    assert (tmp_path / "out.unfinished" / "records").exists()
+
+
+def test_what_has_its_name_is_on_disk(source, tmp_path, monkeypatch):
+    synced, replace = set(), os.replace
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+
+    def checked(old, new):
+        inside = [pathlib.Path(old), *pathlib.Path(old).rglob("*")]
+        assert {str(path) for path in inside} <= synced, f"{old} has its name {new} before it is on disk"
+        replace(old, new)
+        synced.discard(str(pathlib.Path(new).parent))
+
+    monkeypatch.setattr(os, "replace", checked)
+    preprocess(source, tmp_path / "out", TINY)
+    assert str(tmp_path) in synced
+    assert str(tmp_path / "out.unfinished" / "records" / "images") in synced
+
+
+def test_another_backend_does_not_go_on(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "finish", lambda *_, **__: [][0])
+        with pytest.raises(IndexError):
+            preprocess(source, tmp_path / "out", TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "tpu")
+        with pytest.raises(RecordsError, match=r"begun with the backend cpu, this process has tpu"):
+            preprocess(source, tmp_path / "out", TINY)
+    manifest = preprocess(source, tmp_path / "out", TINY)
+    assert (manifest["backend"], manifest["precision"]) == ("cpu", "highest")
 
 
 def test_cropping_keeps_odd_shapes(source, tmp_path):

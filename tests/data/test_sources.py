@@ -12,6 +12,7 @@ from PIL import Image
 from dinalrm_jax.config import PreparationConfig
 from dinalrm_jax.data import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
 from dinalrm_jax.data.datasets import read_source
+from dinalrm_jax.data.files import ImageProblem
 from dinalrm_jax.data.preferences import Preference, Ranking, pick, select
 from dinalrm_jax.data.records import RecordsError
 from tests.conftest import ROOT
@@ -242,3 +243,110 @@ def test_benchmarks_keep_their_ties(tmp_path):
     image_reward = imagereward.benchmark(tmp_path / "ir")
     assert image_reward.rankings == [Ranking("q", ("x/1.webp", "x/2.webp"), (1, 1))]
     assert image_reward.open("x/1.webp").read() == b"1"
+
+
+DEEP = "[" * 100_000
+ODD = [
+    ("400 digits as votes", '"choice_dist": [%s, 3]' % ("9" * 400), {"note: votes unknown": 1}),
+    ("5000 digits as votes", '"choice_dist": [%s, 3]' % ("9" * 5000), {"note: votes unknown": 1}),
+    ("digits as confidence", '"choice_dist": [9, 3], "confidence": %s' % ("9" * 400), {}),
+    ("votes that only look like numbers", '"choice_dist": [1e308, 1e308]', {"note: votes unknown": 1}),
+    ("hostile text as votes", '"choice_dist": "%s"' % ("-" * 9000), {"note: votes unknown": 1}),
+    ("deep text as votes", '"choice_dist": "%s"' % ("(" * 9000), {"note: votes unknown": 1}),
+    ("endless text as votes", '"choice_dist": "%s1"' % ("-" * 1_000_000), {"note: votes unknown": 1}),
+    ("digits in text as votes", '"choice_dist": "[%s, 1]"' % ("9" * 4000), {"note: votes unknown": 1}),
+    ("half of a surrogate pair", '"choice_dist": [9, 3], "prompt": "a \\ud83d"', {"row of text that is no Unicode": 1}),
+    ("the same in a name", '"choice_dist": [9, 3], "path1": "a\\udcff.png"', {"row of text that is no Unicode": 1}),
+]
+
+
+@pytest.mark.parametrize(("odd", "counts"), [row[1:] for row in ODD], ids=[row[0] for row in ODD])
+def test_odd_rows_are_counted(tmp_path, odd, counts):
+    good = '{"prompt": "p", "path1": "a.png", "path2": "b.png", "choice_dist": [9, 3]}'
+    bad = '{"prompt": "q", "path1": "a.png", "path2": "b.png", ' + odd + "}"
+    directory = write_hpdv3(tmp_path / "s", [])
+    (directory / "train.json").write_text(f"[{good}, {bad}]")
+    source = hpdv3.read(directory)
+    source.counts.pop("note: votes unknown")  # of test.json, among them
+    counts = dict(counts)
+    unknown = counts.pop("note: votes unknown", 0)
+    assert source.counts == counts
+    assert len(source.preferences["train"]) == 2 - sum(counts.values())
+    assert [row.votes for row in source.preferences["train"]].count(None) == unknown
+    kept = select(source.preferences["train"], 0.6, 0.5, Counter())
+    assert Preference("p", "a.png", "b.png", (9, 3), None) in kept
+
+
+def test_lines_nested_too_deep_are_counted(tmp_path):
+    rows = [json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) for i in range(3)]
+    deep = '{"prompt": "x", "chosen": "a", "rejected": "b", "more": ' + DEEP + "}"
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*rows[:2], deep, rows[2]]))
+    source = json_pairs.read(tmp_path, holdout=1)
+    assert source.counts == {"row nested too deep": 1}
+    assert sum(map(len, source.preferences.values())) == 3
+
+
+def test_odd_rankings(tmp_path):
+    """Counted where they would be trained on; an error where they are a benchmark, which must be whole."""
+    rows = [ranking(f"p{i}", ["a.png", "b.png"], [1, 2]) for i in range(3)]
+    directory = write_hpdv2(tmp_path / "s", rows)
+    text = json.dumps([*rows, ranking("q", ["a.png", "b.png"], [1, 0])]).replace("[1, 0]", f"[1, {'9' * 400}]")
+    (directory / "test.json").write_text(text)
+    assert hpdv2.read(directory, holdout=1).counts == {"row of ranks out of range": 1}
+    with pytest.raises(RecordsError, match="row 3, has ranks out of range; a benchmark must be whole"):
+        hpdv2.benchmark(directory)
+    (directory / "test.json").write_text(json.dumps([*rows, ranking("q", ["\ud800.png", "b.png"], [1, 2])]))
+    assert hpdv2.read(directory, holdout=1).counts == {"row of text that is no Unicode": 1}
+    with pytest.raises(RecordsError, match="row 3 holds text that is no Unicode"):
+        hpdv2.benchmark(directory)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "data", "message"),
+    [
+        ("hpdv3", "train.json", DEEP.encode(), "train.json is nested too deep to be read as JSON"),
+        ("hpdv3", "train.json", b'[{"prompt": "\xff"}]', "is not text in UTF-8: invalid start byte at byte 13"),
+        ("hpdv3", "train.json", b"9" * 5000, "row 0: expected the keys prompt, path1, path2 of HPDv3, found float"),
+        ("jsonl", "pairs.jsonl", b'{"prompt": [[[[[[[[[[]]]]]]]]]], "chosen": "a", "rejected": "b"}', "must be text"),
+        ("jsonl", "pairs.jsonl", b'{"prompt": "p", "chosen": "a", "rejected": "b", "split": []}', r"split is \[\]"),
+        ("hpdv2", "train.json", b'[{"prompt": "p", "file_path": 3, "human_preference": [1, 0]}]', "got 3 and"),
+        ("hpdv2", "train.json", b'[{"prompt": "p", "file_path": ["a", "b"], "human_preference": ["a", 1]}]', "'a', 1"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_read_as_rows(tmp_path, dataset, name, data, message):
+    (tmp_path / "test.json").write_text(json.dumps([ranking("p", ["a", "b"], [1, 2])]))
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(RecordsError, match=message):
+        read_source(tmp_path, PreparationConfig(dataset, holdout=1))
+
+
+def test_parquet_images_that_are_empty(tmp_path):
+    write_genai(tmp_path / "s", ["leftvote", "rightvote"])
+    path = tmp_path / "s" / "test_v1-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    left = table["left_image"].to_pylist()
+    right = [{"bytes": None, "path": "elsewhere.png"}, None]
+    columns = {name: table[name] for name in ("prompt", "vote_type")}
+    pq.write_table(pa.table({**columns, "left_image": left, "right_image": right}), path)
+    source = genai_bench.read(tmp_path / "s", "test_v1")
+    for row, empty in zip(source.preferences["eval"], ("rejected", "chosen")):
+        with pytest.raises(ImageProblem, match="the right_image of row . of .* is empty") as found:
+            source.open(getattr(row, empty))
+        assert found.value.reason == "missing"
+
+
+def test_a_damaged_column_of_images(tmp_path):
+    write_genai(tmp_path / "s", ["leftvote", "rightvote"])
+    path = tmp_path / "s" / "test_v1-00000-of-00001.parquet"
+    metadata = pq.ParquetFile(path).metadata
+    names = [metadata.row_group(0).column(i).path_in_schema for i in range(metadata.num_columns)]
+    start = metadata.row_group(0).column(names.index("left_image.bytes")).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 40] = bytes(40)
+    path.write_bytes(data)
+    source = genai_bench.read(tmp_path / "s", "test_v1")
+    first, _ = source.preferences["eval"]
+    with pytest.raises(ImageProblem) as found:
+        source.open(first.chosen)
+    assert found.value.reason == "unreadable: damaged parquet file"
+    assert source.open(first.rejected).read()
