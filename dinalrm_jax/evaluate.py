@@ -10,13 +10,15 @@ that cannot be read are left out with their pairs, and counted. On several hosts
 process scores its share; all of them see the files.
 """
 
+import contextlib
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from absl import app, flags, logging
 
 from dinalrm_jax import distributed
-from dinalrm_jax.benchmarks.evaluator import evaluate_images, evaluate_records
+from dinalrm_jax.benchmarks.evaluator import Evaluation, evaluate_images, evaluate_records
 from dinalrm_jax.benchmarks.report import write_evaluation
 from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ConfigError
@@ -26,6 +28,7 @@ from dinalrm_jax.data.records import Records
 from dinalrm_jax.disk import check_writable, whole_directory
 from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.scoring import Level
 from dinalrm_jax.training.preflight import check_fit
 
 BENCHMARKS = ("imagereward", "hpdv2", "hpdv3", "genai_bench", "records")
@@ -51,20 +54,10 @@ def main(argv: list[str]) -> None:
         if values.size is not None and values.benchmark == "records":
             raise ConfigError("--size goes with images; records have the sizes they were made with")
         distributed.initialize(values.distributed)
-        base_model, batch_size = values["base-model"].value, values["batch-size"].value
-        if values.benchmark == "records":
-            records, split = Records(values.data), values.split or "eval"
-            model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
-            check_fit(records, model.config, base_model, [split])
-            found = evaluate_records(model, records, split, levels, draws, batch_size=batch_size)
-        else:
-            size = parse_bucket(values.size) if values.size is not None else None
-            benchmark = read_benchmark(pathlib.Path(values.data), values.benchmark, values.split or "test")
-            model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
-            found = evaluate_images(model, benchmark, levels, draws, size=size, batch_size=batch_size)
-        if distributed.is_first():
-            with whole_directory(output) as partial:
-                text = write_evaluation(partial, found)
+        # The output is this command's from here on, before it has computed for hours.
+        with whole_directory(output) if distributed.is_first() else contextlib.nullcontext() as partial:
+            found = evaluate(values, levels, draws)
+            text = write_evaluation(partial, found) if distributed.is_first() else ""
     except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(2)
@@ -77,6 +70,20 @@ def main(argv: list[str]) -> None:
         if len(found.problems) > 10:
             print(f"... and {len(found.problems) - 10} more images", file=sys.stderr)
         print(f"{text}\nwrote {output}")
+
+
+def evaluate(values: flags.FlagValues, levels: Sequence[Level], draws: Sequence[NoiseDraw]) -> Evaluation:
+    """Scores what the flags name."""
+    base_model, batch_size = values["base-model"].value, values["batch-size"].value
+    if values.benchmark == "records":
+        records, split = Records(values.data), values.split or "eval"
+        model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
+        check_fit(records, model.config, base_model, [split])
+        return evaluate_records(model, records, split, levels, draws, batch_size=batch_size)
+    size = parse_bucket(values.size) if values.size is not None else None
+    benchmark = read_benchmark(pathlib.Path(values.data), values.benchmark, values.split or "test")
+    model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
+    return evaluate_images(model, benchmark, levels, draws, size=size, batch_size=batch_size)
 
 
 def define_flags() -> None:
