@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
 from dinalrm_jax import noise
@@ -80,3 +81,11 @@ def test_a_draw_gives_every_image_its_own_noise_or_all_the_same():
         noise.draw_noise(shared, (3, 4, 4, 2))[1], noise.draw_noise(noise.seed_key(7), (1, 4, 4, 2))[0]
     )
     assert len(NoiseDraw(0).keys(["\udcff", "\u72d0"])) == 2, "names of any bytes"
+
+
+def test_the_schedule_runs_from_pure_noise_to_its_smallest_level():
+    """diffusers' FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas, without the zero that it appends for sampling."""
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas.numpy()
+    np.testing.assert_allclose(noise.schedule_sigmas(), theirs[:1000], rtol=1e-6)
+    assert noise.nearest_schedule_sigma(1.0) == 1.0
+    assert noise.nearest_schedule_sigma(0.0) == pytest.approx(3 * 0.001 / 1.002)

@@ -128,6 +128,9 @@ def test_logistic_squash():
     # e1 = 2, e2 = -2, e3 = 0, e4 = 0.15 (method.md 3)
     expected = 4 / (1 + np.exp(-raw / (0.15 + 1e-6))) - 2
     np.testing.assert_allclose(model.score_latents(latents, prompt, 0.4, eps), expected, atol=1e-5)
+    learned = dina.RewardModel(config, {**model.params, "eta3": jnp.array(0.2), "eta4": jnp.array(-0.4)})
+    expected = 4 / (1 + np.exp(-(raw - 0.2) / (0.4 + 1e-6))) - 2
+    np.testing.assert_allclose(learned.score_latents(latents, prompt, 0.4, eps), expected, atol=1e-5)
 
 
 def test_normalize():
