@@ -89,3 +89,12 @@ def test_the_schedule_runs_from_pure_noise_to_its_smallest_level():
     np.testing.assert_allclose(noise.schedule_sigmas(), theirs[:1000], rtol=1e-6)
     assert noise.nearest_schedule_sigma(1.0) == 1.0
     assert noise.nearest_schedule_sigma(0.0) == pytest.approx(3 * 0.001 / 1.002)
+
+
+def test_seeds_have_sixty_four_bits():
+    assert noise.seed_key(2**32 + 5).tolist() == [1, 5]
+    assert noise.seed_key(-1).tolist() == [2**32 - 1, 2**32 - 1]
+    assert noise.seed_key([0, 7]).tolist() == [[0, 0], [0, 7]]
+    np.testing.assert_array_equal(noise.seed_key(7), jax.random.key_data(jax.random.key(7)))
+    with pytest.raises(ValueError, match="a seed is an integer of 64 bits, got 9223372036854775808"):
+        noise.seed_key(2**63)

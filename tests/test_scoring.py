@@ -21,8 +21,19 @@ from dinalrm_jax.scoring import score_images
 from dinalrm_jax.weights.pretrained import save_reward_model
 from tests.conftest import ROOT
 
-SIZES = [(64, 64), (48, 80), (64, 64), (80, 48), (64, 64), (64, 64), (48, 80), (64, 64), (64, 64)]
-PROMPTS = ["a red fox", "two dogs", "a red fox", "", "two dogs", "one cat", "one cat", "a red fox", "three birds"]
+SIZES = [(64, 64), (48, 80), (64, 64), (80, 48), (64, 64), (64, 64), (48, 80), (64, 64), (64, 64), (64, 64)]
+PROMPTS = [
+    "a red fox",
+    "two dogs",
+    "a red fox",
+    "",
+    "two dogs",
+    "one cat",
+    "one cat",
+    "a red fox",
+    "three birds",
+    "two dogs",
+]
 
 
 @pytest.fixture(scope="module")
