@@ -38,7 +38,7 @@ MUTANTS = [
            "jax.random.uniform(key, shape)", NOISE),
     Mutant("the logit's mean is dropped", LEVELS, "jax.nn.sigmoid(mean + std", "jax.nn.sigmoid(std", NOISE),
     Mutant("levels out of the schedule's order", LEVELS, "jnp.arange(num_train_timesteps, 0, -1",
-           "jnp.arange(num_train_timesteps - 1, -1, -1", f"{GOLDEN} nearest"),
+           "jnp.arange(num_train_timesteps - 1, -1, -1", NOISE),
     Mutant("values are not gated", HEAD_FILE, "weights = weights * gates", "weights = weights + 0 * gates",
            f"{GOLDEN} level_per_row"),
     Mutant("FiLM scales by gamma alone", HEAD_FILE, "hidden * (1 + gamma)", "hidden * gamma", HEAD),

@@ -12,7 +12,7 @@ MUTANTS = [
     Mutant("an image's noise ignores its name", NOISE, 'f"{self.seed}\\0{name}"', 'f"{self.seed}\\0"', "tests/test_noise.py"),
     Mutant("an image's noise ignores the seed", NOISE, 'f"{self.seed}\\0{name}"', 'f"\\0{name}"', "tests/test_noise.py"),
     Mutant("shared noise is each image's own", NOISE, "if self.shared:", "if False:", "tests/test_noise.py"),
-    Mutant("a seed loses its higher half", NOISE, "[bits >> np.uint64(32), bits", "[bits * np.uint64(0), bits", OF_MODEL),
+    Mutant("a seed loses its higher half", NOISE, "[bits >> np.uint64(32), bits", "[bits * np.uint64(0), bits", "tests/test_noise.py"),
     Mutant("images are scored under the next one's prompt", SCORING, "embeddings([prompts[index] for index in rows])",
            "embeddings([prompts[index] for index in rows[::-1]])", f"{OF_SCORING} -k many_sizes"),
     Mutant("scores of a padded batch are shifted", SCORING, "scores[good] = scored[: len(good)]", "scores[good] = scored[-len(good) :]",

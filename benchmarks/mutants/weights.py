@@ -23,7 +23,7 @@ MUTANTS = [
     Mutant("the likelihood is not exported", RELEASED, '{} if trained_with is None else {"likelihood"', '{} if True else {"likelihood"',
            f"{OF_WEIGHTS} -k likelihood"),
     Mutant("a logistic model is exported without its logistic", RELEASED, "    if config.logistic:\n        raise ConfigError(\"a logistic model cannot",
-           "    if False:\n        raise ConfigError(\"a logistic model cannot", f"{OF_WEIGHTS} -k other_models"),
+           "    if False:\n        raise ConfigError(\"a logistic model cannot", f"{OF_WEIGHTS} -k not_exported"),
     Mutant("a training checkpoint gives its parameters", CHECKPOINT, 'which = "params" if saved.get("ema") is None else "ema"',
            'which = "params"', f"{OF_RUNS} -k saved_model"),
     Mutant("a training checkpoint has a random backbone", CHECKPOINT, "    if config.generator is not None:\n        return truncate",

@@ -18,7 +18,7 @@ from dinalrm_jax.config import ConfigError, LossConfig
 from dinalrm_jax.weights import pretrained, torch_file
 from dinalrm_jax.weights.rules import WeightsError
 from dinalrm_jax.weights.verify import VerificationError, verify_against_released
-from tests.conftest import GOLDEN, ROOT
+from tests.conftest import GOLDEN, ROOT, TINY
 
 
 @pytest.fixture
@@ -57,6 +57,16 @@ def test_the_likelihood_goes_with_the_checkpoint(golden_model, released, tmp_pat
         config["model"]["model_type"] = name
         (released / "config.json").write_text(json.dumps(config))
         assert load(released).likelihood == likelihood
+
+
+def test_what_the_released_layout_does_not_hold_is_not_exported(tmp_path):
+    for config, reason in (
+        (dataclasses.replace(TINY, logistic=True), "a logistic model cannot be exported"),
+        (dataclasses.replace(TINY, text_taps=()), "a model without text taps cannot be exported"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            pretrained.export_released(dina.RewardModel.init(config), tmp_path / "released")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_native_checkpoint(golden_model, tmp_path):
