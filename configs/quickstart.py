@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"this config knows the variant :ensemble, not :{variant}")
     width, taps = 96, (1, 3, 5)
     return with_defaults(TrainConfig, {
-        "ensemble_term": {"levels": 3, "weight": 0.5} if variant else None,
+        "ensemble_term": {"count": 3, "weight": 0.5} if variant else None,
         "name": "quickstart_ensemble" if variant else "quickstart",
         "seed": 0,
         "scenes": {"train_pairs": 12_000, "eval_pairs": 400, "image_size": 64, "seed": 0},

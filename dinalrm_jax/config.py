@@ -98,8 +98,12 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def refuse_ignored(config: Any, names: Sequence[str], reason: str) -> None:
     """Raises ConfigError where one of these fields is not at its default, but the others leave it without effect."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    if given := [f"{name} = {getattr(config, name)!r}" for name in names if getattr(config, name) != defaults[name]]:
-        raise ConfigError(f"{', '.join(given)} would have no effect: {reason}; leave it out")
+    given = [name for name in names if getattr(config, name) != defaults[name]]
+    if given:
+        values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in given)
+        raise ConfigError(
+            f"{values} would have no effect: {reason}; leave it at {', '.join(repr(defaults[name]) for name in given)}"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -419,17 +423,17 @@ class EnsembleTermConfig:
 
     Neither the paper nor the released code has it: their head first sees several levels when it is evaluated.
 
-    levels: of one pair's ensemble, drawn like its single level, which is one of them.
+    count: levels of one pair's ensemble, drawn like its single level, which is one of them.
     weight: of the ensemble's loss; the single level's has the rest.
     """
 
-    levels: int = 3
+    count: int = 3
     weight: float = 0.5
 
     def __post_init__(self):
-        if self.levels < 2 or not 0 < self.weight <= 1:
+        if self.count < 2 or not 0 < self.weight <= 1:
             raise ConfigError(
-                f"an ensemble has 2 levels or more and its loss a weight in (0, 1], got {self.levels} and {self.weight}"
+                f"an ensemble has 2 levels or more and its loss a weight in (0, 1], got {self.count} and {self.weight}"
             )
 
 
@@ -642,6 +646,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.rehearsal is not None and (self.scenes is not None or self.data or self.base_model):
             raise ConfigError("a rehearsal makes its own data and base model; leave scenes, data and base_model out")
+        if self.generator is not None:
+            refuse_ignored(self.generator, ("evaluate_every",), "a generator is not evaluated while it trains")
         if self.mixture and (self.data or self.scenes is not None or self.rehearsal is not None):
             raise ConfigError("mixture names the data; leave data, scenes and rehearsal out")
         if self.init_from is not None and (self.generator is not None or self.rehearsal is not None):

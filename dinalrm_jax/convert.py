@@ -1,11 +1,12 @@
 """Converts weights between the released, the native and the diffusers layout.
 
     python -m dinalrm_jax.convert released --checkpoint D --base-model B --output N [--verify]
+    python -m dinalrm_jax.convert native --checkpoint WORKDIR/reward/best --output N
     python -m dinalrm_jax.convert export --checkpoint N --output D
     python -m dinalrm_jax.convert diffusers --base-model B --output N
 
 D is a released checkpoint, B a base model in diffusers layout (directories or hub ids), N a native
-checkpoint or backbone. An output that exists is never overwritten.
+checkpoint or backbone, WORKDIR that of a training run. An output that exists is never overwritten.
 """
 
 import pathlib
@@ -16,12 +17,14 @@ from absl import app, flags, logging
 from dinalrm_jax.config import ConfigError, ExecutionConfig
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.weights import pretrained
+from dinalrm_jax.weights.checkpoint import open_checkpoint
 from dinalrm_jax.weights.rules import WeightsError
 from dinalrm_jax.weights.torch_file import TorchFileError
 from dinalrm_jax.weights.verify import VerificationError, check_torch, verify_against_released
 
 NEEDED = {
     "released": ("checkpoint", "base-model", "output"),
+    "native": ("checkpoint", "output"),
     "export": ("checkpoint", "output"),
     "diffusers": ("base-model", "output"),
 }
@@ -52,6 +55,8 @@ def convert(
         if verify:
             print(verify_against_released(model, checkpoint, base_model))
         pretrained.save_reward_model(model, output)
+    elif direction == "native":
+        pretrained.save_reward_model(open_checkpoint(checkpoint, base_model, execution).load(), output)
     elif direction == "export":
         pretrained.export_released(RewardModel.from_pretrained(checkpoint, dtype="float32"), output)
     else:

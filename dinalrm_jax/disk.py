@@ -21,18 +21,25 @@ class Locked(OSError):
 def lock(target: str | pathlib.Path) -> Iterator[None]:
     """Keeps `target`, a file or directory that need not exist yet, to this process; its parent is made.
 
-    The lock is `flock`'s on `.NAME.lock` beside the target, so it ends with its process however that dies, and
-    holds between the hosts of a shared file system. The file says who holds it, and goes at the end.
+    The lock is `flock`'s on `.NAME.lock` beside the target (within it, where nothing can be written beside it), so it
+    ends with its process however that dies, and holds between the hosts of a file system that has such locks. The file
+    says who holds it, and goes at the end.
 
     Raises:
         Locked: it is another process's; the message names owner, host and process.
+        OSError: the file system has no locks.
     """
-    target = pathlib.Path(target)
+    target = pathlib.Path(target).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.with_name(f".{target.name}.lock")
+    within = target.is_dir() and not os.access(target.parent, os.W_OK)
+    path = target / ".lock" if within else target.with_name(f".{target.name}.lock")
     file = _locked_file(path, target)
     try:
-        holder = {"owner": getpass.getuser(), "host": socket.gethostname(), "pid": os.getpid()}
+        try:
+            owner = getpass.getuser()
+        except (KeyError, OSError):  # a container's user without a name
+            owner = f"user {os.getuid()}"
+        holder = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid()}
         holder["since"] = datetime.datetime.now().isoformat(timespec="seconds")
         file.truncate(0)
         file.write(json.dumps(holder))
@@ -45,23 +52,33 @@ def lock(target: str | pathlib.Path) -> Iterator[None]:
 
 def _locked_file(path: pathlib.Path, target: pathlib.Path):
     while True:
-        file = path.open("a+")
+        try:
+            file = path.open("a+")
+        except PermissionError:  # another user's
+            raise _held(path, target) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            text = file.read()
             file.close()
-            try:
-                holder = json.loads(text)
-                who = f"{holder['owner']} on {holder['host']}, process {holder['pid']}, since {holder['since']}"
-            except (ValueError, KeyError):
-                who = "another process"
-            raise Locked(f"{target} is being written by {who}; wait for its end, or choose another place") from None
+            raise _held(path, target) from None
+        except OSError as error:
+            file.close()
+            raise OSError(
+                f"cannot lock {target}: {error.strerror}; choose a place on a file system that has locks"
+            ) from error
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 return file
         file.close()  # its holder removed it between our opening and our locking it
+
+
+def _held(path: pathlib.Path, target: pathlib.Path) -> Locked:
+    try:
+        holder = json.loads(path.read_text())
+        who = f"{holder['owner']} on {holder['host']}, process {holder['pid']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError):
+        who = "another process"
+    return Locked(f"{target} is being written by {who}; wait for its end, or choose another place")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import traceback
 from typing import NoReturn
 
@@ -49,6 +50,8 @@ def leave(status: int) -> NoReturn:
 
 
 def _end(*exception) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # a library's thread, whose failure the main one raises too
     traceback.print_exception(*exception)
     leave(1)
 

@@ -128,6 +128,7 @@ class RewardHead(nnx.Module):
         self.ff = MLP(width, 4 * width, width, rngs=rngs)
         self.head = Linear(width, 1, rngs=rngs)
 
+    @jax.default_matmul_precision("highest")
     def tokens(self, features: Features) -> tuple[jax.Array, jax.Array | None]:
         """One level's features -> (B, Nv, C) image and (B, Nt, C) text tokens (None without text)."""
         image = _adapt(self.layer_adapters_visual, features.visual, features.temb)

@@ -199,7 +199,7 @@ _contract.defvjp(_contract_forward, _contract_backward)
 
 def add_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
     """`x + vector` in x's dtype, with the vector's gradient summed in its own."""
-    return (x.astype(vector.dtype) + vector).astype(x.dtype)
+    return (x.astype(jnp.promote_types(x.dtype, vector.dtype)) + vector).astype(x.dtype)
 
 
 def _project(x: jax.Array, weight: jax.Array) -> jax.Array:

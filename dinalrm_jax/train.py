@@ -99,12 +99,12 @@ def _run(given: TrainConfig, workdir: pathlib.Path) -> PairScores:
     mesh = make_mesh(given.mesh)
     check_stages(given, mesh)
     check_workdir(workdir, given, {})
+    start = None if given.init_from is None else open_start(given, workdir)
     data = make_inputs(given, workdir)
     records = Mixture(given.mixture) if given.mixture else Records(data)
     config = in_steps(given, records)
     base_model = base_model_of(config, workdir)
     check_records(records, config, base_model)
-    start = None if config.init_from is None else open_start(config, workdir)
     module = reward_functional(config.model, config.execution)
     shardings = parameter_shardings(module.shapes, mesh)
     evaluator = Evaluator(module, records, "eval", config.evaluation, mesh)
@@ -119,7 +119,7 @@ def _run(given: TrainConfig, workdir: pathlib.Path) -> PairScores:
     # The backbone: loaded or random; then, where asked for, trained as a flow-matching generator.
     if config.generator is not None and not (workdir / "generator" / "backbone").exists():
         train_generator(config, base_model, records, workdir, mesh, log)
-    frozen = place(frozen_arrays(config, workdir), config.execution.dtype, shardings)
+    frozen = place(frozen_arrays(config, workdir, inputs), config.execution.dtype, shardings)
 
     # LoRA and head learn the reward on the frozen backbone's features.
     first = draw(module, config.seed) if start is None else start.arrays
@@ -179,10 +179,11 @@ def in_steps(config: TrainConfig, records: Records | Mixture) -> TrainConfig:
 
 def save_model(config: TrainConfig, params: Params, directory: pathlib.Path, step: int) -> None:
     """Writes the model of a finished run, unless it is there; that of a shorter run keeps its step in its name."""
-    if (directory / "config.json").exists():
-        found = read_json(directory / "config.json").get("step")
-        if found == step:
-            return
+    found = read_json(directory / "config.json").get("step") if (directory / "config.json").exists() else None
+    distributed.barrier("model looked for")  # before the first process moves it
+    if found == step:
+        return
+    if found is not None:
         if distributed.is_first():
             directory.rename(directory.with_name(f"{directory.name}_step_{found}"))
         distributed.barrier("shorter model renamed")
@@ -320,6 +321,7 @@ def fit(
         def evaluate(step: int, state: TrainState) -> None:
             if held_out is None or not step or (step % stage.evaluate_every and step != stage.steps):
                 return
+            log.check_finite()
             started = time.perf_counter()
             values = held_out(state)
             log.write_values(step, values)
@@ -373,6 +375,11 @@ def report_codec(records: Records | Mixture, base_model: str | None) -> ImageCod
 
 def run_sweep(sweep: SweepConfig, workdir: pathlib.Path) -> None:
     """Runs every configuration with every seed and prints the held-out accuracies with their spread."""
+    with lock(workdir) if distributed.is_first() else contextlib.nullcontext():
+        _run_sweep(sweep, workdir)
+
+
+def _run_sweep(sweep: SweepConfig, workdir: pathlib.Path) -> None:
     claim_workdir(workdir, sweep, {})
     accuracies = {config.name: [] for config in sweep.runs}
     for seed in sweep.seeds:
@@ -401,7 +408,10 @@ def with_shared_generator(config: TrainConfig, shared: pathlib.Path) -> TrainCon
         config_in_steps = in_steps(config, records)
         base_model = base_model_of(config, shared)
         check_records(records, config_in_steps, base_model)
-        run_name = claim_workdir(shared, config, {"data": records.fingerprint})
+        inputs = {"data": records.fingerprint}
+        if config.base_model is not None:
+            inputs["base_model"] = fingerprint(open_base(config.base_model, config))
+        run_name = claim_workdir(shared, config, inputs)
         log = functools.partial(MetricsLog, shared, project=config.wandb_project, run=run_name)
         train_generator(config_in_steps, base_model, records, shared, mesh, log)
     return dataclasses.replace(config, generator=None, base_model=str(backbone))

@@ -85,3 +85,19 @@ def test_a_lock_is_free_after_its_end(tmp_path):
     assert not list(tmp_path.iterdir())
     with lock(tmp_path / "target"), pytest.raises(Locked), lock(tmp_path / "target"):
         pass
+
+
+def test_a_lock_needs_neither_a_name_nor_an_owner(tmp_path, monkeypatch):
+    """`--workdir .`, and a container's user whom no file names; a link is the same place."""
+
+    def nobody():
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real").mkdir()
+    with lock("."), pytest.raises(Locked, match=f"being written by user {os.getuid()} on "), lock(tmp_path):
+        pass
+    with lock("link"), pytest.raises(Locked), lock("real"):
+        pass

@@ -15,16 +15,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import dinalrm_jax as dina
 from dinalrm_jax import train
 from dinalrm_jax.config import ConfigError, ProfileConfig, SweepConfig, TrainConfig, from_mapping
+from dinalrm_jax.convert import convert
 from dinalrm_jax.data import records
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.disk import Locked, lock
 from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.reward_model import is_trainable, reward_functional
-from dinalrm_jax.training.checkpoint import CheckpointError, Checkpoints
+from dinalrm_jax.training.checkpoint import BestCheckpoint, CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
 from dinalrm_jax.training.optimizer import make_optimizer
 from dinalrm_jax.training.profiling import ProfileWindow
@@ -32,6 +34,7 @@ from dinalrm_jax.training.report import sweep_table
 from dinalrm_jax.training.step import TrainState
 from dinalrm_jax.training.workdir import claim_workdir
 from dinalrm_jax.weights.pretrained import export_released
+from dinalrm_jax.weights.rules import WeightsError
 from tests import tiny_run
 from tests.conftest import ROOT
 
@@ -106,6 +109,9 @@ def test_the_saved_model_scores_what_the_report_says(finished):
     for name, (chosen, rejected) in zip(levels, scores.transpose(0, 2, 1)):
         assert results[name]["all"] == pytest.approx(np.mean(chosen > rejected), abs=1e-6)
     assert model.likelihood == from_mapping(TrainConfig, tiny_run.get_config()).loss
+    generator = load_file(workdir / "generator" / "backbone" / "backbone.safetensors")
+    name = "transformer_blocks.0.attn.to_q.weight"
+    np.testing.assert_array_equal(model.params[f"backbone.{name}"], generator[name])
 
     last = dina.RewardModel.from_pretrained(workdir / "reward" / "checkpoints" / "150", dtype="float32")
     for name, array in model.params.items():
@@ -124,13 +130,67 @@ def test_the_best_checkpoint_is_kept_and_can_be_scored_and_exported(finished, tm
     (best,) = (workdir / "reward" / "best").iterdir()
     assert best.name == str(step)
     assert f"the best has {100 * accuracy:.1f} %: reward/best/{step}" in out
-    model = dina.RewardModel.from_pretrained(best, dtype="float32")
+    model = dina.RewardModel.from_pretrained(best.parent, dtype="float32")
     (scores,) = scores_of(model, Records(workdir / "data"), [0.4])
     assert np.mean(scores[:, 0] > scores[:, 1]) == pytest.approx(accuracy)
     export_released(model, tmp_path / "released")
     assert (tmp_path / "released" / "checkpoint" / "rm_head.pt").is_file()
     with pytest.raises(ConfigError, match="not the checkpoint of a reward model, but of another stage"):
         dina.RewardModel.from_pretrained(workdir / "generator" / "checkpoints" / "40")
+    with pytest.raises(ConfigError, match="holds checkpoints of several steps; name one of them: 140, 150"):
+        dina.RewardModel.from_pretrained(workdir / "reward" / "checkpoints")
+    with pytest.raises(ConfigError, match="is the directory of a training run; its model, once it is through, is"):
+        dina.RewardModel.from_pretrained(workdir)
+    convert(
+        "native", checkpoint=str(best), base_model=None, output=str(tmp_path / "native"), dtype="float32", verify=False
+    )
+    again = dina.RewardModel.from_pretrained(tmp_path / "native", dtype="float32")
+    np.testing.assert_array_equal(again.params["head.ff.0.weight"], model.params["head.ff.0.weight"])
+
+
+def test_a_checkpoint_is_of_the_base_model_that_its_run_had(config, finished, tmp_path):
+    """Wherever that lies now, and not of another one that lies in its place."""
+    base = shutil.copytree(finished[0] / "generator" / "backbone", tmp_path / "base")
+    reward = dataclasses.replace(config.reward, steps=1)
+    train.run(dataclasses.replace(config, scenes=None, base_model=str(base), reward=reward), tmp_path / "run")
+    checkpoint = tmp_path / "run" / "reward" / "checkpoints" / "1"
+    expected = dina.RewardModel.from_pretrained(tmp_path / "run" / "model", dtype="float32").params
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError):
+        dina.RewardModel.from_pretrained(checkpoint)
+    found = dina.RewardModel.from_pretrained(checkpoint, moved, dtype="float32").params
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    weights = {name: array + 1 for name, array in load_file(moved / "backbone.safetensors").items()}
+    save_file(weights, moved / "backbone.safetensors")
+    with pytest.raises(WeightsError, match="holds other weights than the run began with"):
+        dina.RewardModel.from_pretrained(checkpoint, moved)
+
+
+def test_the_best_checkpoint_across_starts(tmp_path, capsys):
+    """A replay on another mesh may round otherwise: then an earlier step, or the same, may be the best after all."""
+    optimizer = make_optimizer(from_mapping(TrainConfig, tiny_run.get_config()).reward.optimizer, 10)
+
+    def state(step):
+        return dataclasses.replace(TrainState.create({"head.a": jnp.full(3, step)}, optimizer), step=jnp.array(step))
+
+    def offered(*offers):
+        best = BestCheckpoint(tmp_path / "best")
+        for step, accuracy in offers:
+            best.offer(state(step), accuracy)
+        best.close()
+        (saved,) = (tmp_path / "best").iterdir()
+        return best.step, best.accuracy, int(saved.name)
+
+    assert offered((10, 0.6), (20, 0.7), (30, 0.7)) == (20, 0.7, 20)
+    assert offered((20, 0.7)) == (20, 0.7, 20)
+    assert offered((15, 0.8)) == (15, 0.8, 15)
+    assert offered((15, 0.9)) == (15, 0.9, 15)
+    (position,) = (tmp_path / "best" / "15" / "loader").rglob("metadata")
+    position.write_text("")
+    assert offered((20, 0.5)) == (20, 0.5, 20)
+    assert "checkpoint" in (said := capsys.readouterr().out)
+    assert f"is damaged; it is now {tmp_path / 'damaged-15'}" in said
 
 
 def test_killed_twice_ends_where_the_undisturbed_run_ends(finished, tmp_path):
@@ -200,14 +260,17 @@ def replaced(config, path, value):
         ("reward.optimizer.learning_rate", 2e-3),
         ("reward.optimizer.ema_decay", 0.5),
         ("reward.batch_size", 4),
-        ("reward.evaluate_every", 6),
         ("execution.dtype", "bfloat16"),
         ("seed", 1),
         ("evaluation.sigma", 0.3),
         ("loss.k", 1.0),
+        ("init_from", "another/model"),
+        ("base_model", "a/base"),
     ],
 )
 def test_a_value_that_decides_the_result_needs_another_workdir(config, tmp_path, path, value):
+    """Among them weights to start from that were not named before: only their place may change."""
+    config = dataclasses.replace(config, scenes=None)
     claim_workdir(tmp_path, config, {})
     with pytest.raises(ConfigError, match=rf"changed: {path} \(.* -> {value!r}\)"):
         claim_workdir(tmp_path, replaced(config, path, value), {})
@@ -218,6 +281,7 @@ def test_a_value_that_decides_the_result_needs_another_workdir(config, tmp_path,
     [
         ("reward.log_every", 1),
         ("reward.checkpoint_every", 2),
+        ("reward.evaluate_every", 6),
         ("reward.micro_batches", 2),
         ("evaluation.batch_size", 4),
         ("evaluation.levels", (0.1, 0.9)),
@@ -230,6 +294,15 @@ def test_a_value_that_decides_the_result_needs_another_workdir(config, tmp_path,
 def test_a_value_that_does_not_decide_the_result_may_change(config, tmp_path, path, value):
     first = claim_workdir(tmp_path, config, {"data": "0123"})
     assert claim_workdir(tmp_path, replaced(config, path, value), {"data": "0123"}) == first
+
+
+def test_a_sweep_may_have_more_seeds_and_log_otherwise(config, tmp_path):
+    sweep = SweepConfig("s", (config,), (0, 1))
+    claim_workdir(tmp_path, sweep, {})
+    claim_workdir(tmp_path, SweepConfig("s", (replaced(config, "reward.log_every", 2),), (0, 1, 2)), {})
+    for other in (SweepConfig("s", (config,), (0, 3, 2)), SweepConfig("s", (replaced(config, "seed", 4),), (0, 1, 2))):
+        with pytest.raises(ConfigError, match="would end otherwise"):
+            claim_workdir(tmp_path, other, {})
 
 
 def test_more_steps_go_on_where_the_learning_rate_does_not_know_the_end(config, tmp_path):
@@ -424,6 +497,8 @@ def test_damaged_and_foreign_checkpoints(finished, tmp_path, capsys):
     checkpoints.close()
     assert (copy / latest.name).is_dir(), "the step that was damaged can be saved again"
     damage(copy / latest.name)
+    restored, _ = Checkpoints(copy).restore_latest(state)
+    assert (tmp_path / f"damaged-{latest.name}-2").is_dir(), "damaged twice, both are kept"
     damage(copy / "140")
     with pytest.raises(CheckpointError, match="(?s)is damaged or of another model, and so is every other.*Remove"):
         Checkpoints(copy).restore_latest(state)

@@ -64,19 +64,19 @@ class Mixture:
         return _Joined(parts)
 
     def buckets(self, split: str) -> dict[str, range]:
-        """The rows of a split's pairs by directory and bucket, in order."""
+        """The rows of a split's pairs by directory, whose name may change, and bucket, in order."""
         out, start = {}, 0
-        for name, records in zip(self._names, self._records):
+        for number, records in enumerate(self._records):
             for bucket, rows in records.buckets(split).items():
-                out[f"{bucket} of {name}"] = range(start, start + len(rows))
+                out[f"{bucket} of set {number}"] = range(start, start + len(rows))
                 start += len(rows)
         return out
 
     def weights(self, split: str) -> dict[str, float]:
         """How often a bucket's pairs come in an epoch."""
         return {
-            f"{bucket} of {name}": weight
-            for name, records, weight in zip(self._names, self._records, self._weights)
+            f"{bucket} of set {number}": weight
+            for number, (records, weight) in enumerate(zip(self._records, self._weights))
             for bucket in records.buckets(split)
         }
 

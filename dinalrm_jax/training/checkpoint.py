@@ -1,6 +1,7 @@
 """Training checkpoints: everything that a resumed run needs to continue as if never stopped."""
 
 import contextlib
+import itertools
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from dinalrm_jax.training.step import TrainState
 DISK_FAILURES = ("No space left on device", "Disk quota exceeded", "File too large", "Input/output error")
 
 
-KEPT = "The one before it is kept, and the same command goes on from there"
+TRIES = 2  # to read a checkpoint, before it counts as damaged: a file system may fail once
+KEPT = "What was saved before is kept, and the same command goes on from there"
 
 
 class CheckpointError(RuntimeError):
@@ -48,7 +50,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self._manager.latest_step():
             return
-        needed = sum(shard.data.nbytes for array in jax.tree.leaves(state) for shard in array.addressable_shards)
+        needed = sum(array.nbytes for array in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
         if not distributed.all_agree(free > 1.1 * needed):  # orbax would say it with a thousand lines
             raise CheckpointError(
@@ -62,6 +64,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     loader=ocp.args.JsonSave(dict(loader_state)),
                 ),
+                force=True,  # when to save is ours to say: not after the latest only, and not by the preemption service
             )
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -77,7 +80,8 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             restored, failure = self._restore(step, like)
             if distributed.all_agree(failure is None):
-                self._put_aside(failures)
+                for damaged, error in failures.items():
+                    self.put_aside(damaged, error)
                 return restored
             failures[step] = failure or CheckpointError("another process could not read it")
         if not failures:
@@ -89,11 +93,19 @@ class Checkpoints:
         ) from error
 
     def position(self) -> dict[str, Any] | None:
-        """What was saved as the latest checkpoint's loader position."""
+        """What was saved as the latest checkpoint's loader position; a damaged one is put aside."""
         step = self._manager.latest_step()
         if step is None:
             return None
-        return self._manager.restore(step, args=ocp.args.Composite(loader=ocp.args.JsonRestore()))["loader"]
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(loader=ocp.args.JsonRestore()))["loader"]
+            whole, failure = (self.directory / str(step) / "state").is_dir(), ValueError("it has no state")
+        except Exception as error:  # as in `_restore`
+            whole, failure = False, error
+        if distributed.all_agree(whole):
+            return found
+        self.put_aside(step, failure)
+        return None
 
     def close(self) -> None:
         """Returns when every started save is on disk; errors as for `save`."""
@@ -105,27 +117,35 @@ class Checkpoints:
         self, step: int, like: TrainState
     ) -> tuple[tuple[TrainState, dict[str, Any]] | None, Exception | None]:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(target), loader=ocp.args.JsonRestore()),
-            )
-        except Exception as error:  # orbax raises many kinds for a damaged or foreign directory
-            return None, error
-        return (restored["state"], restored["loader"]), None
+        failure = None
+        for _ in range(TRIES if jax.process_count() == 1 else 1):  # orbax's own barriers forbid a try of one process
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(target), loader=ocp.args.JsonRestore()),
+                )
+                return (restored["state"], restored["loader"]), None
+            except Exception as error:  # orbax raises many kinds for a damaged or foreign directory
+                failure = error
+        return None, failure
 
-    def _put_aside(self, failures: Mapping[int, Exception]) -> None:
-        for step, error in failures.items():
-            aside = self.directory.parent / f"damaged-{step}"
-            distributed.say(
-                f"checkpoint {self.directory / str(step)} is damaged; it is now {aside}, and the one before it is "
-                f"taken ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-            )
-            if distributed.is_first():
-                (self.directory / str(step)).rename(aside)
-        if failures:
-            distributed.barrier("checkpoints put aside")
-            self._manager.reload()
+    def put_aside(self, step: int, error: Exception) -> None:
+        """Says that a checkpoint is damaged, and renames it, so that its step can be saved again."""
+        names = (f"damaged-{step}", *(f"damaged-{step}-{number}" for number in itertools.count(2)))
+        aside = next(path for path in (self.directory.parent / name for name in names) if not path.exists())
+        distributed.barrier("damaged checkpoint")
+        distributed.say(
+            f"checkpoint {self.directory / str(step)} is damaged; it is now {aside}, and the one before it is taken "
+            f"({_first_line(error)})"
+        )
+        if distributed.is_first():
+            (self.directory / str(step)).rename(aside)
+        distributed.barrier("checkpoint put aside")
+        self._manager.reload()
+
+    def delete(self) -> None:
+        """Removes the latest checkpoint."""
+        self._manager.delete(self._manager.latest_step())
 
 
 class BestCheckpoint:
@@ -141,14 +161,21 @@ class BestCheckpoint:
         self.step, self.accuracy = position.get("step"), position.get("accuracy")
 
     def offer(self, state: TrainState, accuracy: float) -> None:
-        """Saves the state if no earlier one is as good."""
+        """Saves the state if none so far is as good."""
         if self.accuracy is None or accuracy > self.accuracy:
-            self.step, self.accuracy = int(state.step), accuracy
-            self._checkpoints.save(state, {"step": self.step, "accuracy": accuracy})
+            step = int(state.step)
+            if step == self.step:  # the same step, computed again on another mesh, say
+                self._checkpoints.delete()
+            self._checkpoints.save(state, {"step": step, "accuracy": accuracy})
+            self.step, self.accuracy = step, accuracy
 
     def close(self) -> None:
         """As `Checkpoints.close`."""
         self._checkpoints.close()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 @contextlib.contextmanager
@@ -163,5 +190,5 @@ def _failures_of_saving(directory: pathlib.Path):
             texts.append(str(cause))
             cause = cause.__cause__ or cause.__context__
         known = next((words for words in DISK_FAILURES if any(words in text for text in texts)), None)
-        reason = known or f"{type(error).__name__}: {texts[0].splitlines()[0][:300]}"
+        reason = known or _first_line(error)
         raise CheckpointError(f"cannot save a checkpoint in {directory}: {reason}. {KEPT}") from error

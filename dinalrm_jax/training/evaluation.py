@@ -48,8 +48,8 @@ class PairScores:
 class Evaluator:
     """Scores a split's distinct (image, prompt) rows once each, in batches of one size a bucket.
 
-    The last batch of a bucket is padded, so there is one program per bucket and number of levels. Every image has
-    noise of its own, from `config.seed` and its name, or all the same where `shared` is asked for.
+    The last batch of a bucket is padded, so there is one program per size of latents and number of levels. Every
+    image has noise of its own, from `config.seed` and its name, or all the same where `shared` is asked for.
     Every process gets all scores and reads its own rows only.
     """
 
@@ -80,7 +80,11 @@ class Evaluator:
             ),
             out_shardings=NamedSharding(mesh, WHOLE),
         )
-        self._programs: dict[tuple[int, int], tuple[int, jax.stages.Compiled]] = {}
+        self._shapes = {
+            bucket: records.images[int(self._rows[np.flatnonzero(self._bucket == bucket)[0], 0])].latents.shape
+            for bucket in np.unique(self._bucket)
+        }
+        self._programs: dict[tuple, tuple[int, jax.stages.Compiled]] = {}
 
     def compile(
         self, params: Params, levels: Sequence[Level], fits: Callable[[jax.stages.Compiled], bool] = fits_beside
@@ -99,8 +103,9 @@ class Evaluator:
         """
         for bucket in np.unique(self._bucket):
             for level in levels:
-                if (bucket, np.size(level)) not in self._programs:
-                    self._programs[bucket, np.size(level)] = self._largest(params, bucket, level, fits)
+                key = self._key(bucket, level)
+                if key not in self._programs:
+                    self._programs[key] = self._largest(params, bucket, level, fits)
 
     def run(
         self,
@@ -132,6 +137,10 @@ class Evaluator:
         """How many (image, prompt) rows one level scores."""
         return len(self._rows)
 
+    def _key(self, bucket: int, level: Level) -> tuple:
+        """What a program is for: the latents' size, and the number of levels."""
+        return self._shapes[bucket], np.shape(level)
+
     def _largest(self, params: Params, bucket: int, level: Level, fits) -> tuple[int, jax.stages.Compiled]:
         """The largest batch that fits, and its program."""
         size, devices = self.config.batch_size, row_devices(self._mesh)
@@ -144,18 +153,18 @@ class Evaluator:
             if distributed.all_agree(compiled is not None):
                 return size, compiled
             what = f"evaluation at {level_name(level)} of {size} latents {inputs[0].shape[1:]}"
-            if size % (2 * devices):
+            if size == devices:
                 raise ConfigError(
-                    f"{what} does not fit the devices' memory beside the training state, and is not to be split "
-                    "further; split the parameters (mesh.fsdp), or evaluate smaller images"
+                    f"{what} does not fit the devices' memory beside the training state, and is one row a device "
+                    "already; split the parameters (mesh.fsdp), or evaluate smaller images"
                 )
-            size //= 2
+            size = devices * (size // devices // 2)
             distributed.say(f"{what} does not fit beside the training state; trying {size}")
 
     def _score_rows(self, params: Params, level: Level, draw: NoiseDraw, progress) -> np.ndarray:
         scores = np.empty(len(self._rows), np.float32)
         for bucket in np.unique(self._bucket):
-            size, program = self._programs[bucket, np.size(level)]
+            size, program = self._programs[self._key(bucket, level)]
             same, local = np.flatnonzero(self._bucket == bucket), local_rows(size, self._mesh)
             for start in range(0, len(same), size):
                 rows = same[start : start + size]

@@ -36,7 +36,7 @@ def reward_objective(
         losses, metrics = reward_losses(module, loss, params, batch, levels, eps)
         if ensemble is None:
             return losses, metrics
-        more_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1), ensemble.levels - 1))(keys)
+        more_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2), ensemble.count - 1))(keys)
         more = jax.vmap(jax.vmap(lambda key: sample_sigma(key, ())), out_axes=1)(more_keys)
         levels = jnp.concatenate([levels[None], more])
         chosen, rejected = _score_pairs(module.bind(params).ensemble, batch, levels, eps)

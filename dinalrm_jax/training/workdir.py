@@ -25,12 +25,13 @@ FREE = (
     r"init_from",
     r"mesh\..*",
     r"execution\.(attention|layers|remat)",
-    r"(generator|reward)\.(log_every|checkpoint_every|micro_batches)",
+    r"(generator|reward)\.(log_every|checkpoint_every|evaluate_every|micro_batches)",
     r"evaluation\.(batch_size|levels|ensemble)(\.\d+)?",
     r"rehearsal\.preparation\.threads",
     r"wandb_project",
     r"profile\..*",
 )
+PLACES = ("base_model", "init_from")
 STEPS = re.compile(r"(generator|reward)\.(steps|epochs)")
 
 
@@ -73,18 +74,16 @@ def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig, inpu
     """Raises ConfigError if the directory holds a run that would end otherwise; says what changed.
 
     Args:
-        inputs: fingerprints of what the run reads.
+        inputs: fingerprints of what the run reads; none before it is opened.
     """
     if (claim := read_claim(workdir)) is None:
         return
     changed = [
         f"{name} ({old!r} -> {new!r})"
         for name, old, new in _differences(to_mapping(claim.config), to_mapping(config))
-        if not _may_change(name, workdir, config)
+        if not _may_change(name, old, new, workdir, config)
     ]
-    changed += [
-        f"the contents of {name}" for name, digest in inputs.items() if claim.inputs.get(name, digest) != digest
-    ]
+    changed += [f"the contents of {name}" for name, digest in inputs.items() if claim.inputs.get(name) != digest]
     if changed:
         raise ConfigError(
             f"{workdir} holds a run that would end otherwise; changed: {', '.join(changed)}. Choose another --workdir, "
@@ -93,21 +92,34 @@ def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig, inpu
 
 
 def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig, inputs: Mapping[str, str]) -> str:
-    """Makes the run's directory and writes there whose it is, see `check_workdir`; the run's name."""
+    """Makes the run's directory and writes there whose it is, see `check_workdir`.
+
+    Returns:
+        The run's name, to the process that writes.
+    """
     check_workdir(workdir, config, inputs)
     claim = read_claim(workdir)
     run = uuid.uuid4().hex[:12] if claim is None else claim.run
     if distributed.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(workdir / "config.json")
+        for lock in (*workdir.glob(".*.lock"), *workdir.glob("generator/.*.lock")):
+            if lock.name != ".lock":
+                lock.unlink()  # of a process that was killed: the workdir is this one's
         known = {} if claim is None else claim.inputs
         values = {"run": run, "config": to_mapping(config), "inputs": {**known, **inputs}}
         write_json(workdir / "config.json", values, indent=1)
     return run
 
 
-def _may_change(name: str, workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> bool:
+def _may_change(name: str, old: Any, new: Any, workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> bool:
     """Whether a value may differ between two starts on a workdir."""
+    if isinstance(config, SweepConfig):
+        if re.fullmatch(r"seeds\.\d+", name):
+            return old is None  # one more
+        name = re.sub(r"^runs\.\d+\.(?!name$)", "", name)
+    if name in PLACES and None in (old, new):
+        return False  # weights that a run did not start from, or did
     if any(re.fullmatch(pattern, name) for pattern in FREE):
         return True
     if (match := STEPS.fullmatch(name)) and isinstance(config, TrainConfig):

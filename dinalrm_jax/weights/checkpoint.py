@@ -1,11 +1,12 @@
 """Every kind of reward model checkpoint by its directory, those of a training run among them.
 
     WORKDIR/reward/checkpoints/STEP    of a run, while it trains and after it
-    WORKDIR/reward/best/STEP           the one with the highest held-out accuracy
+    WORKDIR/reward/best                the one with the highest held-out accuracy
 
 They hold what trains; the frozen rest is where the run has it from.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 
@@ -17,6 +18,7 @@ from dinalrm_jax.config import ConfigError, ExecutionConfig, RewardModelConfig, 
 from dinalrm_jax.parameters import Params, draw
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.workdir import read_claim
+from dinalrm_jax.weights.files import fingerprint, read_json
 from dinalrm_jax.weights.pretrained import (
     PretrainedModel,
     open_backbone,
@@ -35,10 +37,35 @@ def open_checkpoint(
     backbone: Params | None = None,
 ) -> PretrainedModel:
     """What `RewardModel.from_pretrained` loads, with its arguments and errors."""
-    directory = pathlib.Path(checkpoint)
-    if (directory / "state").is_dir() and (directory.absolute().parents[2] / "config.json").is_file():
-        return _open_training(directory.absolute(), base_model, execution, backbone)
+    directory = pathlib.Path(checkpoint).expanduser()
+    if directory.is_dir() and (step := _training_step(directory.resolve())) is not None:
+        return _open_training(step, base_model, execution, backbone)
     return open_reward_model(checkpoint, base_model, execution, backbone)
+
+
+def is_training_checkpoint(path: str) -> bool:
+    """Whether a path is that of a training run's checkpoint."""
+    directory = pathlib.Path(path).expanduser()
+    return directory.is_dir() and _training_step(directory.resolve()) is not None
+
+
+def _training_step(directory: pathlib.Path) -> pathlib.Path | None:
+    """The checkpoint of one step that a directory is, or, of a run's `best`, holds; None where it is no run's.
+
+    Raises:
+        ConfigError: the directory of a whole run, or of several steps.
+    """
+    if (directory / "config.json").is_file() and "run" in read_json(directory / "config.json"):
+        raise ConfigError(
+            f"{directory} is the directory of a training run; its model, once it is through, is {directory / 'model'}, "
+            f"its checkpoints are {directory}/reward/checkpoints/STEP and {directory}/reward/best"
+        )
+    steps = sorted((path.name for path in directory.iterdir() if (path / "state").is_dir()), key=len)
+    if steps and directory.name in ("best", "checkpoints"):
+        if len(steps) > 1:
+            raise ConfigError(f"{directory} holds checkpoints of several steps; name one of them: {', '.join(steps)}")
+        directory = directory / steps[0]
+    return directory if (directory / "state").is_dir() and (directory.parents[2] / "config.json").is_file() else None
 
 
 def _open_training(directory: pathlib.Path, base_model, execution: ExecutionConfig, backbone) -> PretrainedModel:
@@ -47,13 +74,15 @@ def _open_training(directory: pathlib.Path, base_model, execution: ExecutionConf
     if isinstance(claim.config, SweepConfig) or directory.parents[1].name != "reward":
         raise ConfigError(f"{directory} is not the checkpoint of a reward model, but of another stage")
     config = claim.config
+    if base_model is not None and config.base_model is not None:
+        config = dataclasses.replace(config, base_model=str(base_model))
     shapes = reward_functional(config.model, execution).shapes
     trained = _trained(directory, {name: shape for name, shape in shapes.items() if is_trainable(name)})
     base_model = base_model or base_model_of(config, workdir)
     if backbone is not None:
         shared = share(backbone, config.model, execution)
         return PretrainedModel(config.model, execution, base_model, trained, shared, config.loss)
-    arrays = {**frozen_arrays(config, workdir), **trained}
+    arrays = {**frozen_arrays(config, workdir, claim.inputs), **trained}
     return PretrainedModel(config.model, execution, base_model, arrays, {}, config.loss)
 
 
@@ -76,22 +105,35 @@ def _trained(directory: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]
         raise WeightsError(f"checkpoint {directory} cannot be read: {error}") from error
 
 
-def frozen_arrays(config: TrainConfig, workdir: pathlib.Path) -> Mapping[str, np.ndarray]:
+def frozen_arrays(config: TrainConfig, workdir: pathlib.Path, inputs: Mapping[str, str]) -> Mapping[str, np.ndarray]:
     """The frozen part of the reward model that a run trains: its generator's, its base model's, that of the model
     it goes on from, or a random one.
 
+    Args:
+        inputs: fingerprints of what the run reads.
+
     Raises:
         ConfigError: a base model of another geometry.
+        WeightsError: other weights than the run began with.
     """
-    finished, base_model = workdir / "generator" / "backbone", base_model_of(config, workdir)
     if config.generator is not None:
-        return truncate(open_backbone(finished)[1], config.model)
+        return truncate(open_backbone(workdir / "generator" / "backbone")[1], config.model)
+    base_model = base_model_of(config, workdir)
     if base_model is not None:
-        return truncate(open_base(base_model, config), config.model)
+        arrays = open_base(base_model, config)
+        if config.base_model is not None:
+            _check_same("base_model", base_model, arrays, inputs)
+        return truncate(arrays, config.model)
     if config.init_from is not None:
         arrays = open_start(config, workdir).arrays
+        _check_same("init_from", config.init_from, arrays, inputs)
         return {name: array for name, array in arrays.items() if not is_trainable(name)}
     return truncate(draw(transformer_functional(config.model.transformer, config.execution), config.seed), config.model)
+
+
+def _check_same(what: str, path: str, arrays: Mapping[str, np.ndarray], inputs: Mapping[str, str]) -> None:
+    if inputs.get(what) != fingerprint(arrays):
+        raise WeightsError(f"{what} {path} holds other weights than the run began with; give the directory that it had")
 
 
 def base_model_of(config: TrainConfig, workdir: pathlib.Path) -> str | None:
@@ -108,7 +150,16 @@ def open_base(base_model: str, config: TrainConfig) -> Mapping[str, np.ndarray]:
 
 
 def open_start(config: TrainConfig, workdir: pathlib.Path) -> PretrainedModel:
-    """The model that `config.init_from` names; raises ConfigError for one of another shape than the run's."""
+    """The model that `config.init_from` names.
+
+    Raises:
+        ConfigError: one of another shape than the run's, or a checkpoint that its own run may remove.
+    """
+    if is_training_checkpoint(config.init_from):
+        raise ConfigError(
+            f"init_from {config.init_from} is a checkpoint of a training run, which removes it in time; make a "
+            "model of it first: python -m dinalrm_jax.convert native --checkpoint ... --output ..."
+        )
     model = open_checkpoint(config.init_from, base_model_of(config, workdir), ExecutionConfig())
     if model.config != config.model:
         raise ConfigError(

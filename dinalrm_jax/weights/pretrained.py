@@ -98,11 +98,6 @@ def open_reward_model(
     config = read_json(directory / "config.json")
     if "format" in config:
         return _open_native(directory, config, base_model, execution, backbone)
-    if (directory / "model" / "config.json").is_file():
-        raise ConfigError(
-            f"{directory} is the directory of a training run; its model is {directory / 'model'}, its checkpoints are "
-            f"{directory}/reward/checkpoints/STEP and {directory}/reward/best/STEP"
-        )
     if base_model is None:
         raise ConfigError(
             f"{directory} is in the released layout, which holds LoRA and head only; name its base model "

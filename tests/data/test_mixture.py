@@ -57,7 +57,7 @@ def test_a_weight_is_how_often_pairs_come_in_an_epoch(parts):
 
 def test_pairs_keep_their_images_and_prompts_and_name_their_directory(parts):
     mixture = Mixture(tuple(map(MixedConfig, parts)))
-    assert mixture.buckets("eval") == {"16x16 of few": range(4), "16x16 of many": range(4, 16)}
+    assert mixture.buckets("eval") == {"16x16 of set 0": range(4), "16x16 of set 1": range(4, 16)}
     pair = mixture.pairs("eval")[5]
     assert mixture.images[pair.chosen].latents[0, 0, 0] == 101
     assert mixture.prompts[pair.prompt].prompt_embeds[0, 0] == 100

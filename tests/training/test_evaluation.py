@@ -69,6 +69,12 @@ def test_accuracy_counts_equal_scores_as_wrong(scene_model, records):
     assert tied.accuracy(0.2) == 0
 
 
+def test_one_level_and_an_ensemble_of_one(scene_model, records):
+    evaluator, params = make_evaluator(scene_model, records, levels=(0.2, (0.2,)))
+    single, ensemble = evaluator.run(params, (0.2, (0.2,))).chosen
+    np.testing.assert_allclose(single, ensemble, atol=1e-5)
+
+
 def test_max_pairs_are_spread_over_all(scene_model, records):
     pairs = records.pairs("eval")
     config = EvaluationConfig(batch_size=8, max_pairs=3)
@@ -96,5 +102,12 @@ def test_a_batch_is_as_large_as_the_memory_allows(scene_model, records, capsys):
     assert asked == [8, 4, 2]
     assert "trying 2" in capsys.readouterr().out
     np.testing.assert_allclose(small.run(params, (0.2,)).chosen, whole.run(params, (0.2,)).chosen, atol=1e-5)
+    asked.clear()
+    twelve = EvaluationConfig(batch_size=12, seed=5)
+    with pytest.raises(ConfigError, match="does not fit"):
+        make_evaluator(
+            scene_model, records, twelve, MeshConfig(data=4), lambda program: two_rows_fit(program), levels=(0.2,)
+        )
+    assert asked == [12, 4], "whole rows on every device"
     with pytest.raises(ConfigError, match=r"of 4 latents \(4, 4, 16\) does not fit .*mesh.fsdp"):
         make_evaluator(scene_model, records, mesh=MeshConfig(data=4), fits=lambda program: False, levels=(0.2,))

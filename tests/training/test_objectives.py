@@ -109,7 +109,7 @@ def test_the_ensemble_term_scores_both_images_at_several_levels_of_the_row(golde
         return latents.mean(axis=(1, 2, 3))
 
     rows = len(golden_batch.chosen)
-    keys, term = row_keys(0, 0, rows), EnsembleTermConfig(levels=3, weight=0.25)
+    keys, term = row_keys(0, 0, rows), EnsembleTermConfig(count=3, weight=0.25)
     module = Reading(lambda levels, eps: levels, ensemble)
     losses, metrics = reward_objective(module, LossConfig(), SigmaConfig(), term)({}, golden_batch, keys)
     levels = np.asarray(seen["levels"])
