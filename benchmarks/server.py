@@ -33,7 +33,8 @@ import dinalrm_jax as dina
 from dinalrm_jax.client import AsyncRewardClient, ClientConfig, RewardClient
 from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config
 from dinalrm_jax.noise import nearest_schedule_sigma
-from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
 from dinalrm_jax.server.protocol import RowShape
 from dinalrm_jax.weights.pretrained import save_reward_model
 

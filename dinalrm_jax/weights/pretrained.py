@@ -83,9 +83,10 @@ def open_reward_model(
     base_model: str | pathlib.Path | None,
     execution: ExecutionConfig,
     backbone: Params | None = None,
+    revision: str | None = None,
 ) -> PretrainedModel:
     """What `RewardModel.from_pretrained` loads, with its arguments and errors."""
-    directory = resolve(checkpoint, CHECKPOINT_FILES)
+    directory = resolve(checkpoint, CHECKPOINT_FILES, revision)
     config = read_json(directory / "config.json")
     if "format" in config:
         return _open_native(directory, config, base_model, execution, backbone)
@@ -144,22 +145,24 @@ def transformer_functional(
 
 
 def load_backbone(
-    base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig()
+    base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig(), revision: str | None = None
 ) -> tuple[SD3Config, Params]:
     """A whole transformer from a diffusers directory or a native backbone, on the device in the compute dtype."""
-    transformer, arrays = open_backbone(base_model)
+    transformer, arrays = open_backbone(base_model, revision)
     return transformer, place(arrays, execution.dtype)
 
 
-def open_backbone(base_model: str | pathlib.Path) -> tuple[SD3Config, dict[str, np.ndarray]]:
+def open_backbone(
+    base_model: str | pathlib.Path, revision: str | None = None
+) -> tuple[SD3Config, dict[str, np.ndarray]]:
     """The same as views of the mapped files, in their dtype: only what is used of them is read."""
-    directory = resolve(base_model, TRANSFORMER_FILES)
+    directory = resolve(base_model, TRANSFORMER_FILES, revision)
     config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     if "format" in config:
         transformer = from_mapping(SD3Config, _native(config, "backbone", directory), f"{directory}/config.json")
         tensors, table = SafetensorsDirectory(directory, "backbone"), rules.IDENTITY
     else:
-        directory, transformer = read_diffusers_config(base_model)
+        directory, transformer = read_diffusers_config(directory)
         tensors, table = SafetensorsDirectory(directory, "diffusion_pytorch_model"), sd3.rules(transformer)
     shapes = transformer_functional(transformer, ExecutionConfig()).shapes
     return transformer, rules.load(tensors, table, shapes, source=str(directory))

@@ -14,7 +14,8 @@ import pytest
 from dinalrm_jax.client import ClientConfig, RewardClient
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.noise import nearest_schedule_sigma
-from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
 from dinalrm_jax.weights.pretrained import save_reward_model
 from tests.conftest import ROOT
 from tests.server.serving import inputs, take
@@ -87,7 +88,8 @@ def test_a_hanging_device_ends_the_process(checkpoint, deadline, ask, message):
     program = f"""
 import asyncio, os, signal, time
 import dinalrm_jax as dina
-from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
 model = dina.RewardModel.from_pretrained({str(checkpoint)!r}, dtype="float32")
 config = ServerConfig(port=0, warmup=("4x4x5",), max_batch_size=1, deadline_s={deadline}, drain_s=0.5)
 server = RewardServer(model, config, "tiny")
