@@ -145,18 +145,16 @@ def transformer_functional(
 
 
 def load_backbone(
-    base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig(), revision: str | None = None
+    base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig()
 ) -> tuple[SD3Config, Params]:
     """A whole transformer from a diffusers directory or a native backbone, on the device in the compute dtype."""
-    transformer, arrays = open_backbone(base_model, revision)
+    transformer, arrays = open_backbone(base_model)
     return transformer, place(arrays, execution.dtype)
 
 
-def open_backbone(
-    base_model: str | pathlib.Path, revision: str | None = None
-) -> tuple[SD3Config, dict[str, np.ndarray]]:
+def open_backbone(base_model: str | pathlib.Path) -> tuple[SD3Config, dict[str, np.ndarray]]:
     """The same as views of the mapped files, in their dtype: only what is used of them is read."""
-    directory = resolve(base_model, TRANSFORMER_FILES, revision)
+    directory = resolve(base_model, TRANSFORMER_FILES)
     config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     if "format" in config:
         transformer = from_mapping(SD3Config, _native(config, "backbone", directory), f"{directory}/config.json")
