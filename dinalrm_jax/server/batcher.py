@@ -47,9 +47,9 @@ class Batcher:
     A batch goes to the device when it is full, or, where the device is free, `max_wait` seconds after
     its first row came - or up to ten times that while other requests are on their way in: a burst of large
     bodies takes longer to read than that, and a row that went alone would keep the others waiting.
-    While the device is busy only full batches line up - but none overtakes a row that has waited for `max_wait`:
-    its batch, full or not, is the next one. So a row waits for at most `max_wait` and the two batches that are
-    on their way, however busy the other shapes are.
+    While the device is busy only full batches line up - but in place of one goes, full or not, that of a row that
+    has waited for `max_wait`, and shapes take turns. So a row of a rare shape waits for `max_wait` and the two
+    batches that are on their way at most, however many rows of a common one are queued.
 
     Args:
         engine: the programs.
@@ -80,6 +80,7 @@ class Batcher:
         self._announced: dict[object, float] = {}  # requests being read: since when
         self._flying: dict[int, float] = {}  # a batch's number: when it went to the device
         self._flown, self._last_end = 0, 0.0
+        self._last_batch: dict[RowShape, int] = {}  # a shape's: its number
         self._new = NewShapes(max_new_shapes, self._compile, self._changed)
         self._never_ready = False
         self._finishers = ThreadPoolExecutor(1, "finish")
@@ -256,22 +257,30 @@ class Batcher:
                     self._changed.wait(wait)
 
     def _choose(self) -> tuple[list[_Waiting], float | None]:
-        """The batch that goes now: the oldest row's if that has waited enough, else a full one; or how long to wait."""
+        """The batch that goes now, or none and how long to wait for one."""
         by_shape: dict[RowShape, list[_Waiting]] = {}
         for item in self._queue.values():
             if item.row.shape not in self._new.pending:
                 by_shape.setdefault(item.row.shape, []).append(item)
         if not by_shape or len(self._flying) == IN_FLIGHT:
             return [], None
-        batches = [items[: self.engine.max_batch] for items in by_shape.values()]
-        waited = time.monotonic() - batches[0][0].arrived
-        if not self._flying and (waited >= self._patience() or self.state != READY):
-            return batches[0], None
-        full = next((batch for batch in batches if len(batch) == self.engine.max_batch), [])
-        if full and waited >= self._max_wait:
-            return batches[0], None  # nothing overtakes it
-        # Behind a batch, only a full one lines up.
-        return full, None if self._flying else max(self._patience() - waited, 0.0)
+        batches = {shape: items[: self.engine.max_batch] for shape, items in by_shape.items()}
+        full = [shape for shape, batch in batches.items() if len(batch) == self.engine.max_batch]
+        now, patience = time.monotonic(), self._patience()
+
+        def waited(seconds: float) -> list[RowShape]:
+            return [s for s, batch in batches.items() if self.state != READY or now - batch[0].arrived >= seconds]
+
+        if not self._flying and (ready := waited(patience)):
+            return batches[self._next_turn(ready)], None
+        if full:  # or, in its place, the batch of a row that has waited
+            return batches[self._next_turn(waited(self._max_wait) or full)], None
+        oldest = next(iter(batches.values()))[0]
+        return [], None if self._flying else max(oldest.arrived + patience - now, 0.0)
+
+    def _next_turn(self, shapes: Sequence[RowShape]) -> RowShape:
+        """The shape whose last batch is the longest ago; of those without one, that of the oldest row."""
+        return min(shapes, key=lambda shape: self._last_batch.get(shape, 0))
 
     def _patience(self) -> float:
         """Seconds for which a batch's first row waits for others."""
@@ -284,6 +293,7 @@ class Batcher:
             self._flown += 1
             number, started = self._flown, time.monotonic()
             self._flying[number] = started
+            self._last_batch[batch[0].row.shape] = number
         try:
             finish = self.engine.start([item.row for item in batch])
         except Exception as error:

@@ -37,7 +37,7 @@ def raise_open_files_limit() -> None:
 class Throttle:
     """Lines of a log that anybody outside can cause: of each kind, a few in a second."""
 
-    def __init__(self, lines: int = 20):
+    def __init__(self, lines: int = 5):
         self._lines = lines
         self._seen: dict[str, tuple[float, int]] = {}  # kind: second, lines in it
 
@@ -77,11 +77,11 @@ class Connections:
         loop = asyncio.get_running_loop()
         # Some are accepted before the first of them is looked at, and files are opened too.
         spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds()
-        self.limit = max(1, min(self._wanted, 3 * spare // 4))
+        self.limit = max(1, min(self._wanted, spare // 2))
         loop.set_exception_handler(self._on_loop_error)
         try:
             server = await loop.create_server(
-                lambda: Connection(self, runner.server, loop), host, port, backlog=max(1, min(BACKLOG, spare // 8))
+                lambda: Connection(self, runner.server, loop), host, port, backlog=max(1, min(BACKLOG, spare // 4))
             )
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from error

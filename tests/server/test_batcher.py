@@ -165,14 +165,14 @@ class Stepwise(FakeEngine):
 
 
 def test_a_rare_shape_is_next_once_its_wait_is_over():
-    """Full batches of another shape, two on their way and more behind, do not overtake it for ever."""
+    """Full batches of another shape, two on their way, older and newer ones behind, do not overtake it for ever."""
     engine = Stepwise()
     batcher = started(engine, max_wait=0.05)
-    futures = batcher.submit([row(seed) for seed in range(1, 9)])
+    futures = batcher.submit([row(seed) for seed in range(1, 17)])
     until(lambda: len(engine.batches) == 2)
     rare = batcher.submit([row(100, LARGE)])
     time.sleep(0.06)
-    futures += batcher.submit([row(seed) for seed in range(9, 25)])
+    futures += batcher.submit([row(seed) for seed in range(17, 25)])
     engine.steps.release()
     until(lambda: len(engine.batches) == 3)
     assert engine.batches[2] == [100]

@@ -1,6 +1,7 @@
 """The serve command as a process: its flags, kill -9 under load, and SIGTERM."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 
+import httpx
 import numpy as np
 import pytest
 
@@ -33,9 +35,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def serve(*flags, log=None) -> subprocess.Popen:
+def serve(*flags, log=None, before="") -> subprocess.Popen:
+    """The command; `before`: what its shell does first."""
     command = [sys.executable, "-m", "dinalrm_jax.serve", "--dtype=float32", "--warmup=8x12x5", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stderr=log or subprocess.DEVNULL)
+    shell = ["sh", "-c", f'{before} exec "$@"', "sh"]
+    return subprocess.Popen([*shell, *command], cwd=ROOT, stderr=log or subprocess.DEVNULL)
 
 
 @pytest.mark.heavy
@@ -110,6 +114,71 @@ asyncio.run(main())
     assert result.returncode == 70, result.stderr
     assert message in result.stderr
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("when", ["start", "later"])
+def test_sigterm_while_compiling_ends_at_once(checkpoint, when):
+    """A compilation cannot be interrupted; nobody waits for it."""
+    program = f"""
+import asyncio, os, signal, time
+import dinalrm_jax as dina
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
+from dinalrm_jax.server.protocol import RowShape
+model = dina.RewardModel.from_pretrained({str(checkpoint)!r}, dtype="float32")
+server = RewardServer(model, ServerConfig(port=0, warmup=("4x4x5",), max_batch_size=1, allow_new_shapes=True), "tiny")
+engine, plain, begun = server.batcher.engine, server.batcher.engine.compile, []
+engine.compile = lambda shape: begun.append(shape) or time.sleep(100)
+async def main():
+    task = asyncio.ensure_future(server.serve())
+    if {when!r} == "later":
+        engine.compile = plain
+        while server.batcher.state != "ready":
+            await asyncio.sleep(0.05)
+        engine.compile = lambda shape: begun.append(shape) or time.sleep(100)
+        waiting = server.batcher.submit([engine.probe(RowShape(6, 6, 5))])
+    while not begun:
+        await asyncio.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(time.time(), flush=True)
+    await task
+asyncio.run(main())
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert time.time() - float(result.stdout) < 5
+
+
+def test_half_open_heads_where_few_files_may_be_open(checkpoint, tmp_path):
+    """More connections than the process may open files: it goes on, and its log stays short."""
+    port, allowed = free_port(), 160
+    with (tmp_path / "log").open("w") as log:
+        limit = f"ulimit -S -n {allowed // 2}; ulimit -H -n {allowed};"
+        flags = (f"--checkpoint={checkpoint}", f"--port={port}", "--max-batch-size=1")
+        server = serve(*flags, log=log, before=limit)
+        try:
+            with RewardClient(ClientConfig(f"http://127.0.0.1:{port}")) as client:
+                client.wait_until_ready(60)
+                assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (allowed, allowed)
+                half_open = []
+                for _ in range(2 * allowed):
+                    half_open.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+                    half_open[-1].sendall(b"GET /healthz HTTP/1.1\r\nhost: ")
+                    time.sleep(0.001)
+                for _ in range(10):
+                    with httpx.Client(trust_env=False, timeout=2.0) as new:
+                        assert new.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+                latents, prompt = inputs(1)
+                assert np.isfinite(client.score_latents(latents, prompt)).all()
+                for connection in half_open:
+                    connection.close()
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+        finally:
+            server.kill()
+    text = (tmp_path / "log").read_text()
+    assert len(text) < 20_000
+    assert "closed the one that waited longest" in text
 
 
 @pytest.mark.parametrize(
