@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from typing import IO
 
 import jax
 import numpy as np
@@ -112,9 +113,9 @@ def _verl(checkout, url, retries):
     return compute
 
 
-def start_server(checkpoint: pathlib.Path, port: int, shape: RowShape) -> subprocess.Popen:
+def start_server(checkpoint: pathlib.Path, port: int, shape: RowShape, log: IO[str] | None = None) -> subprocess.Popen:
     command = [sys.executable, "-m", "dinalrm_jax.serve", f"--checkpoint={checkpoint}", "--dtype=float32"]
-    return subprocess.Popen([*command, f"--port={port}", f"--warmup={shape}"])
+    return subprocess.Popen([*command, f"--port={port}", f"--warmup={shape}"], stderr=log)
 
 
 def metric(port: int, name: str) -> float:

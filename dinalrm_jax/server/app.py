@@ -22,7 +22,7 @@ from dinalrm_jax.noise import schedule_sigmas
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server import protocol
 from dinalrm_jax.server.batcher import DEAD, READY, Batcher
-from dinalrm_jax.server.bodies import Bodies, Hold
+from dinalrm_jax.server.bodies import Bodies, Hold, is_small
 from dinalrm_jax.server.config import MAX_ROWS, ServerConfig, warmup_shapes
 from dinalrm_jax.server.connections import Connections, raise_open_files_limit
 from dinalrm_jax.server.engine import Engine, Row
@@ -141,7 +141,7 @@ class RewardServer:
         deadline = loop.time() + self.config.deadline_s
         hold = Hold(self._bodies)
         try:
-            with self.batcher.announced():
+            with self.batcher.announced(soon=is_small(request)):
                 body = await self._bodies.read(request, hold, deadline)
                 rows = self._rows(await loop.run_in_executor(self._parsers, protocol.parse, body, self._limits))
                 futures = self.batcher.submit(rows)

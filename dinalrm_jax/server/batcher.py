@@ -7,6 +7,7 @@ deadline passed, leaves the queue at once.
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ class Batcher:
     """Puts rows of one shape together, up to `engine.max_batch`.
 
     A batch goes to the device when it is full, or, where the device is free, `max_wait` seconds after
-    its first row came - or up to ten times that while other requests are on their way in: a burst of large
+    its first row came - or up to ten times that while other requests are on their way in: a burst of
     bodies takes longer to read than that, and a row that went alone would keep the others waiting.
     While the device is busy only full batches line up - but in place of one goes, full or not, that of a row that
     has waited for `max_wait`, and shapes take turns. So a row of a rare shape waits for `max_wait` and the two
@@ -128,8 +129,11 @@ class Batcher:
             raise RequestError(503, self.state, message)
 
     @contextlib.contextmanager
-    def announced(self) -> Iterator[None]:
+    def announced(self, soon: bool = True) -> Iterator[None]:
         """While a request is read and its rows are submitted: it has a place, and a batch may wait for it.
+
+        Args:
+            soon: whether its rows may be here before a batch has waited for long; else none waits for it.
 
         Raises:
             RequestError: not ready, or no place is left.
@@ -140,7 +144,7 @@ class Batcher:
             taken = len(self._queue) + len(self._announced)
             if taken >= self._max_queue:
                 raise RequestError(429, "queue_full", f"{taken} rows wait or are being read; try again later")
-            self._announced[me] = time.monotonic()
+            self._announced[me] = time.monotonic() if soon else -math.inf
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import resource
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,7 +22,9 @@ from dinalrm_jax.server import protocol
 log = logging.getLogger(__name__)
 HEAD_SECONDS = 10.0  # from a head's first byte, or the connection's begin, to the head's end
 IDLE_SECONDS = 75.0  # between two requests; longer than clients keep a connection
-LINGER_SECONDS = 5.0  # in which what is left of a refused body is read, so that its sender sees the answer
+LINGER_SECONDS = 5.0  # in which what is left of a refused body is read, so that its sender sees the answer,
+LINGER_BYTES = 2**22  # and how much of it
+RECEIVE_BUFFER = 2**19  # bytes of a connection that the system takes before we read them; it would take 6 MiB
 BACKLOG = 128  # connections that the system accepts ahead of us
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -85,6 +88,8 @@ class Connections:
             )
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+        for listener in server.sockets:  # connections have it from them
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         try:
             yield server.sockets[0].getsockname()[1]
         finally:
@@ -121,7 +126,7 @@ class Connections:
 class Connection(web.RequestHandler):
     """One connection, whose heads must come in time; handlers say when they begin and end a request."""
 
-    __slots__ = ("_all", "_head_timer", "_at_work")
+    __slots__ = ("_all", "_head_timer", "_at_work", "_between")
 
     def __init__(self, all_of_them: Connections, server: web.Server, loop: asyncio.AbstractEventLoop):
         super().__init__(
@@ -134,7 +139,7 @@ class Connection(web.RequestHandler):
         )
         self._all = all_of_them
         self._head_timer: asyncio.TimerHandle | None = None
-        self._at_work = False
+        self._at_work, self._between = False, 0  # bytes since a request was answered: a body's rest, a next head
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         if self._all.admit(self):
@@ -158,8 +163,12 @@ class Connection(web.RequestHandler):
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        if data and not self._at_work and self._head_timer is None:
-            self._expect_head()
+        if data and not self._at_work:
+            self._between += len(data)
+            if self._between > LINGER_BYTES:
+                self.drop()
+            elif self._head_timer is None:
+                self._expect_head()
         super().data_received(data)
 
     def connection_lost(self, error: BaseException | None) -> None:
@@ -170,7 +179,7 @@ class Connection(web.RequestHandler):
     @contextlib.contextmanager
     def at_work(self):
         """While a request is handled, whose head is whole."""
-        self._at_work = True
+        self._at_work, self._between = True, 0
         self._head_is_here()
         self._all.unproven.pop(self, None)
         self._all.idle.pop(self, None)

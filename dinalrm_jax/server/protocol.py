@@ -32,6 +32,7 @@ CONTENT_TYPE = "application/octet-stream"
 FLOATS = ("F32", "F16", "BF16")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64}
 MAX_HEADER_BYTES = 16384  # five tensors take some 400
+Body = bytes | bytearray | memoryview
 MAX_MESSAGE = 900  # it lands in the trainer's log
 
 
@@ -141,7 +142,7 @@ class Limits:
         return out
 
 
-def parse(body: bytes | bytearray, limits: Limits) -> ScoreRequest:
+def parse(body: Body, limits: Limits) -> ScoreRequest:
     """The rows of a request's body, checked; the arrays are views of it.
 
     Raises:
@@ -198,7 +199,7 @@ def _bad(message: str, code: str = "bad_request") -> RequestError:
     return RequestError(400, code, message)
 
 
-def _header(body: bytes | bytearray) -> tuple[dict[str, object], int]:
+def _header(body: Body) -> tuple[dict[str, object], int]:
     """The blob's table of tensors, and where the table ends."""
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > min(MAX_HEADER_BYTES, len(body) - 8):
@@ -207,7 +208,7 @@ def _header(body: bytes | bytearray) -> tuple[dict[str, object], int]:
             f"(at most {MAX_HEADER_BYTES} here)"
         )
     try:
-        header = json.loads(body[8 : 8 + length], object_pairs_hook=_without_duplicates)
+        header = json.loads(bytes(body[8 : 8 + length]), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise _bad(f"the body is not a safetensors blob: {error}") from None
     if not isinstance(header, dict):
@@ -261,7 +262,7 @@ def _check_tensors(header: Mapping[str, object], limits: Limits) -> None:
         raise _bad("; ".join(problems))
 
 
-def _views(body: bytes | bytearray, header: Mapping[str, Mapping], start: int) -> dict[str, np.ndarray]:
+def _views(body: Body, header: Mapping[str, Mapping], start: int) -> dict[str, np.ndarray]:
     """The tensors without a copy: one behind another, without gaps, to the body's last byte, as the format demands.
 
     (safetensors' own reader copies; hundreds of bodies of several MB may wait here.)

@@ -118,7 +118,11 @@ def test_a_row_waits_for_requests_that_are_being_read(engine):
         second = batcher.submit([row(2)])
     assert scores(first + second) == [1, 2]
     assert engine.batches == [[1, 2]]
-    with batcher.announced():  # one that takes too long is not waited for
+    with batcher.announced(soon=False):  # one that cannot be here in time is not waited for
+        before = time.monotonic()
+        assert scores(batcher.submit([row(3)])) == [3]
+        assert time.monotonic() - before < 0.3
+    with batcher.announced():  # nor one that takes too long
         time.sleep(0.6)
         before = time.monotonic()
         assert scores(batcher.submit([row(3)])) == [3]
