@@ -2,9 +2,9 @@
 
 from benchmarks.mutants import Mutant
 
-APP, BATCHER, BODIES, CONNECTIONS, ENGINE, PROTOCOL, SHAPES = (
+APP, BATCHER, BODIES, CONNECTIONS, ENGINE, PROTOCOL, SHAPES, WAITING = (
     f"dinalrm_jax/server/{name}.py"
-    for name in ("app", "batcher", "bodies", "connections", "engine", "protocol", "shapes")
+    for name in ("app", "batcher", "bodies", "connections", "engine", "protocol", "shapes", "waiting")
 )
 CLIENT, DIGEST, FILES, TORCH = (
     f"dinalrm_jax/{name}.py" for name in ("client", "weights/digest", "weights/files", "weights/torch_file")
@@ -35,28 +35,28 @@ MUTANTS: list[Mutant] = [
     # ---------------------------------------------------------------------------------- batches
     Mutant(
         "full batches overtake a rare shape for ever",
-        BATCHER,
-        "self._next_turn(waited(self._max_wait) or full)",
-        "self._next_turn(full)",
+        WAITING,
+        "waited(self._max_wait) or full",
+        "full",
         batching("rare_shape"),
     ),
     Mutant(
         "shapes do not take turns, older rows of a common one go first",
-        BATCHER,
-        "return min(shapes, key=lambda shape: self._last_batch.get(shape, 0))",
-        "return shapes[0]",
+        WAITING,
+        "min(candidates, key=lambda shape: self._last_batch.get(shape, 0))",
+        "candidates[0]",
         batching("rare_shape"),
     ),
     Mutant(
         "a row that has not waited makes full batches wait",
-        BATCHER,
+        WAITING,
         "now - batch[0].arrived >= seconds",
         "True",
         batching("overtaken"),
     ),
     Mutant(
         "rows of two shapes in one batch",
-        BATCHER,
+        WAITING,
         "by_shape.setdefault(item.row.shape, [])",
         "by_shape.setdefault(None, [])",
         batching("keep_their_scores"),
@@ -78,7 +78,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "cancelled rows keep their place",
         BATCHER,
-        "            self._queue.pop(future, None)",
+        "            self._queue.discard(future)",
         "            pass",
         batching("cancelled_rows_free"),
     ),

@@ -19,6 +19,7 @@ from dinalrm_jax.compilation import return_freed_memory
 from dinalrm_jax.server.engine import Engine, Row
 from dinalrm_jax.server.protocol import RequestError, RowShape
 from dinalrm_jax.server.shapes import NewShapes
+from dinalrm_jax.server.waiting import Waiting, WaitingRows
 
 log = logging.getLogger(__name__)
 LOADING, READY, DRAINING, DEAD = "loading", "ready", "draining", "dead"
@@ -35,22 +36,14 @@ class Scored:
     batch_size: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Waiting:
-    row: Row
-    arrived: float
-    future: Future
-
-
 class Batcher:
     """Puts rows of one shape together, up to `engine.max_batch`.
 
     A batch goes to the device when it is full, or, where the device is free, `max_wait` seconds after
     its first row came - or up to ten times that while other requests are on their way in: a burst of
     bodies takes longer to read than that, and a row that went alone would keep the others waiting.
-    While the device is busy only full batches line up - but in place of one goes, full or not, that of a row that
-    has waited for `max_wait`, and shapes take turns. So a row of a rare shape waits for `max_wait` and the two
-    batches that are on their way at most, however many rows of a common one are queued.
+    While the device is busy only full batches line up, in turns where several shapes wait (`WaitingRows`): a row of
+    a rare shape waits for `max_wait` and the two batches that are on their way at most.
 
     Args:
         engine: the programs.
@@ -77,11 +70,10 @@ class Batcher:
         self._shapes, self._max_wait, self._max_queue = shapes, max_wait, max_queue
         self._observe = observe
         self._changed = threading.Condition()
-        self._queue: dict[Future, _Waiting] = {}  # oldest first
+        self._queue = WaitingRows(engine.max_batch, max_wait)
         self._announced: dict[object, float] = {}  # requests being read: since when
         self._flying: dict[int, float] = {}  # a batch's number: when it went to the device
         self._flown, self._last_end = 0, 0.0
-        self._last_batch: dict[RowShape, int] = {}  # a shape's: its number
         self._new = NewShapes(max_new_shapes, self._compile, self._changed)
         self._never_ready = False
         self._finishers = ThreadPoolExecutor(1, "finish")
@@ -110,9 +102,7 @@ class Batcher:
                 )
             if shape not in self.engine.shapes:
                 self._new.request(shape, self.engine.shapes)
-            futures = [Future() for _ in rows]
-            now = time.monotonic()
-            self._queue |= {future: _Waiting(row, now, future) for row, future in zip(rows, futures)}
+            futures = self._queue.add(rows)
             self._changed.notify_all()
         for future in futures:
             future.add_done_callback(self._forget)
@@ -179,7 +169,7 @@ class Batcher:
             self._never_ready |= self.state == LOADING
             if self.state != DEAD:
                 self.state = DRAINING
-            self._fail([item for item in self._queue.values() if item.row.shape in self._new.pending], _shut_down())
+            self._fail([item for item in self._queue if item.row.shape in self._new.pending], _shut_down())
             self._changed.notify_all()
 
     def join(self, seconds: float) -> bool:
@@ -188,7 +178,7 @@ class Batcher:
             return True
         self._thread.join(seconds)
         with self._changed:
-            self._fail(self._queue.values(), _shut_down())
+            self._fail(self._queue, _shut_down())
         return not self._thread.is_alive()
 
     # ------------------------------------------------------------------------- device thread
@@ -243,48 +233,22 @@ class Batcher:
         if not np.isfinite(score).all():
             raise RuntimeError(f"the model scores its probe {score}; weights or compute dtype are broken")
 
-    def _next(self) -> list[_Waiting] | None:
+    def _next(self) -> list[Waiting] | None:
         """Waits for a batch that may go, and takes it; None when a drained queue is empty."""
         with self._changed:
             while True:
-                for item in [item for item in self._queue.values() if item.row.shape in self._new.failed]:
+                for item in [item for item in self._queue if item.row.shape in self._new.failed]:
                     self._fail([item], RequestError(400, "unknown_shape", self._new.reason(item.row.shape)))
                 if not self._queue and self.state != READY:
                     return None
-                batch, wait = self._choose()
-                if batch:
-                    for item in batch:
-                        del self._queue[item.future]
-                    if wanted := [item for item in batch if item.future.set_running_or_notify_cancel()]:
-                        return wanted
-                else:
+                batch, wait = [], None
+                if len(self._flying) < IN_FLIGHT:
+                    busy, hurry = bool(self._flying), self.state != READY
+                    batch, wait = self._queue.take(busy, self._patience(), hurry, self._new.pending)
+                if not batch:
                     self._changed.wait(wait)
-
-    def _choose(self) -> tuple[list[_Waiting], float | None]:
-        """The batch that goes now, or none and how long to wait for one."""
-        by_shape: dict[RowShape, list[_Waiting]] = {}
-        for item in self._queue.values():
-            if item.row.shape not in self._new.pending:
-                by_shape.setdefault(item.row.shape, []).append(item)
-        if not by_shape or len(self._flying) == IN_FLIGHT:
-            return [], None
-        batches = {shape: items[: self.engine.max_batch] for shape, items in by_shape.items()}
-        full = [shape for shape, batch in batches.items() if len(batch) == self.engine.max_batch]
-        now, patience = time.monotonic(), self._patience()
-
-        def waited(seconds: float) -> list[RowShape]:
-            return [s for s, batch in batches.items() if self.state != READY or now - batch[0].arrived >= seconds]
-
-        if not self._flying and (ready := waited(patience)):
-            return batches[self._next_turn(ready)], None
-        if full:  # or, in its place, the batch of a row that has waited
-            return batches[self._next_turn(waited(self._max_wait) or full)], None
-        oldest = next(iter(batches.values()))[0]
-        return [], None if self._flying else max(oldest.arrived + patience - now, 0.0)
-
-    def _next_turn(self, shapes: Sequence[RowShape]) -> RowShape:
-        """The shape whose last batch is the longest ago; of those without one, that of the oldest row."""
-        return min(shapes, key=lambda shape: self._last_batch.get(shape, 0))
+                elif wanted := [item for item in batch if item.future.set_running_or_notify_cancel()]:
+                    return wanted
 
     def _patience(self) -> float:
         """Seconds for which a batch's first row waits for others."""
@@ -292,12 +256,11 @@ class Batcher:
         coming = any(time.monotonic() - since < longest for since in self._announced.values())
         return longest if coming else self._max_wait
 
-    def _dispatch(self, batch: list[_Waiting]) -> None:
+    def _dispatch(self, batch: list[Waiting]) -> None:
         with self._changed:
             self._flown += 1
             number, started = self._flown, time.monotonic()
             self._flying[number] = started
-            self._last_batch[batch[0].row.shape] = number
         try:
             finish = self.engine.start([item.row for item in batch])
         except Exception as error:
@@ -311,7 +274,7 @@ class Batcher:
             self._fail(batch, error)  # nobody else would
             raise
 
-    def _finish(self, number: int, started: float, batch: list[_Waiting], finish: Callable[[], np.ndarray]) -> None:
+    def _finish(self, number: int, started: float, batch: list[Waiting], finish: Callable[[], np.ndarray]) -> None:
         try:
             self._settle(number, started, batch, finish)
         except BaseException as error:  # of our own code: nobody else would hear of it
@@ -319,7 +282,7 @@ class Batcher:
             self._die(error)
             self._fail(batch, error)
 
-    def _settle(self, number: int, started: float, batch: list[_Waiting], finish: Callable[[], np.ndarray]) -> None:
+    def _settle(self, number: int, started: float, batch: list[Waiting], finish: Callable[[], np.ndarray]) -> None:
         try:
             scores, failure = finish(), None
         except Exception as error:
@@ -362,16 +325,16 @@ class Batcher:
     def _die(self, error: BaseException) -> None:
         with self._changed:
             self.state = DEAD
-            self._fail(self._queue.values(), error)
+            self._fail(self._queue, error)
             self._changed.notify_all()
 
     def _forget(self, future: Future) -> None:
         """Of a future that is done: its place is free."""
         with self._changed:
-            self._queue.pop(future, None)
+            self._queue.discard(future)
 
     @staticmethod
-    def _fail(batch: Iterable[_Waiting], error: BaseException) -> None:
+    def _fail(batch: Iterable[Waiting], error: BaseException) -> None:
         if not isinstance(error, RequestError):
             error = RequestError(500, "device_failure", f"the device failed: {error}")
         for item in list(batch):

@@ -61,6 +61,7 @@ def test_killed_and_started_again_under_load_then_ended(checkpoint, tiny_model, 
                 if row % 10 == 1:
                     answered.set()
 
+    files = sorted(checkpoint.parent.rglob("*"))
     with (tmp_path / "log").open("w") as log:
         server = serve(*flags, log=log)
         threads = [threading.Thread(target=score, args=(range(part, 80, 4),)) for part in range(4)]
@@ -70,6 +71,7 @@ def test_killed_and_started_again_under_load_then_ended(checkpoint, tiny_model, 
             assert answered.wait(60)
             server.kill()
             assert server.wait(10) == -signal.SIGKILL
+            assert sorted(checkpoint.parent.rglob("*")) == files  # nothing is left behind
             assert np.isnan(scores).any()
             server = serve(*flags, log=log)
             for thread in threads:
