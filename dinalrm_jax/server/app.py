@@ -248,6 +248,7 @@ class RewardServer:
                 response.headers["www-authenticate"] = "Bearer"
             if not request.content.is_eof():
                 response.force_close()  # what is left of the body is no request
+                request.protocol.refuse(request.content_length or 0)
         if request.path == "/v1/score":
             self._metrics.requests.labels(status).inc()
             if self.batcher.engine.digest is not None:

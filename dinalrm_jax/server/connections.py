@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 HEAD_SECONDS = 10.0  # from a head's first byte, or the connection's begin, to the head's end
 IDLE_SECONDS = 75.0  # between two requests; longer than clients keep a connection
 LINGER_SECONDS = 5.0  # in which what is left of a refused body is read, so that its sender sees the answer,
-LINGER_BYTES = 2**22  # and how much of it
+LINGER_BYTES = 2**23  # if it is no more than this
 RECEIVE_BUFFER = 2**19  # bytes of a connection that the system takes before we read them; it would take 6 MiB
 BACKLOG = 128  # connections that the system accepts ahead of us
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -154,6 +154,11 @@ class Connection(web.RequestHandler):
         )
         self.force_close()
         transport.close()
+
+    def refuse(self, rest: int) -> None:
+        """Of a request whose body is not wanted: `rest` bytes of it at most, 0 where nobody knows, are to come."""
+        if rest > LINGER_BYTES:
+            self._between = rest  # what comes next closes the connection
 
     def drop(self) -> None:
         """Closes it at once, whatever its peer has not read."""

@@ -248,6 +248,23 @@ def test_bodies_are_bounded_in_bytes(tiny_model):
         assert server.metric('dinalrm_errors_total{code="too_large"}') == 1
 
 
+@pytest.mark.parametrize(("announced", "read"), [(2**23, True), (2**23 + 1, False)])
+def test_of_refused_bodies_the_small_are_read_and_the_large_cut(server, announced, read):
+    """So that who sends a row or some sees the answer when it is all sent, and a flood costs nothing."""
+    with connect(server) as client:
+        client.sendall(head(f"content-length: {announced}"))
+        found = answer(client)
+        assert (found.status_code, found.json()["error"]["code"]) == (413, "too_large")
+        assert found.headers["connection"] == "close"
+        sent = 0
+        try:
+            for _ in range(announced // 2**16):
+                sent += client.send(bytes(2**16))
+        except ConnectionError:
+            pass
+        assert (sent >= 2**23) == read
+
+
 def test_chunks_beyond_what_is_free_are_refused(tiny_model):
     with running(tiny_model, **SMALL, max_body_mb=1, max_held_mb=2) as server:
         with connect(server) as first, connect(server) as second, connect(server) as chunked:
