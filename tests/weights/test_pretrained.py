@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zipfile
 
-import huggingface_hub
+import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
