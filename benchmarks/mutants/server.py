@@ -11,8 +11,7 @@ CLIENT, DIGEST, FILES, TORCH = (
 )
 
 
-def batching(name: str) -> str:
-    return f"tests/server/test_batcher.py -k {name}"
+BATCHING, WIRE = "tests/server/test_batcher.py", "tests/server/test_protocol.py"  # three seconds each
 
 
 def attack(name: str) -> str:
@@ -21,10 +20,6 @@ def attack(name: str) -> str:
 
 def served(name: str) -> str:
     return f"tests/server/test_server.py -k {name}"
-
-
-def wire(name: str) -> str:
-    return f"tests/server/test_protocol.py -k {name}"
 
 
 def weights(name: str) -> str:
@@ -38,126 +33,126 @@ MUTANTS: list[Mutant] = [
         WAITING,
         "waited(self._max_wait) or full",
         "full",
-        batching("rare_shape"),
+        BATCHING,
     ),
     Mutant(
         "shapes do not take turns, older rows of a common one go first",
         WAITING,
         "min(candidates, key=lambda shape: self._last_batch.get(shape, 0))",
         "candidates[0]",
-        batching("rare_shape"),
+        BATCHING,
     ),
     Mutant(
         "a row that has not waited makes full batches wait",
         WAITING,
         "now - batch[0].arrived >= seconds",
         "True",
-        batching("overtaken"),
+        BATCHING,
     ),
     Mutant(
         "rows of two shapes in one batch",
         WAITING,
         "by_shape.setdefault(item.row.shape, [])",
         "by_shape.setdefault(None, [])",
-        batching("keep_their_scores"),
+        BATCHING,
     ),
     Mutant(
         "the queue takes any number of rows",
         BATCHER,
         "if len(self._queue) + len(rows) > self._max_queue:",
         "if len(self._queue) > self._max_queue:",
-        batching("full_queue"),
+        BATCHING,
     ),
     Mutant(
         "requests that are being read have no place in the queue",
         BATCHER,
         "taken = len(self._queue) + len(self._announced)",
         "taken = len(self._queue)",
-        batching("full_queue"),
+        BATCHING,
     ),
     Mutant(
         "cancelled rows keep their place",
         BATCHER,
         "            self._queue.discard(future)",
         "            pass",
-        batching("cancelled_rows_free"),
+        BATCHING,
     ),
     Mutant(
         "a batch waits for bodies that cannot be here in time",
         BATCHER,
         "time.monotonic() if soon else -math.inf",
         "time.monotonic()",
-        batching("being_read"),
+        BATCHING,
     ),
     Mutant(
         "NaN is a score",
         BATCHER,
         "            if np.isfinite(score):\n                item",
         "            if True:\n                item",
-        batching("never_finite"),
+        BATCHING,
     ),
     Mutant(
         "a row's own NaN is the device's fault",
         BATCHER,
         'RequestError(422, "non_finite_score", message)',
         'RequestError(500, "non_finite_score", message)',
-        batching("never_finite"),
+        BATCHING,
     ),
     Mutant(
         "a device's NaN is the row's fault",
         BATCHER,
         "if np.isfinite(again):",
         "if False:",
-        batching("asked_again"),
+        BATCHING,
     ),
     Mutant(
         "an error in our own code is nobody's end",
         BATCHER,
         "            self._die(error)\n            self._fail(batch, error)",
         "            self._fail(batch, error)",
-        batching("own_code"),
+        BATCHING,
     ),
     Mutant(
         "a drain drops what waits",
         BATCHER,
         "if not self._queue and self.state != READY:",
         "if self.state != READY:",
-        batching("drain_finishes"),
+        BATCHING,
     ),
     Mutant(
         "a drain waits for weights and programs",
         BATCHER,
         "        if self._never_ready:\n            return True\n",
         "",
-        batching("waits_for_neither"),
+        BATCHING,
     ),
     Mutant(
         "a drain waits for a new shape",
         BATCHER,
         "if item.row.shape in self._new.pending], _shut_down())",
         "if False], _shut_down())",
-        batching("not_wait_for_a_new_shape"),
+        BATCHING,
     ),
     Mutant(
         "failed shapes are forgotten",
         SHAPES,
         "if shape in self.failed:",
         "if False:",
-        batching("failed_is_remembered"),
+        BATCHING,
     ),
     Mutant(
         "any number of new shapes",
         SHAPES,
         "if self._begun == self._limit:",
         "if not self._limit:",
-        batching("few_at_a_time"),
+        BATCHING,
     ),
     Mutant(
         "any number of compilations at a time",
         SHAPES,
         "if len(self.pending) == MAX_PENDING:",
         "if False:",
-        batching("few_at_a_time"),
+        BATCHING,
     ),
     # ----------------------------------------------------------------------------------- scores
     Mutant(
@@ -266,16 +261,16 @@ MUTANTS: list[Mutant] = [
         "if False:",
         attack("stand_twice"),
     ),
-    Mutant("a tensor may stand twice", PROTOCOL, "if name in found:", "if False:", wire("bad_bytes")),
+    Mutant("a tensor may stand twice", PROTOCOL, "if name in found:", "if False:", WIRE),
     Mutant(
         "bytes may follow the tensors",
         PROTOCOL,
         "if start + position != len(body):",
         "if False:",
-        wire("bad_bytes"),
+        WIRE,
     ),
-    Mutant("u up to 2", PROTOCOL, "(u <= 1)", "(u <= 2)", wire("bad_tensors")),
-    Mutant("NaN may come in", PROTOCOL, "if not finite.all():", "if False:", wire("not_finite")),
+    Mutant("u up to 2", PROTOCOL, "(u <= 1)", "(u <= 2)", WIRE),
+    Mutant("NaN may come in", PROTOCOL, "if not finite.all():", "if False:", WIRE),
     Mutant(
         "clients write control characters into the log",
         PROTOCOL,
@@ -431,26 +426,26 @@ MUTANTS: list[Mutant] = [
         weights("revision"),
     ),
     Mutant("a directory has any revision", FILES, "if revision is not None:", "if False:", weights("revision")),
-    Mutant("expanded tensors are read", TORCH, "if step <= reach:", "if False:", weights("not_their_tensors")),
+    Mutant("expanded tensors are read", TORCH, "if step <= reach:", "if False:", weights("torch_files")),
     Mutant(
         "storages of no tensor are read",
         TORCH,
         "if MOST * storage.used < len(storage.values):",
         "if False:",
-        weights("not_their_tensors"),
+        weights("torch_files"),
     ),
     Mutant(
         "compressed storages are read",
         TORCH,
         "if info.compress_type != zipfile.ZIP_STORED:",
         "if False:",
-        weights("bombs"),
+        weights("torch_files"),
     ),
     Mutant(
         "any number of tensors of one storage",
         TORCH,
         "if storage.used > MOST * len(values):",
         "if False:",
-        weights("bombs"),
+        weights("torch_files"),
     ),
 ]

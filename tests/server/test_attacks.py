@@ -107,25 +107,27 @@ def test_headers_that_stand_twice_are_refused(server, name):
 
 
 def test_a_head_must_come_in_time(tiny_model, monkeypatch):
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
     with running(tiny_model, **SMALL) as server:
         with connect(server) as silent, connect(server) as slow:
-            for byte in b"POST /":  # more bytes do not buy more time
+            before = time.monotonic()
+            for byte in b"POST /v1":  # more bytes do not buy more time
                 slow.sendall(bytes([byte]))
-                time.sleep(0.05)
-            assert is_closed(silent, 0.3)
-            assert is_closed(slow, 0.1)
+                time.sleep(0.1)
+            assert is_closed(silent, 3)
+            assert is_closed(slow, 3)
+            assert time.monotonic() - before < 1.6
         body = good_body()
         with connect(server) as used:
             for _ in range(2):
                 used.sendall(head(f"content-length: {len(body)}") + body)
                 assert answer(used).status_code == 200
-            assert not is_closed(used, 0.8)  # idle is not slow
+            assert not is_closed(used, 1.3)  # idle is not slow
             used.sendall(b"POST")
-            assert is_closed(used, 2)
+            assert is_closed(used, 3)
         with connect(server) as uploading:  # a body has more time
             uploading.sendall(head(f"content-length: {len(body)}") + body[:100])
-            time.sleep(0.6)
+            time.sleep(1.3)
             uploading.sendall(body[100:])
             assert answer(uploading).status_code == 200
 
@@ -328,7 +330,7 @@ def test_how_large_a_body_may_be():
 
 def test_a_rare_shape_waits_for_two_batches_at_most(tiny_model):
     """While requests of another shape keep the device busy with full batches."""
-    seconds, max_wait = 0.15, 0.02
+    seconds, max_wait = 0.25, 0.02
     with running(tiny_model, max_batch_size=2, max_wait_ms=1000 * max_wait, deadline_s=3.0) as server:
         engine, stop = server.server.batcher.engine, threading.Event()
         plain, full = engine.start, save(torch_request())
@@ -351,12 +353,12 @@ def test_a_rare_shape_waits_for_two_batches_at_most(tiny_model):
         latents, prompt = inputs(1, OTHER_SHAPE)
         waits, statuses = [], []
         body = protocol.serialize(latents, prompt, np.array([0.4]), None)
-        for _ in range(3):
+        for _ in range(2):
             before = time.monotonic()
             statuses.append(server.request("/v1/score", body)[0])
             waits.append(time.monotonic() - before)
         stop.set()
         for thread in threads:
             thread.join()
-    assert statuses == [200, 200, 200]
-    assert max(waits) < max_wait + 3 * seconds + 0.12, waits  # two batches, and its own
+    assert statuses == [200, 200]
+    assert max(waits) < max_wait + 3 * seconds + 0.22, waits  # two batches, and its own
