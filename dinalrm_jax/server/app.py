@@ -237,7 +237,8 @@ class RewardServer:
                 headers = {name: value for name, value in error.headers.items() if name == "Allow"}
             except Exception as error:
                 log.exception("request %s failed", identity)
-                status, code, message = 500, "internal", f"{type(error).__name__}: {error}"[: protocol.MAX_MESSAGE]
+                message = printable(f"{type(error).__name__}: {error}"[: protocol.MAX_MESSAGE])
+                status, code = 500, "internal"
             else:
                 status = response.status
         if status != 200:

@@ -11,7 +11,7 @@ import logging
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import psutil
@@ -64,7 +64,7 @@ class Connections:
     """
 
     def __init__(self, limit: int):
-        self._wanted = limit
+        self.limit = limit
         self.throttle = Throttle()
         self.open: set[Connection] = set()
         self.unproven: dict[Connection, None] = {}  # without a whole head so far, the oldest first
@@ -80,7 +80,7 @@ class Connections:
         loop = asyncio.get_running_loop()
         # Some are accepted before the first of them is looked at, and files are opened too.
         spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - psutil.Process().num_fds()
-        self.limit = max(1, min(self._wanted, spare // 2))
+        self.limit = max(1, min(self.limit, spare // 2))
         loop.set_exception_handler(self._on_loop_error)
         try:
             server = await loop.create_server(
@@ -182,7 +182,7 @@ class Connection(web.RequestHandler):
         super().connection_lost(error)
 
     @contextlib.contextmanager
-    def at_work(self):
+    def at_work(self) -> Iterator[None]:
         """While a request is handled, whose head is whole."""
         self._at_work, self._between = True, 0
         self._head_is_here()
