@@ -275,7 +275,7 @@ MUTANTS: list[Mutant] = [
         "clients write control characters into the log",
         PROTOCOL,
         'return text if text.isprintable() else text.encode("unicode_escape").decode()',
-        "return text",
+        'return text.encode("utf-8", "backslashreplace").decode()',
         attack("one_line_of_a_log"),
     ),
     # ----------------------------------------------------------------------------------- bounds

@@ -84,7 +84,7 @@ def until(condition):
 def test_nothing_is_inflated(server, encoding, monkeypatch):
     inflated = []
     monkeypatch.setattr(
-        "aiohttp.compression_utils.ZLibDecompressor.decompress_sync", lambda *_: inflated.append(1) or b""
+        "aiohttp.compression_utils.ZLibDecompressor.decompress_sync", lambda *_, **__: inflated.append(1) or b""
     )
     bomb = gzip.compress(bytes(2**24))
     with connect(server) as client:
