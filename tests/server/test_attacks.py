@@ -209,11 +209,11 @@ def test_names_of_clients_are_one_line_of_a_log(server, caplog):
     strange = {**HEADERS, "x-request-id": b"id\x85\xa0".decode("latin-1")}
     status, found = server.request("/v1/score", save(tensors), strange)
     assert status == 400
-    duplicate = b'{"a\\nb": 1, "a\\nb": 2}'
-    assert server.request("/v1/score", len(duplicate).to_bytes(8, "little") + duplicate)[0] == 400
+    for header in (b'{"a\\nb": 1, "a\\nb": 2}', b'{"latents": {"dtype": "F\\n\\u001b[31m", "shape": []}}'):
+        assert server.request("/v1/score", len(header).to_bytes(8, "little") + header)[0] == 400
     assert found["error"]["request_id"] == r"id\udc85\udca0"
     records = [record for record in caplog.records if record.name == "dinalrm_jax.server.app"]
-    assert len(records) == 2
+    assert len(records) == 3
     assert all(record.getMessage().isprintable() for record in records)
     assert "stands twice in the header" in records[1].getMessage()
 
