@@ -1,6 +1,6 @@
 """A good client's times while others attack the reward server, over loopback.
 
-    python -m benchmarks.server_attacks [--seconds 12] [--shape 32x32x77]
+    python -m benchmarks.server_attacks [--seconds 10] [--shape 32x32x77]
 
 Starts `python -m dinalrm_jax.serve` on a random model of SD3.5-M's input widths and next to no computation. A good
 client sends one request of one row after another, first alone, then beside each attack, which comes from one
@@ -207,7 +207,7 @@ def report(name: str, port: int, times: list[float], statuses: list[int], server
 
 if __name__ == "__main__":
     flags.DEFINE_list("attacks", list(ATTACKS), "Which of them.")
-    flags.DEFINE_float("seconds", 12.0, "Of good requests, alone and beside each attack.", 1.0)
+    flags.DEFINE_float("seconds", 10.0, "Of good requests, alone and beside each attack.", 1.0)
     flags.DEFINE_string("shape", "32x32x77", "Latent height and width and tokens of every good request.")
     flags.DEFINE_integer("port", 8766, "Port of the server.")
     app.run(main)
