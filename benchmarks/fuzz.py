@@ -24,7 +24,8 @@ import dinalrm_jax as dina
 from benchmarks import fuzz_images
 from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config
 from dinalrm_jax.server import protocol
-from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
 from dinalrm_jax.server.protocol import Limits, RequestError
 
 TINY = RewardModelConfig(

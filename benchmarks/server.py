@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from typing import IO
 
 import jax
 import numpy as np
@@ -33,7 +34,8 @@ import dinalrm_jax as dina
 from dinalrm_jax.client import AsyncRewardClient, ClientConfig, RewardClient
 from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config
 from dinalrm_jax.noise import nearest_schedule_sigma
-from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
 from dinalrm_jax.server.protocol import RowShape
 from dinalrm_jax.weights.pretrained import save_reward_model
 
@@ -111,9 +113,9 @@ def _verl(checkout, url, retries):
     return compute
 
 
-def start_server(checkpoint: pathlib.Path, port: int, shape: RowShape) -> subprocess.Popen:
+def start_server(checkpoint: pathlib.Path, port: int, shape: RowShape, log: IO[str] | None = None) -> subprocess.Popen:
     command = [sys.executable, "-m", "dinalrm_jax.serve", f"--checkpoint={checkpoint}", "--dtype=float32"]
-    return subprocess.Popen([*command, f"--port={port}", f"--warmup={shape}"])
+    return subprocess.Popen([*command, f"--port={port}", f"--warmup={shape}"], stderr=log)
 
 
 def metric(port: int, name: str) -> float:

@@ -7,10 +7,12 @@ says whether a server is ready, and times a score.
 
 import asyncio
 import dataclasses
+import ipaddress
 import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import httpx
 import numpy as np
@@ -30,7 +32,7 @@ class RewardServerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class ClientConfig:
-    """Where the server is and how long to try.
+    """Where the server is and how long to try. Proxies of the environment are used, but not to this machine.
 
     url: of the server, without a path.
     api_key: sent as `Authorization: Bearer KEY`.
@@ -60,6 +62,16 @@ class ClientConfig:
         headers = {"content-type": protocol.CONTENT_TYPE, protocol.VERSION_HEADER: protocol.VERSION}
         return headers | ({"authorization": f"Bearer {self.api_key}"} if self.api_key else {})
 
+    @property
+    def http(self) -> dict[str, Any]:
+        """What httpx's clients are made with."""
+        host = httpx.URL(self.url).host
+        try:
+            local = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            local = host == "localhost"
+        return {"base_url": self.url, "headers": self.headers, "timeout": self.timeout, "trust_env": not local}
+
     def pauses(self) -> Iterator[float]:
         """Seconds to wait before each further try."""
         for attempt in range(self.max_retries):
@@ -71,7 +83,7 @@ class RewardClient:
 
     def __init__(self, config: ClientConfig = ClientConfig()):
         self._config = config
-        self._http = httpx.Client(base_url=config.url, headers=config.headers, timeout=config.timeout)
+        self._http = httpx.Client(**config.http)
 
     def score_latents(
         self,
@@ -136,7 +148,7 @@ class AsyncRewardClient:
 
     def __init__(self, config: ClientConfig = ClientConfig()):
         self._config = config
-        self._http = httpx.AsyncClient(base_url=config.url, headers=config.headers, timeout=config.timeout)
+        self._http = httpx.AsyncClient(**config.http)
 
     async def score_latents(
         self,

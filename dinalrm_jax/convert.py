@@ -38,8 +38,12 @@ def convert(
     output: str,
     dtype: str,
     verify: bool,
+    revision: str | None = None,
 ) -> None:
     """One conversion; see the module's docstring for the directions.
+
+    Args:
+        revision: of what is converted, where that is a hub id: a checkpoint, or with `diffusers` a base model.
 
     Raises:
         ConfigError, WeightsError, TorchFileError, FileNotFoundError, FileExistsError: before anything is written.
@@ -50,6 +54,10 @@ def convert(
     if verify:
         check_torch()
     execution = ExecutionConfig(dtype=dtype)
+    if direction == "diffusers":
+        base_model = pretrained.resolve(base_model, pretrained.TRANSFORMER_FILES, revision)
+    else:
+        checkpoint = pretrained.resolve(checkpoint, pretrained.CHECKPOINT_FILES, revision)
     if direction == "released":
         model = pretrained.open_reward_model(checkpoint, base_model, execution).load()
         if verify:
@@ -84,6 +92,7 @@ def main(argv: list[str]) -> None:
             output=values.output,
             dtype=values.dtype,
             verify=values.verify,
+            revision=values.revision,
         )
     except (ConfigError, WeightsError, TorchFileError, VerificationError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -93,6 +102,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
     flags.DEFINE_string("base-model", None, "Base model in diffusers layout: a directory or hub id.")
+    flags.DEFINE_string("revision", None, "Commit, tag or branch of what is converted, where that is a hub id.")
     flags.DEFINE_string("output", None, "Directory to write; must not exist.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Stored dtype of the frozen weights.")
     flags.DEFINE_bool("verify", False, "Score with PyTorch from the released files too, and compare.")

@@ -77,17 +77,18 @@ def evaluate(values: flags.FlagValues, levels: Sequence[Level], draws: Sequence[
     base_model, batch_size = values["base-model"].value, values["batch-size"].value
     if values.benchmark == "records":
         records, split = Records(values.data), values.split or "eval"
-        model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
+        model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype, revision=values.revision)
         check_fit(records, model.config, base_model, [split])
         return evaluate_records(model, records, split, levels, draws, batch_size=batch_size)
     size = parse_bucket(values.size) if values.size is not None else None
     benchmark = read_benchmark(pathlib.Path(values.data), values.benchmark, values.split or "test")
-    model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype)
+    model = RewardModel.from_pretrained(values.checkpoint, base_model, values.dtype, revision=values.revision)
     return evaluate_images(model, benchmark, levels, draws, size=size, batch_size=batch_size)
 
 
 def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
+    flags.DEFINE_string("revision", None, "Commit, tag or branch of a checkpoint that is a hub id.")
     flags.DEFINE_string("base-model", None, "SD3 pipeline with VAE and text encoders; directory or hub id.")
     flags.DEFINE_enum("benchmark", None, BENCHMARKS, "Format of the data.")
     flags.DEFINE_string("data", None, "The benchmark's directory.")

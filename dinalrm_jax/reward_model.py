@@ -21,6 +21,7 @@ from dinalrm_jax.encoders import ImageCodec, load_image_codec, load_prompt_encod
 from dinalrm_jax.head import RewardHead
 from dinalrm_jax.noise import NoiseDraw, add_noise, draw_noise, seed_key, timestep
 from dinalrm_jax.parameters import Functional, Params, functional
+from dinalrm_jax.weights.digest import digest
 
 
 class RewardModule(nnx.Module):
@@ -132,6 +133,7 @@ class RewardModel:
         base_model: str | pathlib.Path | None = None,
         dtype: str = "bfloat16",
         backbone: Params | None = None,
+        revision: str | None = None,
     ) -> "RewardModel":
         """Loads a native checkpoint, one of a training run, or a released one together with its base model.
 
@@ -144,21 +146,28 @@ class RewardModel:
             backbone: a whole transformer's parameters (`weights.pretrained.load_backbone`), on the device in
                 `dtype`, as a policy has them. The frozen part is taken from them as it is: nothing is read or
                 held twice. They must be those that the checkpoint was trained on.
+            revision: of a checkpoint that is a hub id: a commit, tag or branch. (A base model is pinned by
+                a directory.)
 
         Raises:
             WeightsError: a missing, unknown or misshapen weight; all of them are listed.
-            ConfigError: a configuration of another kind of model.
+            ConfigError: a configuration of another kind of model, or a directory's revision.
             FileNotFoundError: not a checkpoint, with what was looked for.
         """
         from dinalrm_jax.weights.checkpoint import open_checkpoint  # imports this module for its types
 
-        return open_checkpoint(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone).load()
+        return open_checkpoint(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone, revision).load()
 
     @classmethod
     def init(cls, config: RewardModelConfig, execution: ExecutionConfig = ExecutionConfig(), seed: int = 0):
         """A model with random weights, as training starts."""
         params = reward_functional(config, execution).init(seed)
         return cls(config, store(params, execution), execution)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits that name these weights, whatever layout and dtype they came in; see `weights.digest`."""
+        return digest(self.params, is_trainable)
 
     def reward_fn(self, sigma: float | Sequence[float] = 0.4) -> Callable[..., jax.Array]:
         """The reward as a pure function, safe under jit, grad, vmap and shard_map.

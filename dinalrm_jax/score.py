@@ -187,7 +187,9 @@ def main(argv: list[str]) -> None:
         prompts = read_prompts(values.prompt, values["prompt-file"].value, len(images))
         size = parse_bucket(values.size) if values.size is not None else None
         levels = [tuple(map(float, values.ensemble)) if values.ensemble else values.sigma]
-        model = RewardModel.from_pretrained(values.checkpoint, values["base-model"].value, values.dtype)
+        model = RewardModel.from_pretrained(
+            values.checkpoint, values["base-model"].value, values.dtype, revision=values.revision
+        )
         with tqdm(total=len(images), desc="scoring", unit="image", disable=len(images) < 2) as bar:
             found = score_images(
                 model,
@@ -219,6 +221,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
+    flags.DEFINE_string("revision", None, "Commit, tag or branch of a checkpoint that is a hub id.")
     flags.DEFINE_string("base-model", None, "SD3 pipeline with VAE and text encoders; directory or hub id.")
     flags.DEFINE_string("prompt", None, "The prompt of all images.")
     flags.DEFINE_string("prompt-file", None, "A text file: one line for all images, or one line an image.")

@@ -9,6 +9,7 @@ something that starts it again.
 """
 
 import asyncio
+import dataclasses
 import json
 import logging
 import sys
@@ -18,7 +19,8 @@ from absl import logging as absl_logging
 
 from dinalrm_jax.compilation import enable_compilation_cache
 from dinalrm_jax.config import ExecutionConfig
-from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
 from dinalrm_jax.server.protocol import read_api_key
 from dinalrm_jax.weights.checkpoint import open_checkpoint
 
@@ -53,15 +55,11 @@ def main(argv: list[str]) -> None:
     enable_compilation_cache()
     try:
         api_key = read_api_key(values["api-key-env"].value)
-        names = ("host", "port", "max_batch_size", "max_wait_ms", "max_queue", "max_body_mb", "deadline_s", "drain_s")
-        config = ServerConfig(
-            **{name: values[name.replace("_", "-")].value for name in names},
-            warmup=tuple(values.warmup),
-            allow_new_shapes=values["allow-new-shapes"].value,
-        )
+        given = {field.name: values[field.name.replace("_", "-")].value for field in dataclasses.fields(ServerConfig)}
+        config = ServerConfig(**given | {"warmup": tuple(values.warmup)})
         execution = ExecutionConfig(dtype=values.dtype)
         server = RewardServer(
-            open_checkpoint(values.checkpoint, values["base-model"].value, execution),
+            open_checkpoint(values.checkpoint, values["base-model"].value, execution, revision=values.revision),
             config,
             values.checkpoint,
             api_key,
@@ -77,13 +75,20 @@ if __name__ == "__main__":
     flags.DEFINE_alias("model-path", "checkpoint")
     flags.DEFINE_string("base-model", None, "Base model in diffusers layout; needed for the released layout.")
     flags.DEFINE_alias("base-model-path", "base-model")
+    flags.DEFINE_string("revision", None, "Commit, tag or branch of a checkpoint that is a hub id.")
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype.")
     flags.DEFINE_string("host", DEFAULTS.host, "Address to listen on; 0.0.0.0 for all, on a trusted network.")
     flags.DEFINE_integer("port", DEFAULTS.port, "Port to listen on; 0 takes a free one.", 0, 65535)
     flags.DEFINE_integer("max-batch-size", DEFAULTS.max_batch_size, "Rows in one program.", 1)
     flags.DEFINE_float("max-wait-ms", DEFAULTS.max_wait_ms, "How long a batch waits for rows on a free device.", 0)
     flags.DEFINE_integer("max-queue", DEFAULTS.max_queue, "Rows that may wait; beyond, requests get 429.", 1)
-    flags.DEFINE_integer("max-body-mb", DEFAULTS.max_body_mb, "MiB a request may have.", 1)
+    flags.DEFINE_integer(
+        "max-body-mb", DEFAULTS.max_body_mb, "MiB a request may have; 64 rows of the largest shape if not given.", 1
+    )
+    flags.DEFINE_integer(
+        "max-held-mb", DEFAULTS.max_held_mb, "MiB of all requests; --max-queue rows of the largest if not given.", 1
+    )
+    flags.DEFINE_integer("max-connections", DEFAULTS.max_connections, "Connections that may be open.", 1)
     flags.DEFINE_list(
         "warmup",
         DEFAULTS.warmup,
@@ -91,7 +96,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_float("deadline-s", DEFAULTS.deadline_s, "Seconds a request may take; verl-omni waits 120.", 0.001)
     flags.DEFINE_float("drain-s", DEFAULTS.drain_s, "Seconds for waiting rows at SIGTERM.", 0)
-    flags.DEFINE_bool("allow-new-shapes", DEFAULTS.allow_new_shapes, "Compile shapes that come instead of refusing.")
+    flags.DEFINE_bool("allow-new-shapes", DEFAULTS.allow_new_shapes, "Compile up to 16 shapes that come.")
     flags.DEFINE_string("api-key-env", None, "Environment variable with a key that clients must send.")
     flags.DEFINE_bool("log-json", False, "Log lines of JSON.")
     flags.mark_flag_as_required("checkpoint")

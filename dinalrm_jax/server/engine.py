@@ -9,8 +9,9 @@ import numpy as np
 
 from dinalrm_jax.data.batch import PromptEmbeds
 from dinalrm_jax.noise import draw_noise, seed_key
-from dinalrm_jax.reward_model import RewardModel, reward_functional, stored_shapes
+from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, stored_shapes
 from dinalrm_jax.server.protocol import RowShape
+from dinalrm_jax.weights.digest import digest
 from dinalrm_jax.weights.pretrained import PretrainedModel
 
 
@@ -43,6 +44,7 @@ class Engine:
         self.buckets = sorted({min(2**power, max_batch) for power in range(max_batch.bit_length() + 1)})
         self._transformer = model.config.transformer
         self._model, self._params = model, None
+        self.digest: str | None = None  # of the weights on the device, once they are there
         self._compiled_for = (
             model.params if isinstance(model, RewardModel) else stored_shapes(model.config, model.execution)
         )
@@ -58,6 +60,7 @@ class Engine:
     def load(self) -> None:
         """Takes the weights, which are read now where they are not in memory yet; their files are closed."""
         self._params = jax.block_until_ready(self._model.params)
+        self.digest = digest(self._params, is_trainable)
         self._model = None
 
     def compile(self, shape: RowShape) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
+from multidict import MultiMapping
 from safetensors.numpy import save
 
 from dinalrm_jax.config import ConfigError, RewardModelConfig
@@ -31,11 +32,14 @@ CONTENT_TYPE = "application/octet-stream"
 FLOATS = ("F32", "F16", "BF16")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64}
 MAX_HEADER_BYTES = 16384  # five tensors take some 400
+Body = bytes | bytearray | memoryview
 MAX_MESSAGE = 900  # it lands in the trainer's log
 
 
 class RequestError(Exception):
     """A request that is answered with an error.
+
+    The message may quote the request; what would not print as it is (line ends, control characters) is escaped.
 
     Attributes:
         status: of HTTP.
@@ -43,8 +47,13 @@ class RequestError(Exception):
     """
 
     def __init__(self, status: int, code: str, message: str):
-        super().__init__(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " ...")
+        super().__init__(printable(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " ..."))
         self.status, self.code = status, code
+
+
+def printable(text: str) -> str:
+    """A text that came from outside, as one line of a log or an answer."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +117,20 @@ class Limits:
             min(cls.max_side, table),
         )
 
+    @property
+    def largest(self) -> RowShape:
+        """The largest row that is taken at all."""
+        return RowShape(self.max_side, self.max_side, self.max_tokens)
+
+    def row_bytes(self, shape: RowShape) -> int:
+        """Of a row's tensors, in float32, in a request."""
+        latents = self.channels * shape.height * shape.width
+        return 4 * (latents + self.width * shape.tokens + self.pooled_width + 1) + 8
+
+    def body_bytes(self, shape: RowShape) -> int:
+        """Of the largest request of a shape."""
+        return 8 + MAX_HEADER_BYTES + self.max_rows * self.row_bytes(shape)
+
     def problems(self, height: int, width: int, tokens: int) -> list[str]:
         """What is wrong with latents and prompt of these sizes."""
         out = []
@@ -119,7 +142,7 @@ class Limits:
         return out
 
 
-def parse(body: bytes, limits: Limits) -> ScoreRequest:
+def parse(body: Body, limits: Limits) -> ScoreRequest:
     """The rows of a request's body, checked; the arrays are views of it.
 
     Raises:
@@ -151,24 +174,32 @@ def serialize(latents: np.ndarray, prompt: PromptEmbeds, u: np.ndarray, seeds: n
     return save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
 
 
-def check_headers(headers: Mapping[str, str]) -> None:
-    """Raises RequestError 400 unless a request's headers announce this protocol."""
-    found = headers.get(VERSION_HEADER)
+def check_headers(headers: MultiMapping[str]) -> None:
+    """Raises RequestError 400 unless a request's headers announce this protocol, each of them once."""
+    found = _only(headers, VERSION_HEADER)
     if found != VERSION:
-        said = f"the request says {found!r}" if found is not None else "the request does not say"
+        said = f"the request says {found[:50]!r}" if found is not None else "the request does not say"
         raise _bad(f"this server speaks protocol version {VERSION!r} (header {VERSION_HEADER}); {said}", "bad_protocol")
-    if (encoding := headers.get("content-encoding", "identity")) != "identity":
+    if (encoding := _only(headers, "content-encoding")) not in (None, "identity"):
         raise _bad(f"content-encoding {encoding[:50]!r} is not taken; send the blob as it is", "bad_protocol")
-    content = headers.get("content-type", "").split(";")[0].strip().lower()
+    content = (_only(headers, "content-type") or "").split(";")[0].strip().lower()
     if content != CONTENT_TYPE:
-        raise _bad(f"content-type must be {CONTENT_TYPE}, a safetensors blob; got {content!r}", "bad_protocol")
+        raise _bad(f"content-type must be {CONTENT_TYPE}, a safetensors blob; got {content[:50]!r}", "bad_protocol")
+
+
+def _only(headers: MultiMapping[str], name: str) -> str | None:
+    """A header's value; a second one, which another reader might go by, is refused."""
+    values = headers.getall(name, [])
+    if len(values) > 1:
+        raise _bad(f"the header {name} stands {len(values)} times in the request; send it once", "bad_protocol")
+    return values[0] if values else None
 
 
 def _bad(message: str, code: str = "bad_request") -> RequestError:
     return RequestError(400, code, message)
 
 
-def _header(body: bytes) -> tuple[dict[str, object], int]:
+def _header(body: Body) -> tuple[dict[str, object], int]:
     """The blob's table of tensors, and where the table ends."""
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > min(MAX_HEADER_BYTES, len(body) - 8):
@@ -177,7 +208,7 @@ def _header(body: bytes) -> tuple[dict[str, object], int]:
             f"(at most {MAX_HEADER_BYTES} here)"
         )
     try:
-        header = json.loads(body[8 : 8 + length], object_pairs_hook=_without_duplicates)
+        header = json.loads(bytes(body[8 : 8 + length]), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise _bad(f"the body is not a safetensors blob: {error}") from None
     if not isinstance(header, dict):
@@ -187,10 +218,12 @@ def _header(body: bytes) -> tuple[dict[str, object], int]:
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    names = [name for name, _ in pairs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{', '.join(sorted(twice))} stands twice in the header")
-    return dict(pairs)
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:50]!r} stands twice in the header")
+        found[name] = value
+    return found
 
 
 def _check_tensors(header: Mapping[str, object], limits: Limits) -> None:
@@ -229,7 +262,7 @@ def _check_tensors(header: Mapping[str, object], limits: Limits) -> None:
         raise _bad("; ".join(problems))
 
 
-def _views(body: bytes, header: Mapping[str, Mapping], start: int) -> dict[str, np.ndarray]:
+def _views(body: Body, header: Mapping[str, Mapping], start: int) -> dict[str, np.ndarray]:
     """The tensors without a copy: one behind another, without gaps, to the body's last byte, as the format demands.
 
     (safetensors' own reader copies; hundreds of bodies of several MB may wait here.)

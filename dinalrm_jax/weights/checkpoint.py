@@ -35,12 +35,13 @@ def open_checkpoint(
     base_model: str | pathlib.Path | None,
     execution: ExecutionConfig,
     backbone: Params | None = None,
+    revision: str | None = None,
 ) -> PretrainedModel:
     """What `RewardModel.from_pretrained` loads, with its arguments and errors."""
     directory = pathlib.Path(checkpoint).expanduser()
-    if directory.is_dir() and (step := _training_step(directory.resolve())) is not None:
+    if revision is None and directory.is_dir() and (step := _training_step(directory.resolve())) is not None:
         return _open_training(step, base_model, execution, backbone)
-    return open_reward_model(checkpoint, base_model, execution, backbone)
+    return open_reward_model(checkpoint, base_model, execution, backbone, revision)
 
 
 def is_training_checkpoint(path: str) -> bool:

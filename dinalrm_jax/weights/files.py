@@ -91,24 +91,31 @@ def save_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> N
     path.chmod(0o644)  # safetensors creates files that only their owner can read
 
 
-def resolve(name: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path:
+def resolve(name: str | pathlib.Path, patterns: tuple[str, ...], revision: str | None = None) -> pathlib.Path:
     """A local directory as it is, or what matches `patterns` of a hub repository, downloaded.
+
+    Args:
+        revision: of the repository: a commit, tag or branch; None: its main branch.
 
     Raises:
         FileNotFoundError: neither.
+        ConfigError: a directory with a revision.
     """
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{path} is a local directory, which has no revision {revision!r}; leave it out")
         return path
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return pathlib.Path(snapshot_download(name, allow_patterns=list(patterns)))
+            return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            pinned = "" if revision is None else f" at revision {revision!r}"
             raise FileNotFoundError(
-                f"{name!r} is neither a directory nor a hub repository that can be downloaded: {error}"
+                f"{name!r}{pinned} is neither a directory nor a hub repository that can be downloaded: {error}"
             ) from error
     raise FileNotFoundError(f"no directory {path}")
 

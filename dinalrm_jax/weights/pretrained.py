@@ -92,9 +92,10 @@ def open_reward_model(
     base_model: str | pathlib.Path | None,
     execution: ExecutionConfig,
     backbone: Params | None = None,
+    revision: str | None = None,
 ) -> PretrainedModel:
     """What `RewardModel.from_pretrained` loads, with its arguments and errors."""
-    directory = resolve(checkpoint, CHECKPOINT_FILES)
+    directory = resolve(checkpoint, CHECKPOINT_FILES, revision)
     config = read_json(directory / "config.json")
     if "format" in config:
         return _open_native(directory, config, base_model, execution, backbone)
@@ -167,7 +168,7 @@ def open_backbone(base_model: str | pathlib.Path) -> tuple[SD3Config, dict[str, 
         transformer = from_mapping(SD3Config, _native(config, "backbone", directory), f"{directory}/config.json")
         tensors, table = SafetensorsDirectory(directory, "backbone"), rules.IDENTITY
     else:
-        directory, transformer = read_diffusers_config(base_model)
+        directory, transformer = read_diffusers_config(directory)
         tensors, table = SafetensorsDirectory(directory, "diffusion_pytorch_model"), sd3.rules(transformer)
     shapes = transformer_functional(transformer, ExecutionConfig()).shapes
     return transformer, rules.load(tensors, table, shapes, source=str(directory))

@@ -2,11 +2,14 @@
 
 The file is a ZIP of stored members: `data.pkl`, a pickle whose tensors refer to storages by
 number, and `data/<number>`, their raw bytes. Reading resolves only the few names such a pickle
-needs, as `torch.load(weights_only=True)` does; what is written loads that way.
+needs, as `torch.load(weights_only=True)` does; what is written loads that way. A few bytes that claim to
+be many (compressed members, expanded tensors) and many that are of no tensor are refused.
 """
 
 import collections
+import dataclasses
 import io
+import math
 import pathlib
 import pickle
 import struct
@@ -27,8 +30,21 @@ STORAGES = {
 }
 
 
+MOST = 16  # times that tensors may have a storage's values (tied weights), or it theirs (parts of a fused weight)
+MAX_PICKLE = 2**24  # bytes of `data.pkl`; a tensor takes some 200
+
+
 class TorchFileError(ValueError):
     """A file that is not a `torch.save`d flat dict of dense tensors."""
+
+
+@dataclasses.dataclass
+class _Storage:
+    """Values that tensors are views of, and how many of them the tensors so far have."""
+
+    key: str
+    values: np.ndarray
+    used: int = 0
 
 
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -41,8 +57,12 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             (member,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            state = _Unpickler(archive, member.removesuffix("data.pkl")).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
+            unpickler = _Unpickler(archive, member.removesuffix("data.pkl"))
+            state = unpickler.load()
+        unpickler.check_storages()
+    except OSError:
+        raise
+    except Exception as error:  # a pickle can raise anything
         raise TorchFileError(f"{path} is not a torch.save file of plain tensors: {error}") from error
     if not isinstance(state, Mapping) or not all(isinstance(array, np.ndarray) for array in state.values()):
         raise TorchFileError(f"{path} does not hold a flat state dict (name -> tensor)")
@@ -51,8 +71,9 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(io.BytesIO(archive.read(root + "data.pkl")))
         self.archive, self.root = archive, root
+        self.storages: dict[str, _Storage] = {}
+        super().__init__(io.BytesIO(self._member("data.pkl", MAX_PICKLE)))
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("collections", "OrderedDict"):
@@ -63,22 +84,56 @@ class _Unpickler(pickle.Unpickler):
             return STORAGES[name]
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no plain state dict needs")
 
-    def persistent_load(self, reference) -> np.ndarray:
+    def persistent_load(self, reference) -> _Storage:
         kind, dtype, key, _, count = reference
         if kind != "storage":
             raise pickle.UnpicklingError(f"unknown persistent reference {kind!r}")
-        storage = np.frombuffer(self.archive.read(f"{self.root}data/{key}"), dtype)
-        if len(storage) != count:
-            raise pickle.UnpicklingError(f"storage {key} holds {len(storage)} values, expected {count}")
-        return storage
+        if key not in self.storages:
+            data = self._member(f"data/{key}", count * dtype.itemsize)
+            if len(data) != count * dtype.itemsize:
+                raise pickle.UnpicklingError(
+                    f"storage {key} holds {len(data)} bytes, expected {count} values of {dtype}"
+                )
+            self.storages[key] = _Storage(key, np.frombuffer(data, dtype))
+        return self.storages[key]
+
+    def check_storages(self) -> None:
+        """Raises UnpicklingError for a storage that is much larger than the tensors that view it."""
+        for storage in self.storages.values():
+            if MOST * storage.used < len(storage.values):
+                raise pickle.UnpicklingError(
+                    f"storage {storage.key} holds {len(storage.values)} values, its tensors {storage.used}: they are "
+                    "views of a larger tensor; save clones of them"
+                )
+
+    def _member(self, name: str, limit: int) -> bytes:
+        """A member of the archive, of at most `limit` bytes, which stand in the file as they are."""
+        info = self.archive.getinfo(self.root + name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise pickle.UnpicklingError(f"{name} is compressed, which torch.save never does")
+        if info.file_size > limit:
+            raise pickle.UnpicklingError(f"{name} has {info.file_size} bytes, expected {limit} at most")
+        return self.archive.read(info)
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
-    strides = tuple(step * storage.itemsize for step in stride)
+def _rebuild_tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
+    values = storage.values
     last = offset + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else offset - 1
-    if min((offset, *stride, *size), default=0) < 0 or last >= len(storage):
+    if len(size) != len(stride) or min((offset, *stride, *size), default=0) < 0 or last >= len(values):
         raise pickle.UnpicklingError(f"a tensor of shape {size} reaches beyond its storage")
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False).copy()
+    reach = 0  # of the axes so far, from the innermost
+    for step, length in sorted((step, length) for length, step in zip(size, stride) if length > 1):
+        if step <= reach:
+            raise pickle.UnpicklingError(
+                f"a tensor of shape {size} and strides {stride} has values more than once, as expand() makes them; "
+                "save a contiguous() one"
+            )
+        reach += (length - 1) * step
+    storage.used += math.prod(size)
+    if storage.used > MOST * len(values):
+        raise pickle.UnpicklingError(f"storage {storage.key} is shared by more than {MOST} tensors; save clones")
+    strides = tuple(step * values.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False).copy()
 
 
 def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 
 import dinalrm_jax as dina
 from dinalrm_jax.server import protocol
-from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
 from tests.conftest import TINY_SD3
 
 HEADERS = {"content-type": protocol.CONTENT_TYPE, protocol.VERSION_HEADER: protocol.VERSION}

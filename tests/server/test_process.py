@@ -1,6 +1,7 @@
 """The serve command as a process: its flags, kill -9 under load, and SIGTERM."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
@@ -8,13 +9,15 @@ import sys
 import threading
 import time
 
+import httpx
 import numpy as np
 import pytest
 
 from dinalrm_jax.client import ClientConfig, RewardClient
 from dinalrm_jax.config import ConfigError
 from dinalrm_jax.noise import nearest_schedule_sigma
-from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
 from dinalrm_jax.weights.pretrained import save_reward_model
 from tests.conftest import ROOT
 from tests.server.serving import inputs, take
@@ -32,9 +35,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def serve(*flags, log=None) -> subprocess.Popen:
+def serve(*flags, log=None, before="") -> subprocess.Popen:
+    """The command; `before`: what its shell does first."""
     command = [sys.executable, "-m", "dinalrm_jax.serve", "--dtype=float32", "--warmup=8x12x5", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stderr=log or subprocess.DEVNULL)
+    shell = ["sh", "-c", f'{before} exec "$@"', "sh"]
+    return subprocess.Popen([*shell, *command], cwd=ROOT, stderr=log or subprocess.DEVNULL)
 
 
 @pytest.mark.heavy
@@ -56,6 +61,7 @@ def test_killed_and_started_again_under_load_then_ended(checkpoint, tiny_model, 
                 if row % 10 == 1:
                     answered.set()
 
+    files = sorted(checkpoint.parent.rglob("*"))
     with (tmp_path / "log").open("w") as log:
         server = serve(*flags, log=log)
         threads = [threading.Thread(target=score, args=(range(part, 80, 4),)) for part in range(4)]
@@ -65,6 +71,7 @@ def test_killed_and_started_again_under_load_then_ended(checkpoint, tiny_model, 
             assert answered.wait(60)
             server.kill()
             assert server.wait(10) == -signal.SIGKILL
+            assert sorted(checkpoint.parent.rglob("*")) == files  # nothing is left behind
             assert np.isnan(scores).any()
             server = serve(*flags, log=log)
             for thread in threads:
@@ -87,7 +94,8 @@ def test_a_hanging_device_ends_the_process(checkpoint, deadline, ask, message):
     program = f"""
 import asyncio, os, signal, time
 import dinalrm_jax as dina
-from dinalrm_jax.server.app import RewardServer, ServerConfig
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
 model = dina.RewardModel.from_pretrained({str(checkpoint)!r}, dtype="float32")
 config = ServerConfig(port=0, warmup=("4x4x5",), max_batch_size=1, deadline_s={deadline}, drain_s=0.5)
 server = RewardServer(model, config, "tiny")
@@ -108,6 +116,71 @@ asyncio.run(main())
     assert result.returncode == 70, result.stderr
     assert message in result.stderr
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("when", ["start", "later"])
+def test_sigterm_while_compiling_ends_at_once(checkpoint, when):
+    """A compilation cannot be interrupted; nobody waits for it."""
+    program = f"""
+import asyncio, os, signal, time
+import dinalrm_jax as dina
+from dinalrm_jax.server.app import RewardServer
+from dinalrm_jax.server.config import ServerConfig
+from dinalrm_jax.server.protocol import RowShape
+model = dina.RewardModel.from_pretrained({str(checkpoint)!r}, dtype="float32")
+server = RewardServer(model, ServerConfig(port=0, warmup=("4x4x5",), max_batch_size=1, allow_new_shapes=True), "tiny")
+engine, plain, begun = server.batcher.engine, server.batcher.engine.compile, []
+engine.compile = lambda shape: begun.append(shape) or time.sleep(100)
+async def main():
+    task = asyncio.ensure_future(server.serve())
+    if {when!r} == "later":
+        engine.compile = plain
+        while server.batcher.state != "ready":
+            await asyncio.sleep(0.05)
+        engine.compile = lambda shape: begun.append(shape) or time.sleep(100)
+        waiting = server.batcher.submit([engine.probe(RowShape(6, 6, 5))])
+    while not begun:
+        await asyncio.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(time.time(), flush=True)
+    await task
+asyncio.run(main())
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert time.time() - float(result.stdout) < 5
+
+
+def test_half_open_heads_where_few_files_may_be_open(checkpoint, tmp_path):
+    """More connections than the process may open files: it goes on, and its log stays short."""
+    port, allowed = free_port(), 160
+    with (tmp_path / "log").open("w") as log:
+        limit = f"ulimit -S -n {allowed // 2}; ulimit -H -n {allowed};"
+        flags = (f"--checkpoint={checkpoint}", f"--port={port}", "--max-batch-size=1")
+        server = serve(*flags, log=log, before=limit)
+        try:
+            with RewardClient(ClientConfig(f"http://127.0.0.1:{port}")) as client:
+                client.wait_until_ready(60)
+                assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (allowed, allowed)
+                half_open = []
+                for _ in range(2 * allowed):
+                    half_open.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+                    half_open[-1].sendall(b"GET /healthz HTTP/1.1\r\nhost: ")
+                    time.sleep(0.001)
+                for _ in range(10):
+                    with httpx.Client(trust_env=False, timeout=2.0) as new:
+                        assert new.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+                latents, prompt = inputs(1)
+                assert np.isfinite(client.score_latents(latents, prompt)).all()
+                for connection in half_open:
+                    connection.close()
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+        finally:
+            server.kill()
+    text = (tmp_path / "log").read_text()
+    assert len(text) < 20_000
+    assert "closed the one that waited longest" in text
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import httpx
 import jax
 import ml_dtypes
 import numpy as np
@@ -105,6 +106,7 @@ def test_a_score_does_not_depend_on_its_batch(server, client):
         ({**HEADERS, protocol.VERSION_HEADER: "1.0"}, "the request says '1.0'"),
         ({**HEADERS, "content-type": "application/json"}, "content-type must be application/octet-stream"),
         ({**HEADERS, "content-encoding": "gzip"}, "content-encoding 'gzip' is not taken"),
+        ({**HEADERS, "content-encoding": "identity, gzip"}, "content-encoding 'identity, gzip' is not taken"),
     ],
 )
 def test_bad_headers(server, headers, message):
@@ -202,8 +204,13 @@ def test_deadline_drops_rows_and_a_stuck_device_is_unhealthy(tiny_model):
 def test_api_key(tiny_model):
     latents, prompt = inputs(1, OTHER_SHAPE)
     with running(tiny_model, warmup=("4x4x5",), max_batch_size=1, api_key="s3cret") as server:
-        odd = {**HEADERS, "authorization": b"Bearer \xff".decode("latin-1")}
-        assert server.request("/v1/score", save(torch_request()), odd)[0] == 401
+        body = save(torch_request(latents=torch.zeros(1, 16, 4, 4)))
+        odd = b"Bearer \xff".decode("latin-1")
+        for given in (odd, "s3cret", "Basic s3cret", "Bearers3cret", "Bearer", "Bearer s3cret2", "Bearer s3cre"):
+            assert server.request("/v1/score", body, {**HEADERS, "authorization": given})[0] == 401
+        for given in ("Bearer s3cret", "bearer s3cret", "BEARER  s3cret"):
+            assert server.request("/v1/score", body, {**HEADERS, "authorization": given})[0] == 200
+        assert httpx.post(f"{server.url}/v1/score", content=body).headers["www-authenticate"] == "Bearer"
         for key in (None, "wrong"):
             with (
                 RewardClient(ClientConfig(server.url, key)) as client,
@@ -225,6 +232,43 @@ def test_two_servers_give_the_same_seeded_scores(server, tiny_model):
         np.testing.assert_allclose(*scores, atol=1e-6)
 
 
+def test_the_answer_says_whose_scores_these_are(server, tiny_model):
+    for body, status in ((save(torch_request()), 200), (b"", 400)):
+        answer = httpx.post(f"{server.url}/v1/score", content=body, headers=HEADERS)
+        assert (answer.status_code, answer.headers["x-drm-weights"]) == (status, tiny_model.digest)
+    assert server.request("/v1/info")[1]["weights"] == tiny_model.digest
+
+
+def test_proxies_are_for_other_machines(server, client, monkeypatch):
+    heard = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            heard.append(self.path)
+            self.send_error(418)
+
+        def log_message(self, *_):
+            pass
+
+    latents, prompt = inputs(1)
+    expected = client.score_latents(latents, prompt)
+    with http.server.HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        for url in (server.url, server.url.replace("127.0.0.1", "localhost")):
+            with RewardClient(ClientConfig(url)) as here:
+                np.testing.assert_array_equal(here.score_latents(latents, prompt), expected)
+        assert heard == []
+        with (
+            RewardClient(ClientConfig("http://reward.example:8000")) as there,
+            pytest.raises(RewardServerError, match="HTTP 418"),
+        ):
+            there.info()
+        proxy.shutdown()
+    assert heard == ["http://reward.example:8000/v1/info"]
+
+
 # ------------------------------------------------------------------------------ life
 
 
@@ -233,8 +277,9 @@ def test_ready_means_compiled_and_tried(tiny_model, monkeypatch):
     monkeypatch.setattr(Engine, "compile", lambda engine, shape: may_compile.wait(30) and plain(engine, shape))
     with running(tiny_model, ready=False, warmup=("4x4x5",), max_batch_size=2) as server:
         assert server.request("/livez") == (200, {"protocol_version": "1", "status": "loading"})
-        status, answer = server.request("/healthz")
-        assert (status, answer["error"]["code"]) == (503, "loading")
+        answer = httpx.get(f"{server.url}/healthz")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+        assert answer.headers["retry-after"] == "1"
         assert server.request("/v1/score", save(torch_request()))[0] == 503
         may_compile.set()
         server.wait()
@@ -290,11 +335,12 @@ def test_clients_that_leave_cost_nothing(server):
             with socket.create_connection((host, int(port))) as leaving:
                 leaving.sendall(part)
     server.score(body)
+    batcher, bodies = server.server.batcher, server.server._bodies
     for _ in range(100):
-        if server.server.batcher.waiting == 0 and not server.server.batcher._announced:
+        if (batcher.waiting, batcher.reading, bodies.held) == (0, 0, 0):
             break
         time.sleep(0.05)
-    assert (server.server.batcher.waiting, server.server.batcher._announced) == (0, {})
+    assert (batcher.waiting, batcher.reading, bodies.held) == (0, 0, 0)
 
 
 def test_many_at_once_of_mixed_shapes(server, tiny_model):

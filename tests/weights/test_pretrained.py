@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
+import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
@@ -15,7 +18,9 @@ from safetensors.numpy import load_file, save_file
 import dinalrm_jax as dina
 from dinalrm_jax import convert
 from dinalrm_jax.config import ConfigError, LossConfig
+from dinalrm_jax.reward_model import is_trainable
 from dinalrm_jax.weights import pretrained, torch_file
+from dinalrm_jax.weights.digest import digest
 from dinalrm_jax.weights.rules import WeightsError
 from dinalrm_jax.weights.verify import VerificationError, verify_against_released
 from tests.conftest import GOLDEN, ROOT, TINY
@@ -290,3 +295,100 @@ def test_torch_file_round_trip_and_refusal(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     with pytest.raises(torch_file.TorchFileError, match="no plain state dict needs"):
         torch_file.read(tmp_path / "module.pt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(1).expand(10**9), r"shape \(1000000000,\) and strides \(0,\) has values more than once"),
+        (torch.arange(6.0).as_strided((4, 3), (1, 1)), "has values more than once, as expand"),
+        (torch.zeros(10**5)[:3], "storage 0 holds 100000 values, its tensors 3: they are views of a larger"),
+    ],
+)
+def test_torch_files_whose_bytes_are_not_their_tensors(tmp_path, tensor, message):
+    torch.save({"weight": tensor}, tmp_path / "odd.pt")
+    with pytest.raises(torch_file.TorchFileError, match=message):
+        torch_file.read(tmp_path / "odd.pt")
+
+
+def test_torch_files_that_are_bombs(tmp_path):
+    tensor = torch.zeros(10**5)
+    torch.save({str(number): tensor[:] for number in range(17)}, tmp_path / "shared.pt")
+    with pytest.raises(torch_file.TorchFileError, match="storage 0 is shared by more than 16 tensors"):
+        torch_file.read(tmp_path / "shared.pt")
+    torch.save({"weight": tensor}, tmp_path / "plain.pt")
+    for name, change, message in (
+        ("compressed", lambda data: (data, zipfile.ZIP_DEFLATED), "data/0 is compressed, which torch.save never does"),
+        ("longer", lambda data: (data + bytes(4), zipfile.ZIP_STORED), "data/0 has 400004 bytes, expected 400000"),
+        ("shorter", lambda data: (data[4:], zipfile.ZIP_STORED), "holds 399996 bytes, expected 100000 values"),
+    ):
+        with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / f"{name}.pt", "w") as changed:
+            for member in plain.namelist():
+                data, compression = plain.read(member), zipfile.ZIP_STORED
+                if member.endswith("data/0"):
+                    data, compression = change(data)
+                changed.writestr(member, data, compression)
+        with pytest.raises(torch_file.TorchFileError, match=message):
+            torch_file.read(tmp_path / f"{name}.pt")
+
+
+def test_a_revision_pins_a_hub_id(golden_model, tmp_path, monkeypatch, capsys):
+    """In the hub's own cache, without a network: two commits of one repository, one of them a tag."""
+    pretrained.save_reward_model(golden_model, tmp_path / "model")
+    other = dict(golden_model.params)
+    other["head.head.weight"] = other["head.head.weight"] + 1
+    pretrained.save_reward_model(dataclasses.replace(golden_model, params=other), tmp_path / "other")
+    commits = {"main": ("a" * 40, "model"), "v1": ("b" * 40, "other")}
+    repository = tmp_path / "hub" / "models--org--reward"
+    (repository / "refs").mkdir(parents=True)
+    for reference, (commit, source) in commits.items():
+        shutil.copytree(tmp_path / source, repository / "snapshots" / commit)
+        (repository / "refs" / reference).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def load(revision):
+        return dina.RewardModel.from_pretrained("org/reward", dtype="float32", revision=revision)
+
+    assert load(None).digest == load("a" * 40).digest == golden_model.digest
+    assert load("v1").digest == load("b" * 40).digest != golden_model.digest
+    with pytest.raises(FileNotFoundError, match=r"'org/reward' at revision 'v2' is neither"):
+        load("v2")
+    with pytest.raises(ConfigError, match="model is a local directory, which has no revision 'v1'; leave it out"):
+        dina.RewardModel.from_pretrained(tmp_path / "model", revision="v1")
+    arguments = {"output": str(tmp_path / "out"), "dtype": "float32", "verify": False, "revision": "v1"}
+    convert.convert("export", checkpoint="org/reward", base_model=None, **arguments)
+    head = torch_file.read(tmp_path / "out" / "checkpoint" / "rm_head.pt")
+    np.testing.assert_array_equal(head["head.weight"], other["head.head.weight"])
+
+
+def test_one_digest_for_one_models_weights(golden_model, tmp_path):
+    """Whatever layout they come in and dtype they are computed in; and another where one value differs."""
+    pretrained.save_reward_model(golden_model, tmp_path / "float32")
+    half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="bfloat16")
+    pretrained.save_reward_model(half, tmp_path / "bfloat16")
+    loads = [half] + [
+        dina.RewardModel.from_pretrained(tmp_path / stored, dtype=dtype)
+        for stored in ("float32", "bfloat16")
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert {model.digest for model in loads} == {golden_model.digest}
+    assert re.fullmatch("[0-9a-f]{16}", golden_model.digest)
+    params = {name: np.asarray(array) for name, array in golden_model.params.items()}
+    found = {golden_model.digest}
+    for name in ("head.head.weight", "backbone.transformer_blocks.0.attn.to_q.weight"):
+        changed = params[name].copy()
+        changed.flat[-1] = np.nextafter(changed.flat[-1], np.inf) if name == "head.head.weight" else 7
+        found.add(digest({**params, name: changed}, is_trainable))
+        found.add(digest({**params, name: params[name].reshape(-1)}, is_trainable))
+    assert len(found) == 5
+    one, other = ({name: params["head.head.weight"]} for name in ("head.a", "head.b"))
+    assert digest(one, is_trainable) != digest(other, is_trainable)
+
+
+def test_a_digest_reads_large_arrays_whole(monkeypatch):
+    array = np.arange(10, dtype=np.float32)
+    whole = digest({"head.a": array}, is_trainable)
+    monkeypatch.setattr("dinalrm_jax.weights.digest.PART", 3)
+    assert digest({"head.a": array}, is_trainable) == whole
+    assert digest({"head.a": np.where(array == 9, 0, array)}, is_trainable) != whole
