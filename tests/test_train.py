@@ -514,7 +514,8 @@ def test_damaged_and_foreign_checkpoints(finished, tmp_path, capsys):
         ("--config=configs/nothing.py", "error: no config file configs/nothing.py"),
         ("--config.generatr=None", "unknown key 'generatr'; did you mean 'generator'?"),
         ("--config.init_from=nowhere", "init_from is a model on a backbone of its own; a generator stage"),
-        ("--config.init_from=nowhere --config.generator=None --config.scenes=None", "run/data holds no manifest.json"),
+        ("--config.init_from=nowhere --config.generator=None", "error: no directory nowhere"),
+        ("--config.generator=None --config.scenes=None", "run/data holds no manifest.json"),
     ],
 )
 def test_command_line_errors_are_one_message(tmp_path, flag, message):

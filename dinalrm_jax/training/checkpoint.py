@@ -131,7 +131,7 @@ class Checkpoints:
 
     def put_aside(self, step: int, error: Exception) -> None:
         """Says that a checkpoint is damaged, and renames it, so that its step can be saved again."""
-        names = (f"damaged-{step}", *(f"damaged-{step}-{number}" for number in itertools.count(2)))
+        names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{number}" for number in itertools.count(2)))
         aside = next(path for path in (self.directory.parent / name for name in names) if not path.exists())
         distributed.barrier("damaged checkpoint")
         distributed.say(

@@ -61,7 +61,9 @@ def _training_step(directory: pathlib.Path) -> pathlib.Path | None:
             f"{directory} is the directory of a training run; its model, once it is through, is {directory / 'model'}, "
             f"its checkpoints are {directory}/reward/checkpoints/STEP and {directory}/reward/best"
         )
-    steps = sorted((path.name for path in directory.iterdir() if (path / "state").is_dir()), key=len)
+    steps = sorted(
+        (path.name for path in directory.iterdir() if (path / "state").is_dir()), key=lambda name: (len(name), name)
+    )
     if steps and directory.name in ("best", "checkpoints"):
         if len(steps) > 1:
             raise ConfigError(f"{directory} holds checkpoints of several steps; name one of them: {', '.join(steps)}")
