@@ -156,7 +156,8 @@ def _run(given: TrainConfig, workdir: pathlib.Path) -> PairScores:
     if distributed.is_first():
         history = read_metrics(workdir, "reward")
         codec = report_codec(records, base_model)
-        text = write_report(workdir / "report", records, scores, shared, history, codec, best=best)
+        weights = read_json(workdir / "model" / "config.json")["weights"]
+        text = write_report(workdir / "report", records, scores, shared, history, codec, weights, best)
         print(f"\n{text}\nmodel: {workdir / 'model'}   report and plots: {workdir / 'report'}")
     distributed.barrier("report")
     return scores

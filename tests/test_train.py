@@ -109,6 +109,7 @@ def test_the_saved_model_scores_what_the_report_says(finished):
     for name, (chosen, rejected) in zip(levels, scores.transpose(0, 2, 1)):
         assert results[name]["all"] == pytest.approx(np.mean(chosen > rejected), abs=1e-6)
     assert model.likelihood == from_mapping(TrainConfig, tiny_run.get_config()).loss
+    assert f"The model (weights {model.digest}) is that of the last step" in (workdir / "report/report.md").read_text()
     generator = load_file(workdir / "generator" / "backbone" / "backbone.safetensors")
     name = "transformer_blocks.0.attn.to_q.weight"
     np.testing.assert_array_equal(model.params[f"backbone.{name}"], generator[name])

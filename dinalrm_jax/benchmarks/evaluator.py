@@ -37,6 +37,7 @@ class Evaluation:
         scores: of each ranking's images (n, levels, draws), NaN where one could not be read.
         problems: why, by the image's name.
         likelihood: that the model was trained with, where it is known.
+        weights: the model's digest.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Evaluation:
     scores: Sequence[np.ndarray]
     problems: Mapping[str, str]
     likelihood: LossConfig | None = None
+    weights: str = ""
 
     def counts(self, level: int, draw: int) -> PairCounts:
         """The pair counts at one level and draw, by their places in `levels` and `draws`."""
@@ -150,4 +152,6 @@ def _gathered(model, name, rankings, levels, draws, rows, scores, problems) -> E
         values = np.frombuffer(data, np.float32).reshape(len(their_rows), len(levels), len(draws))
         by_row |= {tuple(row): value for row, value in zip(their_rows, values)}
     by_ranking = [np.stack([by_row[ranking.prompt, image] for image in ranking.images]) for ranking in rankings]
-    return Evaluation(name, tuple(levels), tuple(draws), rankings, by_ranking, all_problems, model.likelihood)
+    return Evaluation(
+        name, tuple(levels), tuple(draws), rankings, by_ranking, all_problems, model.likelihood, model.digest
+    )

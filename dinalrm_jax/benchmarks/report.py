@@ -51,6 +51,7 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     total = sum(len(ranking.images) * (len(ranking.images) - 1) // 2 for ranking in evaluation.rankings)
     return {
         "benchmark": evaluation.name,
+        "weights": evaluation.weights,
         "rankings": len(evaluation.rankings),
         "prompts": len({ranking.prompt for ranking in evaluation.rankings}),
         "images_left_out": len(evaluation.problems),
@@ -108,6 +109,8 @@ def as_markdown(summary: dict[str, Any]) -> str:
             cells.append(f"{found['accuracy']:.2f}{spread} ({low:.1f} to {high:.1f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     paper = next((rows for name, rows in PAPER.items() if summary["benchmark"].startswith(name)), None)
+    if summary["weights"]:
+        lines += ["", f"Weights {summary['weights']}."]
     if paper is not None:
         said = ", ".join(f"{model} {value:.2f}" for model, value in paper.items())
         lines += ["", f"The paper's table has, by a rule it does not name: {said}."]

@@ -59,6 +59,7 @@ def write_report(
     shared: PairScores,
     history: list[dict],
     codec: ImageCodec | None,
+    weights: str,
     best: BestCheckpoint | None = None,
 ) -> str:
     """Writes tables, results.json and plots into `directory`; returns the text that `report.md` holds.
@@ -70,6 +71,7 @@ def write_report(
         shared: the same with one noise for all images.
         history: the reward stage's lines of metrics.jsonl.
         codec: what draws the contact sheet's images; None: no sheet.
+        weights: the model's digest.
         best: the stage's best checkpoint, where it was evaluated while it trained.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def write_report(
         sections.append(kind_table(scores, ensemble))
     if best is not None and best.accuracy is not None:
         sections.append(
-            f"The model is that of the last step. Of those evaluated while it trained, the best has "
+            f"The model (weights {weights}) is that of the last step. Of those evaluated while it trained, the best has "
             f"{100 * best.accuracy:.1f} %: reward/best/{best.step}"
         )
     file_size = file_size_accuracy(records, scores)

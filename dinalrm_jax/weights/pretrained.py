@@ -10,7 +10,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +210,9 @@ def save_reward_model(model: RewardModel, output: str | pathlib.Path, step: int 
     trained = {name: array for name, array in model.params.items() if is_trainable(name)}
     with whole_directory(output) as directory:
         likelihood = None if model.likelihood is None else to_mapping(model.likelihood)
-        _write_config(directory, "reward_model", to_mapping(model.config), likelihood=likelihood, step=step)
+        _write_config(
+            directory, "reward_model", to_mapping(model.config), likelihood=likelihood, step=step, weights=model.digest
+        )
         save_safetensors(directory / "backbone.safetensors", rules.dump(frozen, rules.IDENTITY))
         save_safetensors(directory / "trained.safetensors", rules.dump(trained, rules.IDENTITY))
 
@@ -312,7 +314,8 @@ def _check_adapter_config(adapter: pathlib.Path, config: RewardModelConfig) -> N
             raise ConfigError(f"{adapter}/adapter_config.json sets {key}, which this model does not have")
 
 
-def _write_config(directory: pathlib.Path, kind: str, config: dict, **beside) -> None:
+def _write_config(directory: pathlib.Path, kind: str, config: dict, **beside: Any) -> None:
+    """`beside` is what is known of the model that does not shape it."""
     text = json.dumps({"format": FORMAT, "kind": kind, "config": config, **beside}, indent=1)
     (directory / "config.json").write_text(text + "\n")
 

@@ -210,7 +210,10 @@ def test_evaluate_on_records_and_what_it_refuses(scene_model, checkpoint, source
     )
     result = evaluate(*flags, "--benchmark=records", f"--data={tmp_path / 'data'}")
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["pairs"] == 3
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["pairs"] == 3
+    assert results["weights"] == scene_model.digest
+    assert f"Weights {scene_model.digest}." in result.stdout
     result = evaluate(*flags, "--benchmark=records", f"--data={tmp_path / 'data'}")
     assert result.returncode == 2
     assert "out exists already" in result.stderr
