@@ -85,8 +85,8 @@ def write_report(
         sections.append(kind_table(scores, ensemble))
     if best is not None and best.accuracy is not None:
         sections.append(
-            f"The model (weights {weights}) is that of the last step. Of those evaluated while it trained, the best has "
-            f"{100 * best.accuracy:.1f} %: reward/best/{best.step}"
+            f"The model (weights {weights}) is that of the last step. Of those evaluated while it trained, "
+            f"the best has {100 * best.accuracy:.1f} %: reward/best/{best.step}"
         )
     file_size = file_size_accuracy(records, scores)
     if file_size is not None:
