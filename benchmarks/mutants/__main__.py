@@ -48,7 +48,9 @@ def outcome(tree: pathlib.Path, tests: str) -> str:
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "", *tests.split()]
     try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace", timeout=LIMIT
+        )
     except subprocess.TimeoutExpired:
         return "hung"
     if done.returncode in (0, 1):
