@@ -77,6 +77,7 @@ def test_what_load_mode_runs(tmp_path):
 
 PEAKS = """
 import numpy as np
+from dinalrm_jax.timing.memory import forget_peak, peak_bytes
 forget_peak()
 print(peak_bytes())
 held = np.ones(50 * 2**20, np.uint8)
