@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
+    flags.DEFINE_string("checkpoint", None, "Checkpoint, released, native or of a training run: a directory or hub id.")
     flags.DEFINE_string("base-model", None, "Base model in diffusers layout: a directory or hub id.")
     flags.DEFINE_string("revision", None, "Commit, tag or branch of what is converted, where that is a hub id.")
     flags.DEFINE_string("output", None, "Directory to write; must not exist.")

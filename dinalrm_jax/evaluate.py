@@ -87,7 +87,7 @@ def evaluate(values: flags.FlagValues, levels: Sequence[Level], draws: Sequence[
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
+    flags.DEFINE_string("checkpoint", None, "Checkpoint, released, native or of a training run: a directory or hub id.")
     flags.DEFINE_string("revision", None, "Commit, tag or branch of a checkpoint that is a hub id.")
     flags.DEFINE_string("base-model", None, "SD3 pipeline with VAE and text encoders; directory or hub id.")
     flags.DEFINE_enum("benchmark", None, BENCHMARKS, "Format of the data.")

@@ -220,7 +220,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
+    flags.DEFINE_string("checkpoint", None, "Checkpoint, released, native or of a training run: a directory or hub id.")
     flags.DEFINE_string("revision", None, "Commit, tag or branch of a checkpoint that is a hub id.")
     flags.DEFINE_string("base-model", None, "SD3 pipeline with VAE and text encoders; directory or hub id.")
     flags.DEFINE_string("prompt", None, "The prompt of all images.")

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "Released or native checkpoint: a directory or hub id.")
+    flags.DEFINE_string("checkpoint", None, "Checkpoint, released, native or of a training run: a directory or hub id.")
     flags.DEFINE_alias("model-path", "checkpoint")
     flags.DEFINE_string("base-model", None, "Base model in diffusers layout; needed for the released layout.")
     flags.DEFINE_alias("base-model-path", "base-model")
