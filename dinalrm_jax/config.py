@@ -652,7 +652,8 @@ class TrainConfig:
             raise ConfigError("mixture names the data; leave data, scenes and rehearsal out")
         if self.init_from is not None and (self.generator is not None or self.rehearsal is not None):
             raise ConfigError(
-                "init_from is a model on a backbone of its own; a generator stage or a rehearsal would make another one"
+                "init_from is a model on a backbone of its own; a generator stage or a rehearsal would make another: "
+                "set them to None (--config.generator=None)"
             )
 
 

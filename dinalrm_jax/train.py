@@ -325,13 +325,15 @@ def fit(
             log.check_finite()
             started = time.perf_counter()
             values = held_out(state)
-            log.write_values(step, values)
             best.offer(state, values["eval_accuracy"])
+            log.write_values(step, values)
             log.pause(time.perf_counter() - started)
 
         if held_out is not None:
             held_out.compile(state)
-        evaluate(first, state)  # a run that was killed after the save of this step may not have got to it
+        logged = any(row["step"] == first and "eval_accuracy" in row for row in read_metrics(workdir, name))
+        if first and not distributed.all_agree(logged):
+            evaluate(first, state)  # which a run that was killed after the save of this step did not get to
         queue = on_device(batches, stage.batch_size, mesh)
         log.start()
         with distributed.progress(total=stage.steps, initial=first, desc=name, unit="step") as bar:

@@ -130,7 +130,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_scored_and_exported(finished, tm
     step = next(row["step"] for row in evaluated if row["eval_accuracy"] == accuracy)
     (best,) = (workdir / "reward" / "best").iterdir()
     assert best.name == str(step)
-    assert f"the best has {100 * accuracy:.1f} %: reward/best/{step}" in out
+    assert f"the first with the highest accuracy has {100 * accuracy:.1f} % at sigma 0.4: reward/best/{step}" in out
     model = dina.RewardModel.from_pretrained(best.parent, dtype="float32")
     (scores,) = scores_of(model, Records(workdir / "data"), [0.4])
     assert np.mean(scores[:, 0] > scores[:, 1]) == pytest.approx(accuracy)
@@ -378,6 +378,8 @@ def test_a_longer_run_keeps_the_shorter_ones_model(config, tmp_path, capsys):
     assert "reward: 0.25 epochs of 64 pairs are 2 steps of 8" in capsys.readouterr().out
     train.run(dataclasses.replace(short, reward=dataclasses.replace(short.reward, epochs=0.5)), tmp_path / "run")
     assert "continuing from the checkpoint of step 2" in capsys.readouterr().out
+    history = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert history.count("eval_accuracy") == 2, "an evaluation that is in the log is not made again"
     whole = dataclasses.replace(constant, reward=dataclasses.replace(constant.reward, steps=4))
     train.run(whole, tmp_path / "whole")
     models = [tmp_path / "run" / "model", tmp_path / "run" / "model_step_2", tmp_path / "whole" / "model"]
@@ -514,7 +516,10 @@ def test_damaged_and_foreign_checkpoints(finished, tmp_path, capsys):
         ("--config.reward.learnin_rate=1e-3", "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
         ("--config=configs/nothing.py", "error: no config file configs/nothing.py"),
         ("--config.generatr=None", "unknown key 'generatr'; did you mean 'generator'?"),
-        ("--config.init_from=nowhere", "init_from is a model on a backbone of its own; a generator stage"),
+        (
+            "--config.init_from=nowhere",
+            "would make another: set them to None (--config.generator=None)",
+        ),
         ("--config.init_from=nowhere --config.generator=None", "error: no directory nowhere"),
         ("--config.generator=None --config.scenes=None", "run/data holds no manifest.json"),
     ],

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,18 +22,14 @@ class Mixture:
         parts: the directories, and how often the pairs of each come in an epoch.
 
     Raises:
-        RecordsError: a directory that is none, two of one name, or embeddings that differ in encoders or length.
+        RecordsError: a directory that is none or stands there twice, or embeddings that differ in encoders or length.
     """
 
     def __init__(self, parts: Sequence[MixedConfig]):
         self._records = [Records(part.data) for part in parts]
         self._weights = [part.weight for part in parts]
-        self._names = [records.directory.name for records in self._records]
+        self._names = _short_names([records.directory.resolve() for records in self._records])
         first = self._records[0]
-        if len(set(self._names)) < len(self._names):
-            raise RecordsError(
-                f"mixture has directories of one name, {self._names}, which reports could not tell apart"
-            )
         for records in self._records[1:]:
             kinds = [(one.encoders, one.manifest.get("codec"), one.manifest.get("text")) for one in (first, records)]
             lengths = [one.prompts[0].prompt_embeds.shape for one in (first, records)]
@@ -79,6 +76,17 @@ class Mixture:
             for number, (records, weight) in enumerate(zip(self._records, self._weights))
             for bucket in records.buckets(split)
         }
+
+
+def _short_names(directories: Sequence[pathlib.Path]) -> list[str]:
+    """As much of the end of each path as tells them apart: "data", or "first-data" and "second-data"."""
+    if len(set(directories)) < len(directories):
+        raise RecordsError(f"mixture names one directory twice: {', '.join(map(str, directories))}")
+    for length in itertools.count(1):
+        names = ["-".join(directory.parts[-length:]) for directory in directories]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different paths have different names")
 
 
 class _Joined(Sequence):

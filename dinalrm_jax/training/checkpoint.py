@@ -107,10 +107,14 @@ class Checkpoints:
         self.put_aside(step, failure)
         return None
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Returns when every started save is on disk; errors as for `save`."""
         with _failures_of_saving(self.directory):
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """As `wait`, for good."""
+        self.wait()
         self._manager.close()
 
     def _restore(
@@ -167,6 +171,7 @@ class BestCheckpoint:
             if step == self.step:  # the same step, computed again on another mesh, say
                 self._checkpoints.delete()
             self._checkpoints.save(state, {"step": step, "accuracy": accuracy})
+            self._checkpoints.wait()  # who finds this evaluation in the log finds the checkpoint too
             self.step, self.accuracy = step, accuracy
 
     def close(self) -> None:
@@ -175,7 +180,8 @@ class BestCheckpoint:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    text = (str(error).splitlines() or [""])[0].partition(" See full TensorStore details")[0]
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 @contextlib.contextmanager

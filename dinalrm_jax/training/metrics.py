@@ -211,6 +211,8 @@ def memory() -> dict[str, float]:
 def read_metrics(directory: pathlib.Path, stage: str) -> list[dict[str, float]]:
     """The lines of a stage in step order; after a resume, the later line of a step counts."""
     by_step: dict[int, dict[str, float]] = {}
+    if not (directory / "metrics.jsonl").exists():
+        return []
     for text in (directory / "metrics.jsonl").read_text().splitlines():
         try:
             line = json.loads(text)

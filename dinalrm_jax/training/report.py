@@ -83,10 +83,12 @@ def write_report(
     ]
     if len(set(scores.kinds)) > 1:
         sections.append(kind_table(scores, ensemble))
-    if best is not None and best.accuracy is not None:
+    measured = [row for row in history if "eval_accuracy" in row]
+    if best is not None and measured:
         sections.append(
-            f"The model (weights {weights}) is that of the last step. Of those evaluated while it trained, "
-            f"the best has {100 * best.accuracy:.1f} %: reward/best/{best.step}"
+            f"The model (weights {weights}) is that of the last step. Of those evaluated while it trained, the first "
+            f"with the highest accuracy has {100 * best.accuracy:.1f} % at sigma {measured[-1]['eval_sigma']:g}: "
+            f"reward/best/{best.step}"
         )
     file_size = file_size_accuracy(records, scores)
     if file_size is not None:

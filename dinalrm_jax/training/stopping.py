@@ -12,7 +12,8 @@ class Stopped(Exception):
 
     def __init__(self, number: int, stage: str, step: int):
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after {stage} step {step}; the same command continues from there")
+        where = f"after {stage} step {step}" if step else f"before the {stage}'s first step"
+        super().__init__(f"stopped by {name} {where}; the same command continues from there")
         self.number = number
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from dinalrm_jax.config import ConfigError, ExecutionConfig, RewardModelConfig, SweepConfig, TrainConfig, to_mapping
 from dinalrm_jax.parameters import Params, draw
@@ -92,6 +93,8 @@ def _open_training(directory: pathlib.Path, base_model, execution: ExecutionConf
 def _trained(directory: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """The averaged parameters of a checkpoint, or where no average was taken, the parameters; optimizer unread."""
     checkpointer = ocp.PyTreeCheckpointer()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # orbax misses a file that a checkpoint of several parts does not have
     try:
         saved = checkpointer.metadata(directory / "state").item_metadata.tree
         which = "params" if saved.get("ema") is None else "ema"
@@ -106,6 +109,8 @@ def _trained(directory: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]
         raise
     except Exception as error:  # orbax raises many kinds for a damaged directory
         raise WeightsError(f"checkpoint {directory} cannot be read: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def frozen_arrays(config: TrainConfig, workdir: pathlib.Path, inputs: Mapping[str, str]) -> Mapping[str, np.ndarray]:
@@ -161,7 +166,7 @@ def open_start(config: TrainConfig, workdir: pathlib.Path) -> PretrainedModel:
     if is_training_checkpoint(config.init_from):
         raise ConfigError(
             f"init_from {config.init_from} is a checkpoint of a training run, which removes it in time; make a "
-            "model of it first: python -m dinalrm_jax.convert native --checkpoint ... --output ..."
+            f"model of it first: python -m dinalrm_jax.convert native --checkpoint {config.init_from} --output DIR"
         )
     model = open_checkpoint(config.init_from, base_model_of(config, workdir), ExecutionConfig())
     if model.config != config.model:

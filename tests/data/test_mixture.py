@@ -79,6 +79,12 @@ def test_what_cannot_be_mixed_is_refused(parts, tmp_path):
     longer = write(tmp_path / "longer", 0, 2, length=4)
     with pytest.raises(RecordsError, match="longer was made by other encoders than .*few"):
         Mixture((MixedConfig(few), MixedConfig(longer)))
-    again = write(tmp_path / "few", 0, 2)
-    with pytest.raises(RecordsError, match="directories of one name"):
-        Mixture((MixedConfig(few), MixedConfig(again)))
+    with pytest.raises(RecordsError, match="names one directory twice"):
+        Mixture((MixedConfig(few), MixedConfig(few)))
+
+
+def test_directories_of_one_name_are_told_apart_by_what_they_lie_in(tmp_path):
+    """As `WORKDIR/data` of two runs."""
+    parts = [write(tmp_path / run / "data", 0, 2) for run in ("one", "two")]
+    pairs = Mixture(tuple(map(MixedConfig, parts))).pairs("eval")
+    assert [pairs[i].kind for i in (0, 2)] == ["one-data/kind", "two-data/kind"]
