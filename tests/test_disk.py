@@ -1,5 +1,6 @@
 """What is written is whole, on disk and one run's own."""
 
+import fcntl
 import json
 import os
 import signal
@@ -101,3 +102,20 @@ def test_a_lock_needs_neither_a_name_nor_an_owner(tmp_path, monkeypatch):
         pass
     with lock("link"), pytest.raises(Locked), lock("real"):
         pass
+
+
+def test_a_lock_that_was_released_while_it_was_opened_is_taken_anew(tmp_path, monkeypatch):
+    """Its holder removed the file in between: the lock of a file without a name would keep nobody out."""
+    flock, opened = fcntl.flock, []
+
+    def late(file, operation):
+        if not opened:
+            (tmp_path / ".target.lock").unlink()
+        opened.append(file)
+        flock(file, operation)
+
+    monkeypatch.setattr("dinalrm_jax.disk.fcntl.flock", late)
+    with lock(tmp_path / "target"):
+        assert len(opened) == 2
+        with pytest.raises(Locked), lock(tmp_path / "target"):
+            pass

@@ -19,7 +19,15 @@ from safetensors.numpy import load_file, save_file
 
 import dinalrm_jax as dina
 from dinalrm_jax import train
-from dinalrm_jax.config import ConfigError, ProfileConfig, SweepConfig, TrainConfig, from_mapping
+from dinalrm_jax.config import (
+    ConfigError,
+    EnsembleTermConfig,
+    MixedConfig,
+    ProfileConfig,
+    SweepConfig,
+    TrainConfig,
+    from_mapping,
+)
 from dinalrm_jax.convert import convert
 from dinalrm_jax.data import records
 from dinalrm_jax.data.records import Records, RecordsError
@@ -28,7 +36,7 @@ from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import BestCheckpoint, CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
-from dinalrm_jax.training.optimizer import make_optimizer
+from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dinalrm_jax.training.profiling import ProfileWindow
 from dinalrm_jax.training.report import sweep_table
 from dinalrm_jax.training.step import TrainState
@@ -84,6 +92,11 @@ def test_what_a_run_leaves(finished):
     assert [row["step"] for row in history if "loss" in row] == list(range(5, 151, 5))
     assert sum("eval_accuracy" in row for row in history) == 6
     assert history[-1]["loss"] < history[0]["loss"]
+    optimizer = from_mapping(TrainConfig, tiny_run.get_config()).reward.optimizer
+    rate = learning_rate_schedule(optimizer, 150)
+    for row in history:
+        if "loss" in row:
+            assert row["learning_rate"] == pytest.approx(float(rate(row["step"] - 1))), "that of the step's update"
 
 
 def scores_of(model, records, levels):
@@ -265,6 +278,11 @@ def replaced(config, path, value):
         ("seed", 1),
         ("evaluation.sigma", 0.3),
         ("loss.k", 1.0),
+        ("model.lora.alpha", 3.0),
+        ("reward.sigma.distribution", "power"),
+        ("ensemble_term", EnsembleTermConfig()),
+        ("evaluation.seed", 1),
+        ("evaluation.max_pairs", 3),
         ("init_from", "another/model"),
         ("base_model", "a/base"),
     ],
@@ -273,8 +291,37 @@ def test_a_value_that_decides_the_result_needs_another_workdir(config, tmp_path,
     """Among them weights to start from that were not named before: only their place may change."""
     config = dataclasses.replace(config, scenes=None)
     claim_workdir(tmp_path, config, {})
-    with pytest.raises(ConfigError, match=rf"changed: {path} \(.* -> {value!r}\)"):
+    with pytest.raises(ConfigError, match=rf"changed: {path} \("):
         claim_workdir(tmp_path, replaced(config, path, value), {})
+
+
+def test_another_weight_of_a_mixture_needs_another_workdir_and_another_place_does_not(config, tmp_path):
+    def mixed(data, weight):
+        return dataclasses.replace(config, data=None, scenes=None, mixture=(MixedConfig(data, weight),))
+
+    claim_workdir(tmp_path, mixed("a", 1.0), {"data": "0123"})
+    claim_workdir(tmp_path, mixed("b", 1.0), {"data": "0123"})
+    with pytest.raises(ConfigError, match=r"changed: mixture.0.weight \(1.0 -> 2.0\)"):
+        claim_workdir(tmp_path, mixed("b", 2.0), {"data": "0123"})
+
+
+def test_a_finished_generator_is_not_trained_longer(finished, tmp_path):
+    config = from_mapping(TrainConfig, tiny_run.get_config())
+    constant = replaced(config, "generator.optimizer.schedule", "constant")
+    longer = replaced(constant, "generator.steps", 80)
+    claim_workdir(tmp_path, constant, {})
+    claim_workdir(tmp_path, longer, {})
+    (tmp_path / "generator" / "backbone").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"generator.steps \(80 -> 90\)"):
+        claim_workdir(tmp_path, replaced(constant, "generator.steps", 90), {})
+
+
+def test_what_a_run_began_with_is_not_forgotten(config, tmp_path):
+    """A start that is refused early, or knows fewer inputs, leaves their fingerprints."""
+    claim_workdir(tmp_path, config, {"data": "0123"})
+    claim_workdir(tmp_path, config, {})
+    with pytest.raises(ConfigError, match="the contents of data"):
+        claim_workdir(tmp_path, config, {"data": "4567"})
 
 
 @pytest.mark.parametrize(
@@ -350,6 +397,10 @@ def test_swapped_labels_are_other_data_and_a_moved_set_is_the_same(finished, tmp
         )
     assert Records(tmp_path / "same").fingerprint == moved.fingerprint
     assert Records(tmp_path / "swapped").fingerprint != moved.fingerprint
+    (shard,) = (tmp_path / "same" / "images").glob("*.array_record*")
+    with shard.open("ab") as file:
+        file.write(b"more")
+    assert Records(tmp_path / "same").fingerprint != moved.fingerprint
 
 
 def test_a_run_goes_on_from_another_model(config, finished, tmp_path):
@@ -362,6 +413,21 @@ def test_a_run_goes_on_from_another_model(config, finished, tmp_path):
     )
     for name, array in first.params.items():
         np.testing.assert_allclose(then.params[name], array, atol=1e-6, err_msg=name)
+    checkpoint = tmp_path / "run" / "reward" / "checkpoints" / "2"
+    with pytest.raises(ConfigError, match="which removes it in time; make a model of it first"):
+        train.run(dataclasses.replace(still, init_from=str(checkpoint)), tmp_path / "other")
+    found = dina.RewardModel.from_pretrained(checkpoint, dtype="float32").params
+    np.testing.assert_array_equal(
+        found["backbone.context_embedder.weight"], then.params["backbone.context_embedder.weight"]
+    )
+    changed_start = shutil.copytree(finished[0] / "model", tmp_path / "changed")
+    weights = {name: array + 1 for name, array in load_file(changed_start / "backbone.safetensors").items()}
+    save_file(weights, changed_start / "backbone.safetensors")
+    claim = json.loads((tmp_path / "run" / "config.json").read_text())
+    claim["config"]["init_from"] = str(changed_start)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(claim))
+    with pytest.raises(WeightsError, match="init_from .*changed holds other weights than the run began with"):
+        dina.RewardModel.from_pretrained(checkpoint)
     other = dataclasses.replace(still, model=dataclasses.replace(still.model, lora=None))
     with pytest.raises(
         ConfigError, match=r"init_from .* is another model than the config's: lora is \{.*, in the config"
@@ -380,6 +446,13 @@ def test_a_longer_run_keeps_the_shorter_ones_model(config, tmp_path, capsys):
     assert "continuing from the checkpoint of step 2" in capsys.readouterr().out
     history = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert history.count("eval_accuracy") == 2, "an evaluation that is in the log is not made again"
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "run" / "reward" / "best")
+    train.run(dataclasses.replace(short, reward=dataclasses.replace(short.reward, epochs=0.5)), tmp_path / "run")
+    (row,) = read_metrics(tmp_path / "run", "reward")
+    assert row["step"] == 4, "as after a kill between the save of a step and its evaluation"
+    assert "eval_accuracy" in row
+    assert [path.name for path in (tmp_path / "run" / "reward" / "best").iterdir()] == ["4"]
     whole = dataclasses.replace(constant, reward=dataclasses.replace(constant.reward, steps=4))
     train.run(whole, tmp_path / "whole")
     models = [tmp_path / "run" / "model", tmp_path / "run" / "model_step_2", tmp_path / "whole" / "model"]

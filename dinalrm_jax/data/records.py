@@ -308,15 +308,20 @@ class Records:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells contents apart, wherever they lie: of the manifest, all pairs, and the shards' names and sizes.
+        """Tells contents apart, wherever they lie.
 
-        (Not of the latents themselves, which would have to be read.)
+        Of the manifest, all pairs, and every other shard's name, size and a page from its middle: to read all latents
+        would take hours.
         """
         digest = hashlib.sha256((self.directory / "manifest.json").read_bytes())
         for path in sorted(self.directory.rglob("*.array_record-*")):
             digest.update(f"{path.relative_to(self.directory)} {path.stat().st_size}\0".encode())
             if path.parent.name == "pairs":
                 digest.update(path.read_bytes())
+            else:
+                with path.open("rb") as file:
+                    file.seek(path.stat().st_size // 2)
+                    digest.update(file.read(4096))
         return digest.hexdigest()[:16]
 
     def pairs(self, split: str) -> Sequence[PairRecord]:

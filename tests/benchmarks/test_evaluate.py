@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import stats
 
 from dinalrm_jax.benchmarks.evaluator import evaluate_images, evaluate_records
-from dinalrm_jax.benchmarks.report import as_markdown, summarize
+from dinalrm_jax.benchmarks.report import as_markdown, likelihood_name, summarize, write_scores
 from dinalrm_jax.config import LossConfig, ScenesConfig
 from dinalrm_jax.data import files, hpdv2
 from dinalrm_jax.data.records import Records, RecordsError
@@ -168,6 +168,34 @@ def test_reliability_is_of_the_likelihood_that_was_trained_with(scene_model, sou
         summary = summarize(dataclasses.replace(two, likelihood=likelihood))
         assert summary["levels"]["0.4"]["calibration_error"] == pytest.approx(100 * (1 - expected), abs=1e-2)
         assert (summary["likelihood"] is None) == (likelihood is None)
+
+
+def test_spreads_seeds_and_cells_are_those_of_the_scores(scene_model, source, tmp_path):
+    draws = [NoiseDraw(3), NoiseDraw(4), NoiseDraw(8, shared=True)]
+    found = evaluate_images(scene_model, hpdv2.benchmark(source), [0.2, (0.2, 0.6)], draws)
+    twice = dataclasses.replace(
+        found, rankings=[*found.rankings, found.rankings[0]], scores=[*found.scores, found.scores[0]]
+    )
+    summary = summarize(twice)
+    assert (summary["rankings"], summary["prompts"], summary["seeds"]) == (4, 3, [3, 4])
+    for by_rule in summary["levels"].values():
+        one, other = by_rule["strict"]["by_seed"]
+        assert by_rule["strict"]["standard_deviation"] == pytest.approx(abs(one - other) / np.sqrt(2), abs=1e-3)
+        assert len(by_rule["shared_noise"]["strict"]["by_seed"]) == 1
+    write_scores(tmp_path / "scores.csv", found)
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert [int(row["ranking"]) for row in rows] == [0, 0, 0, 0, 1, 1, 2, 2, 2]
+    cells = rows[4]
+    for place, level in enumerate(("0.2", "ensemble 0.2 0.6")):
+        for number, seed in enumerate(("seed 3", "seed 4", "shared seed 8")):
+            assert float(cells[f"{level}, {seed}"]) == pytest.approx(found.scores[1][0, place, number], rel=1e-4)
+
+
+def test_likelihoods_have_names():
+    assert likelihood_name(LossConfig(sigma_0=0.5)) == "Thurstone, variance 2 sigma² + 0.25"
+    assert likelihood_name(LossConfig(variance="constant", constant_variance=0.5)) == "Thurstone, variance 0.5"
+    assert likelihood_name(LossConfig(name="bradley_terry")) == "Bradley-Terry"
+    assert "paper" in likelihood_name(None)
 
 
 def test_records_are_scored_as_their_latents(scene_model, tmp_path):

@@ -120,9 +120,12 @@ def test_votes_and_limits_apply(source, tmp_path):
     assert only["left_out"] == {"pair of a size that is no bucket": 4}
     with pytest.raises(RecordsError, match="no pairs are left for train; left out: .* vote share too small"):
         preprocess(source, tmp_path / "none", dataclasses.replace(CONFIG, min_vote_share=0.8))
+    rows = read_source(source, CONFIG).preferences["train"]
+    assert {(row.votes, row.confidence) for row in rows} == {((9, 3), 0.97)}
     unknown = write_dinalrm(tmp_path / "unknown", [[(f"p{n}", (64, 64)) for n in range(3)]], votes=(0, 0))
     rows = read_source(unknown, CONFIG).preferences["train"]
     assert {(row.votes, row.confidence) for row in rows} == {(None, 0.97)}
+    assert dinalrm._votes("{'votes_chosen': 2, 'votes_rejected': 5, 'confidence': 0.0}") == ((2, 5), None)
 
 
 def test_the_base_models_vae_is_named_and_none_is_loaded(source, tiny_pipeline, tmp_path, monkeypatch):

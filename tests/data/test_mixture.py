@@ -1,5 +1,6 @@
 """Several record directories as one."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,7 @@ from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, RecordsError
 
 
-def write(directory, first, count, length=3):
+def write(directory, first, count, length=3, **manifest):
     """Pairs (i, i) of images filled with `first + i`; the prompt's embedding is filled with `first`."""
     images = [ImageRecord(np.full((2, 2, 16), first + i, np.float32), f"{first + i}") for i in range(count)]
     records.write(
@@ -24,6 +25,8 @@ def write(directory, first, count, length=3):
         downsampling=8,
         source={},
     )
+    path = directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **manifest}))
     return str(directory)
 
 
@@ -88,3 +91,18 @@ def test_directories_of_one_name_are_told_apart_by_what_they_lie_in(tmp_path):
     parts = [write(tmp_path / run / "data", 0, 2) for run in ("one", "two")]
     pairs = Mixture(tuple(map(MixedConfig, parts))).pairs("eval")
     assert [pairs[i].kind for i in (0, 2)] == ["one-data/kind", "two-data/kind"]
+
+
+@pytest.mark.parametrize("encoder", ["codec", "text"])
+def test_latents_and_embeddings_of_other_encoders_are_not_mixed(tmp_path, encoder):
+    one, other = (write(tmp_path / name, 0, 2, **{encoder: name}) for name in ("one", "other"))
+    with pytest.raises(RecordsError, match="made by other encoders"):
+        Mixture((MixedConfig(one), MixedConfig(other)))
+    assert Mixture((MixedConfig(one),)).manifest[encoder] == "one"
+
+
+def test_a_mixture_is_known_by_all_of_its_parts(parts, tmp_path):
+    few, many = parts
+    other = write(tmp_path / "other", 200, 12)
+    prints = {Mixture((MixedConfig(few), MixedConfig(second))).fingerprint for second in (many, other)}
+    assert len(prints) == 2

@@ -456,3 +456,16 @@ def test_weights_that_cannot_be_placed_end_the_server(engine, caplog):
     until(lambda: batcher.state == "dead")
     assert "RESOURCE_EXHAUSTED: weights" in caplog.text
     assert engine.shapes == [SMALL]
+
+
+def test_a_batch_behind_another_is_not_charged_for_it(batcher, engine):
+    """Two full batches are on their way, held back for a while: the first one's time is the first one's."""
+    engine.gate.clear()
+    futures = batcher.submit([row(seed) for seed in range(1, 9)])
+    until(lambda: len(engine.batches) == 2)
+    time.sleep(0.3)
+    engine.gate.set()
+    first, second = futures[0].result(5), futures[-1].result(5)
+    assert first.computed >= 0.3
+    assert second.computed < 0.2
+    assert second.queued >= 0.3

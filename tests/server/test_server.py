@@ -86,6 +86,15 @@ def test_seeds_decide_and_nothing_else(server):
     assert again["raw_scores"] == first["raw_scores"]
 
 
+def test_seeds_that_nobody_gave_are_of_sixty_four_bits(server):
+    before = server.metric("dinalrm_rows_total")
+    seeds = [seed for _ in range(8) for seed in server.score(save(torch_request(4, seeds=None)))["seeds_used"]]
+    assert len(set(seeds)) == 32
+    assert max(seeds) > 2**55
+    assert server.metric("dinalrm_rows_total") == before + 32
+    assert server.metric("dinalrm_ready") == 1
+
+
 def test_a_score_does_not_depend_on_its_batch(server, client):
     """Rows at every place of every bucket, beside other rows, against the row alone."""
     latents, prompt = inputs(4)

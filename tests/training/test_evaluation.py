@@ -53,6 +53,8 @@ def test_scores_are_the_public_ones_level_by_level(scene_model, records, mesh):
     for shared in (False, True):
         scores = evaluator.run(params, LEVELS, shared=shared)
         assert scores.levels == LEVELS
+        pairs = [(pair.chosen, pair.rejected, pair.prompt) for pair in evaluator.pairs]
+        assert scores.records.tolist() == list(map(list, pairs))
         for row, level in enumerate(LEVELS):
             for number, pair in enumerate(evaluator.pairs):
                 for role in ("chosen", "rejected"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
+from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, peak_flops, read_metrics
 
 
 def step_metrics(loss, finite=1.0, share=(0.0, 0.0), accuracy=(0.0, 0.0)):
@@ -76,3 +76,28 @@ def test_runs_of_equal_names_are_different_runs_on_wandb(tmp_path, monkeypatch):
     assert [options["id"] for options in started] == ["aa-reward", "bb-reward", "aa-reward"]
     assert {options["project"] for options in started} == {"p"}
     assert all(options["resume"] == "allow" for options in started)
+
+
+def test_rates_are_of_training_alone(tmp_path, monkeypatch):
+    """Ten seconds for two steps of four pairs, four of which were an evaluation's."""
+    now = [100.0]
+    monkeypatch.setattr("dinalrm_jax.training.metrics.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dinalrm_jax.training.metrics.peak_flops", lambda kind: 10.0)
+    log = MetricsLog(tmp_path, "reward")
+    log.start()
+    for step in (1, 2):
+        log.add(step, step_metrics(1.0), rows=4, waited=0.0, flops=6.0)
+    now[0] += 10.0
+    log.pause(4.0)
+    values = log.write(2, {})
+    log.close()
+    assert values["step_seconds"] == pytest.approx(3.0)
+    assert values["pairs_per_second"] == pytest.approx(8 / 6)
+    assert values["model_flop_utilisation"] == pytest.approx(12 / 6 / 10)
+
+
+def test_stated_peaks_are_dense_bfloat16s():
+    """The makers' figures, without sparsity: an H100's is 989 TFLOP/s, a TPU v5e's 197."""
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("cpu") is None

@@ -11,7 +11,7 @@ from scipy import stats
 import dinalrm_jax as dina
 from dinalrm_jax.config import EnsembleTermConfig, LossConfig, SigmaConfig
 from dinalrm_jax.reward_model import reward_functional
-from dinalrm_jax.training.objectives import reward_losses, reward_objective
+from dinalrm_jax.training.objectives import flow_matching_objective, reward_losses, reward_objective
 from dinalrm_jax.training.step import row_keys
 from tests.conftest import TINY_SD3, random_inputs
 
@@ -128,3 +128,30 @@ def test_the_ensemble_term_scores_both_images_at_several_levels_of_the_row(golde
     together = 1 - np.sqrt(stats.norm.cdf(difference / np.sqrt(2 * variance)))
     np.testing.assert_allclose(losses, 0.75 * (1 - np.sqrt(0.5)) + 0.25 * together, rtol=1e-5)
     np.testing.assert_array_equal(metrics["ensemble_accuracy"], difference > 0)
+
+
+def test_pure_noise_falls_into_the_last_bin(batch):
+    keys = row_keys(0, 0, ROWS)
+    _, metrics = reward_objective(Reading(lambda levels, eps: levels), LossConfig(), SigmaConfig("constant", (1.0,)))(
+        {}, batch, keys
+    )
+    np.testing.assert_array_equal(metrics["share_by_sigma"], np.tile(np.eye(10)[9], (ROWS, 1)))
+
+
+def test_the_velocity_that_leads_to_the_image_costs_nothing(batch):
+    """`(x_sigma - x0) / sigma`, which is eps - x0, of the timestep 1000 sigma; the opposite costs four times |eps - x0|^2."""
+
+    class Leading:
+        sign = 1.0
+
+        def bind(self, params):
+            return self
+
+        def velocity(self, noisy, timestep, prompt):
+            return self.sign * (noisy - batch.chosen) / (timestep / 1000)[:, None, None, None]
+
+    module, keys = Leading(), row_keys(0, 0, ROWS)
+    objective = flow_matching_objective(module, SigmaConfig("constant", (0.5,)))
+    np.testing.assert_allclose(objective({}, batch, keys)[0], 0, atol=1e-8)
+    module.sign = -1.0
+    assert (np.asarray(objective({}, batch, keys)[0]) > 1).all()
