@@ -139,7 +139,7 @@ def test_pure_noise_falls_into_the_last_bin(batch):
 
 
 def test_the_velocity_that_leads_to_the_image_costs_nothing(batch):
-    """`(x_sigma - x0) / sigma`, which is eps - x0, of the timestep 1000 sigma; the opposite costs four times |eps - x0|^2."""
+    """`(x_sigma - x0) / sigma`, which is eps - x0; the timestep is 1000 sigma. The opposite velocity costs."""
 
     class Leading:
         sign = 1.0
