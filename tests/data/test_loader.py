@@ -110,3 +110,17 @@ def test_the_state_of_another_order_is_refused(data):
 def test_too_few_pairs(data):
     with pytest.raises(RecordsError, match="has 20 training pairs, a batch takes 21"):
         TrainingBatches(data, 21, seed=0)
+
+
+def test_every_epoch_and_every_seed_puts_other_pairs_together():
+    """Forty pairs in ten batches an epoch: which stand beside each other is drawn anew."""
+
+    def together(seed, epoch):
+        schedule = Schedule({"bucket": range(40)}, 4, seed)
+        return {frozenset(schedule.batch(step)[1].tolist()) for step in range(10 * epoch, 10 * epoch + 10)}
+
+    first = together(0, 0)
+    assert first == together(0, 0)
+    for other in (together(0, 1), together(1, 0)):
+        assert set().union(*other) == set(range(40))
+        assert len(first & other) <= 1
