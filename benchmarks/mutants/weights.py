@@ -31,9 +31,9 @@ MUTANTS = [
     Mutant("another model may be gone on from", CHECKPOINT, "if model.config != config.model:", "if False:", f"{OF_RUNS} -k goes_on"),
     Mutant("a shared backbone of another dtype is taken", PRETRAINED,
            "elif (array.shape, array.dtype) != (shape.shape, jnp.dtype(execution.dtype)):", "elif array.shape != shape.shape:",
-           "tests/test_placement.py tests/weights/test_pretrained.py -k shar"),
+           "tests/test_examples.py -k shar"),
     Mutant("blocks beyond the model's are unknown weights", "dinalrm_jax/weights/sd3.py", '(?!(?:{kept})\\.)\\d+', '(?!(?:{kept})\\.)\\d\\d\\d',
            "tests/test_golden.py -k level_per_row"),
-    Mutant("the patch's rows and columns change places", "dinalrm_jax/weights/sd3.py", "np.stack([by_column, by_row])",
-           "np.stack([by_row, by_column])", "tests/backbone/test_sd3.py -k velocity"),
+    Mutant("the patch's rows and columns change places", "dinalrm_jax/weights/sd3.py", "kernel.transpose(0, 2, 3, 1)",
+           "kernel.transpose(0, 3, 2, 1)", "tests/backbone/test_sd3.py -k velocity"),
 ]  # fmt: skip
