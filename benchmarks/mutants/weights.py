@@ -31,7 +31,7 @@ MUTANTS = [
     Mutant("another model may be gone on from", CHECKPOINT, "if model.config != config.model:", "if False:", f"{OF_RUNS} -k goes_on"),
     Mutant("a shared backbone of another dtype is taken", PRETRAINED,
            "elif (array.shape, array.dtype) != (shape.shape, jnp.dtype(execution.dtype)):", "elif array.shape != shape.shape:",
-           "tests/test_examples.py -k shar"),
+           "tests/test_examples.py -k do_not_fit"),
     Mutant("blocks beyond the model's are unknown weights", "dinalrm_jax/weights/sd3.py", '(?!(?:{kept})\\.)\\d+', '(?!(?:{kept})\\.)\\d\\d\\d',
            "tests/test_golden.py -k level_per_row"),
     Mutant("the patch's rows and columns change places", "dinalrm_jax/weights/sd3.py", "kernel.transpose(0, 2, 3, 1)",
