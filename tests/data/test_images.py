@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dinalrm_jax.data import files, images
 from dinalrm_jax.data.files import ImageProblem, files_below, open_file, patiently
@@ -335,3 +335,15 @@ def test_what_does_not_pass_is_not_waited_for(monkeypatch):
 
     with pytest.raises(OSError, match="cannot read /x: .*Permission denied"):
         patiently(denied, "/x")
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_images_are_resized_by_lanczos(crop):
+    """As PIL does it, on noise, where every other filter shows."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8))
+    expected = (
+        ImageOps.fit(image, (48, 48), Image.Resampling.LANCZOS)
+        if crop
+        else image.resize((48, 48), Image.Resampling.LANCZOS)
+    )
+    np.testing.assert_array_equal(read_rgb(image, (48, 48), crop=crop), np.asarray(expected))

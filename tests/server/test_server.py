@@ -1,6 +1,7 @@
 """The server over real sockets."""
 
 import asyncio
+import contextlib
 import http.server
 import importlib.util
 import os
@@ -181,6 +182,16 @@ def test_large_and_slow_bodies(tiny_model):
         with socket.create_connection((host, int(port))) as slow:
             slow.sendall(f"POST /v1/score HTTP/1.1\r\nhost: x\r\n{head}content-length: 100\r\n\r\nabc".encode())
             assert b" 408 " in slow.recv(200)
+        with socket.create_connection((host, int(port))) as trickling:
+            trickling.settimeout(0.2)
+            trickling.sendall(f"POST /v1/score HTTP/1.1\r\nhost: x\r\n{head}content-length: 100\r\n\r\n".encode())
+            answer = b""
+            for _ in range(15):  # a byte every fifth of a second, three times as long as the deadline
+                trickling.sendall(b"x")
+                with contextlib.suppress(TimeoutError):
+                    answer = trickling.recv(200)
+                    break
+            assert b" 408 " in answer
         server.score(save(torch_request(latents=torch.zeros(1, 16, 4, 4))))
 
 
