@@ -72,11 +72,11 @@ from dinalrm_jax.training.sharding import (
 )
 from dinalrm_jax.training.step import TrainState, make_step, model_flops
 from dinalrm_jax.training.stopping import Stopped, StopSignals
-from dinalrm_jax.training.workdir import check_workdir, claim_workdir
 from dinalrm_jax.weights.checkpoint import base_model_of, frozen_arrays, open_base, open_start
 from dinalrm_jax.weights.files import fingerprint, read_json
 from dinalrm_jax.weights.pretrained import save_backbone, save_reward_model, transformer_functional
 from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.workdir import check_workdir, claim_workdir
 
 REPORT_SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 

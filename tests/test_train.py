@@ -40,9 +40,9 @@ from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimize
 from dinalrm_jax.training.profiling import ProfileWindow
 from dinalrm_jax.training.report import sweep_table
 from dinalrm_jax.training.step import TrainState
-from dinalrm_jax.training.workdir import claim_workdir
 from dinalrm_jax.weights.pretrained import export_released
 from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.workdir import claim_workdir
 from tests import tiny_run
 from tests.conftest import ROOT
 

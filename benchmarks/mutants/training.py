@@ -5,7 +5,7 @@ from benchmarks.mutants import Mutant
 OBJECTIVES, STEP = "dinalrm_jax/training/objectives.py", "dinalrm_jax/training/step.py"
 EVALUATION, METRICS = "dinalrm_jax/training/evaluation.py", "dinalrm_jax/training/metrics.py"
 OPTIMIZER, CHECKPOINT = "dinalrm_jax/training/optimizer.py", "dinalrm_jax/training/checkpoint.py"
-WORKDIR, TRAIN, LOADER = "dinalrm_jax/training/workdir.py", "dinalrm_jax/train.py", "dinalrm_jax/data/loader.py"
+WORKDIR, TRAIN, LOADER = "dinalrm_jax/workdir.py", "dinalrm_jax/train.py", "dinalrm_jax/data/loader.py"
 OF_OBJECTIVES, OF_STEPS = "tests/training/test_objectives.py", "tests/training/test_step.py"
 OF_EVALUATION, OF_METRICS = "tests/training/test_evaluation.py", "tests/training/test_metrics.py"
 OF_RUNS, OF_LOADER = "tests/test_train.py", "tests/data/test_loader.py"

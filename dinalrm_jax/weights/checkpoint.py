@@ -18,7 +18,6 @@ from absl import logging
 from dinalrm_jax.config import ConfigError, ExecutionConfig, RewardModelConfig, SweepConfig, TrainConfig, to_mapping
 from dinalrm_jax.parameters import Params, draw
 from dinalrm_jax.reward_model import is_trainable, reward_functional
-from dinalrm_jax.training.workdir import read_claim
 from dinalrm_jax.weights.files import fingerprint, read_json
 from dinalrm_jax.weights.pretrained import (
     PretrainedModel,
@@ -29,6 +28,7 @@ from dinalrm_jax.weights.pretrained import (
     truncate,
 )
 from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.workdir import read_claim
 
 
 def open_checkpoint(
