@@ -44,7 +44,7 @@ from dinalrm_jax.config import (
 )
 from dinalrm_jax.data import rehearsal
 from dinalrm_jax.data.datasets import preprocess
-from dinalrm_jax.data.loader import TrainingBatches
+from dinalrm_jax.data.loader import Schedule, TrainingBatches
 from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.scene_records import write_scene_records
@@ -166,7 +166,7 @@ def _run(given: TrainConfig, workdir: pathlib.Path) -> PairScores:
 def in_steps(config: TrainConfig, records: Records | Mixture) -> TrainConfig:
     """The configuration with every stage's length in steps, which is said."""
     lasting = {}
-    pairs = sum(len(rows) * records.weights("train")[name] for name, rows in records.buckets("train").items())
+    pairs = Schedule(records.buckets("train"), 1, config.seed, records.weights("train")).epoch_pairs
     for name in ("generator", "reward"):
         stage = getattr(config, name)
         if stage is not None and stage.epochs is not None and pairs:
