@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from dinalrm_jax.backbone import attention
+from dinalrm_jax.model.backbone import attention
 
 
 def compiled(implementation: str, group: int | None, inputs):

@@ -24,7 +24,8 @@ from jax.sharding import AxisType, Mesh
 
 import configs.hpdv3 as hpdv3
 from benchmarks.abstract_step import compile_step
-from dinalrm_jax.config import TrainConfig, from_mapping
+from dinalrm_jax.config import TrainConfig
+from dinalrm_jax.mapping import from_mapping
 
 MESHES = ({"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import dinalrm_jax as dina
 from benchmarks import fuzz_images
-from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config
+from dinalrm_jax.model.backbone.sd3.config import SD3Config
+from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.server import protocol
 from dinalrm_jax.server.app import RewardServer
 from dinalrm_jax.server.config import ServerConfig

@@ -31,9 +31,10 @@ from tqdm import tqdm
 import dinalrm_jax as dina
 from benchmarks.rehearsal import same
 from dinalrm_jax.client import ClientConfig, RewardClient
-from dinalrm_jax.config import EncodersConfig, LoRAConfig, RewardModelConfig, ScenesConfig, SD3Config
-from dinalrm_jax.data.scene_records import write_scene_records
-from dinalrm_jax.weights.pretrained import save_reward_model
+from dinalrm_jax.model.backbone.sd3.config import SD3Config
+from dinalrm_jax.model.config import EncodersConfig, LoRAConfig, RewardModelConfig
+from dinalrm_jax.scenes.config import ScenesConfig
+from dinalrm_jax.scenes.records import write_scene_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def evaluate(inputs: pathlib.Path) -> Part:
     config = RewardModelConfig(
         transformer, num_blocks=1, visual_taps=(1,), text_taps=(1,), lora=LoRAConfig(2, 4.0), encoders=encoders
     )
-    save_reward_model(dina.RewardModel.init(config), inputs / "model")
+    dina.RewardModel.init(config).save(inputs / "model")
     write_scene_records(inputs / "data", ScenesConfig(train_pairs=1, eval_pairs=400, image_size=32), encoders)
 
     def command(output: pathlib.Path) -> list[str]:

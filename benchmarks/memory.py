@@ -22,7 +22,8 @@ from jax.sharding import AxisType, Mesh
 
 import configs.hpdv3 as hpdv3
 from benchmarks.abstract_step import compile_step
-from dinalrm_jax.config import TrainConfig, from_mapping
+from dinalrm_jax.config import TrainConfig
+from dinalrm_jax.mapping import from_mapping
 
 MEMORY = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB of one chip, as its maker states it
 GIB = 2**30

@@ -5,8 +5,9 @@ python -m benchmarks.parameters
 
 from collections import Counter
 
-from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
-from dinalrm_jax.reward_model import reward_functional
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.reward import reward_functional
 
 
 def main() -> None:

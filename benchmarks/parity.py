@@ -16,10 +16,10 @@ import numpy as np
 
 import dinalrm_jax as dina
 from dinalrm_jax import noise
-from dinalrm_jax.config import LossConfig
-from dinalrm_jax.preference import pair_loss
-from dinalrm_jax.reward_model import is_trainable, reward_functional
-from dinalrm_jax.weights.pretrained import load_backbone, transformer_functional
+from dinalrm_jax.model.backbone.family import transformer_functional
+from dinalrm_jax.model.reward import is_trainable, reward_functional
+from dinalrm_jax.preference import LossConfig, pair_loss
+from dinalrm_jax.weights.pretrained import load_backbone
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "released-tiny"
 RELEASED_LOSS = LossConfig(sigma_0=0.05**0.5, epsilon=1e-6)

@@ -22,7 +22,8 @@ from collections import Counter
 from absl import app, flags
 from PIL import Image
 
-from dinalrm_jax.data import hpdv2, rehearsal
+from dinalrm_jax.data.sources import hpdv2
+from dinalrm_jax.scenes import rehearsal
 
 DAMAGES = ("missing", "truncated", "grey", "tiny", "odd aspect")
 

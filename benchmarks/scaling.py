@@ -11,8 +11,9 @@ import dataclasses
 
 from absl import app, flags
 
-from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
-from dinalrm_jax.reward_model import is_trainable, reward_functional
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.timing.work import model_flops
 
 PAIRS = 800_000  # HPDv3 after filtering (method.md)
@@ -60,7 +61,7 @@ def pair_flops() -> float:
 
 
 def gradient_bytes() -> int:
-    """What data parallelism sums: the trainable gradients in float32 (tests/test_collectives.py counts them)."""
+    """What data parallelism sums: the trainable gradients in float32, as tests/devices/test_collectives.py counts."""
     shapes = reward_functional(RewardModelConfig(), ExecutionConfig()).shapes
     return sum(4 * shape.size for name, shape in shapes.items() if is_trainable(name))
 

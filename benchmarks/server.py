@@ -32,12 +32,12 @@ from absl import app, flags, logging
 
 import dinalrm_jax as dina
 from dinalrm_jax.client import AsyncRewardClient, ClientConfig, RewardClient
-from dinalrm_jax.config import LoRAConfig, RewardModelConfig, SD3Config
+from dinalrm_jax.model.backbone.sd3.config import SD3Config
+from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.noise import nearest_schedule_sigma
 from dinalrm_jax.server.app import RewardServer
 from dinalrm_jax.server.config import ServerConfig
 from dinalrm_jax.server.protocol import RowShape
-from dinalrm_jax.weights.pretrained import save_reward_model
 
 SMALL = RewardModelConfig(
     SD3Config(num_layers=2, num_attention_heads=1, attention_head_dim=8, caption_projection_dim=8,
@@ -143,7 +143,7 @@ def load(values, restart: bool) -> None:
     expected = expected_scores(model, values.requests, shape)
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = pathlib.Path(directory) / "model"
-        save_reward_model(model, checkpoint)
+        model.save(checkpoint)
         server = start_server(checkpoint, values.port, shape)
         context = multiprocessing.get_context("spawn")
         pipes, processes = [], []

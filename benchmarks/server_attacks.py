@@ -39,7 +39,6 @@ from benchmarks.server import SMALL, metric, row, start_server
 from dinalrm_jax.client import ClientConfig, RewardClient
 from dinalrm_jax.server import protocol
 from dinalrm_jax.server.protocol import RowShape
-from dinalrm_jax.weights.pretrained import save_reward_model
 
 HEAD = (
     "POST /v1/score HTTP/1.1\r\nhost: x\r\n"
@@ -159,7 +158,7 @@ def main(_) -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = pathlib.Path(directory) / "model"
-        save_reward_model(dina.RewardModel.init(SMALL), checkpoint)
+        dina.RewardModel.init(SMALL).save(checkpoint)
         with (pathlib.Path(directory) / "log").open("w") as log:
             server = start_server(checkpoint, values.port, shape, log)
             try:

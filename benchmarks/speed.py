@@ -14,7 +14,7 @@ import sys
 
 from absl import app, flags
 
-from dinalrm_jax.plots import INK, WORSE, new_figure, save
+from dinalrm_jax.evaluation.plots import INK, WORSE, new_figure, save
 
 HERE = pathlib.Path(__file__).parent
 README, PLOT = HERE.parent / "README.md", HERE.parent / "docs" / "speed.png"

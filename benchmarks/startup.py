@@ -21,7 +21,7 @@ FIRST_SCORE = """
 import json, sys, time
 started = time.perf_counter()
 import dinalrm_jax as dina
-from dinalrm_jax.compilation import enable_compilation_cache
+from dinalrm_jax.devices.compilation import enable_compilation_cache
 imported = time.perf_counter()
 enable_compilation_cache()
 golden = sys.argv[1]

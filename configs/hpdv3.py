@@ -21,7 +21,8 @@ generated data in HPDv3's layout, preprocessing, training, report.
 
 from ml_collections import ConfigDict
 
-from dinalrm_jax.config import TrainConfig, with_defaults
+from dinalrm_jax.config import TrainConfig
+from dinalrm_jax.mapping import with_defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -53,8 +54,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def smoke(values: dict) -> dict:
     """The same experiment on tiny random weights and generated data; most of its time is compilation."""
-    from dinalrm_jax.config import to_mapping
-    from dinalrm_jax.data import rehearsal
+    from dinalrm_jax.mapping import to_mapping
+    from dinalrm_jax.scenes import rehearsal
 
     small = {key: value for key, value in values.items() if key not in ("base_model", "data")}
     optimizer = values["reward"]["optimizer"] | {"learning_rate": 1e-3, "warmup_steps": 10}

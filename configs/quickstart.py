@@ -11,7 +11,8 @@ shape that training never combined.
 
 from ml_collections import ConfigDict
 
-from dinalrm_jax.config import TrainConfig, with_defaults
+from dinalrm_jax.config import TrainConfig
+from dinalrm_jax.mapping import with_defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -30,9 +30,9 @@ import jaxlib
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from dinalrm_jax.compilation import enable_compilation_cache
-from dinalrm_jax.config import ConfigError
+from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.disk import check_writable, write_json
+from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.timing import loading
 from dinalrm_jax.timing.costs import top_costs
 from dinalrm_jax.timing.memory import forget_peak, peak_bytes
@@ -83,9 +83,11 @@ def run(
 ) -> dict:
     """Everything that is measured of one mode, as JSON values."""
     work = make_work(setting)
-    config, side = setting.model, setting.resolution // 8
-    rows = setting.batch * ((side // config.transformer.patch_size) ** 2 + setting.tokens)
-    peak = gemm_peak(setting.dtype, rows, config.transformer.inner_dim)
+    config = setting.model
+    spec = config.transformer.latents
+    side = setting.resolution // spec.downsampling
+    rows = setting.batch * (spec.tokens(side, side) + setting.tokens)
+    peak = gemm_peak(setting.dtype, rows, config.transformer.width)
     reference = Reference(reference_path, setting, compile_reference) if reference_path is not None else None
     ours, theirs = [], []
     for number in tqdm(range(repeats + 1), desc=setting.mode, unit="call"):

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 from absl import app, flags, logging
 
-from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.server import protocol
 from dinalrm_jax.server.protocol import RowShape, read_api_key
 

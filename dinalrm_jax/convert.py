@@ -14,11 +14,12 @@ import sys
 
 from absl import app, flags, logging
 
-from dinalrm_jax.config import ConfigError, ExecutionConfig
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.training.run_weights import open_checkpoint
 from dinalrm_jax.weights import pretrained
-from dinalrm_jax.weights.checkpoint import open_checkpoint
-from dinalrm_jax.weights.rules import WeightsError
 from dinalrm_jax.weights.torch_file import TorchFileError
 from dinalrm_jax.weights.verify import VerificationError, check_torch, verify_against_released
 
@@ -59,14 +60,14 @@ def convert(
     else:
         checkpoint = pretrained.resolve(checkpoint, pretrained.CHECKPOINT_FILES, revision)
     if direction == "released":
-        model = pretrained.open_reward_model(checkpoint, base_model, execution).load()
+        model = RewardModel.loaded(pretrained.open_reward_model(checkpoint, base_model, execution))
         if verify:
-            print(verify_against_released(model, checkpoint, base_model))
-        pretrained.save_reward_model(model, output)
+            print(verify_against_released(model.config, model.score_latents, checkpoint, base_model))
+        model.save(output)
     elif direction == "native":
-        pretrained.save_reward_model(open_checkpoint(checkpoint, base_model, execution).load(), output)
+        RewardModel.loaded(open_checkpoint(checkpoint, base_model, execution)).save(output)
     elif direction == "export":
-        pretrained.export_released(RewardModel.from_pretrained(checkpoint, dtype="float32"), output)
+        RewardModel.from_pretrained(checkpoint, dtype="float32").export_released(output)
     else:
         pretrained.save_backbone(*pretrained.load_backbone(base_model, execution), output)
     print(f"wrote {output}")

@@ -17,18 +17,18 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from dinalrm_jax import distributed
-from dinalrm_jax.benchmarks.evaluator import Evaluation, evaluate_images, evaluate_records
-from dinalrm_jax.benchmarks.report import write_evaluation
-from dinalrm_jax.compilation import enable_compilation_cache
-from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.buckets import parse_bucket
-from dinalrm_jax.data.datasets import read_benchmark
 from dinalrm_jax.data.records import Records
+from dinalrm_jax.data.sources.datasets import read_benchmark
+from dinalrm_jax.devices import processes
+from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.disk import check_writable, whole_directory
+from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evaluate_records
+from dinalrm_jax.evaluation.benchmark_report import write_evaluation
+from dinalrm_jax.evaluation.scoring import Level
+from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.reward_model import RewardModel
-from dinalrm_jax.scoring import Level
 from dinalrm_jax.training.preflight import check_fit
 
 BENCHMARKS = ("imagereward", "hpdv2", "hpdv3", "genai_bench", "records")
@@ -53,18 +53,18 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"--split goes with genai_bench and records; {values.benchmark} has one test set")
         if values.size is not None and values.benchmark == "records":
             raise ConfigError("--size goes with images; records have the sizes they were made with")
-        distributed.initialize(values.distributed)
+        processes.initialize(values.distributed)
         # The output is this command's from here on, before it has computed for hours.
-        with whole_directory(output) if distributed.is_first() else contextlib.nullcontext() as partial:
+        with whole_directory(output) if processes.is_first() else contextlib.nullcontext() as partial:
             found = evaluate(values, levels, draws)
-            text = write_evaluation(partial, found) if distributed.is_first() else ""
+            text = write_evaluation(partial, found) if processes.is_first() else ""
     except (ValueError, OSError) as error:  # ours are ValueErrors
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(2)
+        processes.leave(2)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
-        distributed.leave(130)
-    if distributed.is_first():
+        processes.leave(130)
+    if processes.is_first():
         for name, problem in sorted(found.problems.items())[:10]:
             print(f"left out: {name}: {problem}", file=sys.stderr)
         if len(found.problems) > 10:
@@ -104,7 +104,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch-size", 8, "Images in one program.", 1)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype.")
     flags.DEFINE_string("output", None, "Directory to write; must not exist. runs/evaluation/BENCHMARK if not given.")
-    flags.DEFINE_bool("distributed", False, distributed.HELP)
+    flags.DEFINE_bool("distributed", False, processes.HELP)
     flags.mark_flags_as_required(["checkpoint", "benchmark", "data"])
 
 

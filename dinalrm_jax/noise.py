@@ -7,12 +7,21 @@ released code's u). Everything here is a pure function of arrays.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dinalrm_jax.config import ConfigError, SigmaConfig
+from dinalrm_jax.mapping import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmaConfig:
+    """The training distribution of the noise level; `noise.DISTRIBUTIONS` names the parameters."""
+
+    distribution: Literal["uniform", "logit_normal", "mode", "constant", "power", "beta"] = "uniform"
+    parameters: tuple[float, ...] = ()
 
 
 def add_noise(latents: jax.Array, sigma: jax.Array, noise: jax.Array) -> jax.Array:
@@ -24,6 +33,8 @@ def add_noise(latents: jax.Array, sigma: jax.Array, noise: jax.Array) -> jax.Arr
 
 def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws."""
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a random key, got {key!r}; make one of a seed with jax.random.key(seed)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jnp.asarray(key)  # `seed_key`'s, or an old-style jax.random.PRNGKey
         key = jax.random.wrap_key_data(key, impl="threefry2x32" if key.shape[-1] == 2 else None)

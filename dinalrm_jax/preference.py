@@ -5,11 +5,50 @@ Thurstone's model with the paper's noise-calibrated uncertainty (arXiv 2602.1114
 computed in float32 and stays finite, gradients included, for |r+ - r-| up to 1e4.
 """
 
+import dataclasses
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
-from dinalrm_jax.config import LossConfig
+from dinalrm_jax.mapping import ConfigError, refuse_ignored
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """A pair loss of `dinalrm_jax.preference`; the defaults are the paper's constants.
+
+    variance: "calibrated" is `k sigma^2 + sigma_0^2`, "constant" is `constant_variance` at every level.
+    epsilon: added inside both square roots by the released code (1e-6); 0 is the paper's formula.
+    margin: of the Bradley-Terry loss only, which has neither variance nor epsilon.
+    """
+
+    name: Literal["fidelity", "nll", "bradley_terry"] = "fidelity"
+    variance: Literal["calibrated", "constant"] = "calibrated"
+    k: float = 2.0
+    sigma_0: float = 0.1
+    constant_variance: float = 0.5
+    epsilon: float = 0.0
+    margin: float = 0.0
+
+    def __post_init__(self):
+        if self.variance == "calibrated" and not (self.k >= 0 and self.sigma_0 > 0):
+            raise ConfigError(f"calibrated variance needs k >= 0 and sigma_0 > 0, got {self.k} and {self.sigma_0}")
+        if self.variance == "constant" and not self.constant_variance > 0:
+            raise ConfigError(f"constant_variance must be positive, got {self.constant_variance}")
+        if self.name == "bradley_terry":
+            refuse_ignored(
+                self, ("variance", "k", "sigma_0", "constant_variance", "epsilon"), "the Bradley-Terry loss has none"
+            )
+        else:
+            refuse_ignored(self, ("margin",), f"the {self.name} loss has none")
+            if self.variance == "constant":
+                refuse_ignored(self, ("k", "sigma_0"), "the variance is constant_variance")
+            else:
+                refuse_ignored(self, ("constant_variance",), "the variance is k sigma^2 + sigma_0^2")
+        if self.name == "nll" and self.epsilon:
+            raise ConfigError(f"epsilon is {self.epsilon}, but it belongs to the fidelity loss; leave it at 0")
 
 
 def calibrated_variance(sigma: jax.Array, k: float = 2.0, sigma_0: float = 0.1) -> jax.Array:

@@ -14,13 +14,14 @@ import sys
 
 from absl import app, flags, logging
 
-from dinalrm_jax import distributed
-from dinalrm_jax.compilation import enable_compilation_cache
-from dinalrm_jax.config import ConfigError, PreparationConfig, from_mapping
-from dinalrm_jax.data.datasets import preprocess
+from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.data.sources.datasets import preprocess
+from dinalrm_jax.devices import processes
+from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.disk import Locked
-from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.mapping import ConfigError, from_mapping
+from dinalrm_jax.model.tables import WeightsError
 
 DEFAULTS = PreparationConfig("hpdv3")
 
@@ -65,20 +66,20 @@ def main(argv: list[str]) -> None:
             },
             "preprocess",
         )
-        distributed.initialize(values.distributed)
+        processes.initialize(values.distributed)
         if values.distributed:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the preemption service's: nothing is lost by a kill
         manifest = preprocess(values.source, values.output, config, values["base-model"].value)
     except (RecordsError, ConfigError, WeightsError, FileExistsError, Locked) as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(2)
+        processes.leave(2)
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        distributed.leave(130)
+        processes.leave(130)
     except OSError as error:
         print(f"error: {error}\nWhat is finished is kept; the same command goes on from there", file=sys.stderr)
-        distributed.leave(2)
-    if distributed.is_first():
+        processes.leave(2)
+    if processes.is_first():
         print(f"wrote {values.output}:\n{report(manifest)}")
 
 
@@ -104,7 +105,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("prompts-per-shard", DEFAULTS.prompts_per_shard, "What a kill can lose, a process.")
     flags.DEFINE_integer("batch-size", DEFAULTS.batch_size, "Images a VAE call.")
     flags.DEFINE_integer("threads", DEFAULTS.threads, "That read and decode images.")
-    flags.DEFINE_bool("distributed", False, distributed.HELP)
+    flags.DEFINE_bool("distributed", False, processes.HELP)
     flags.mark_flags_as_required(["dataset", "source", "output"])
 
 

@@ -1,4 +1,4 @@
-"""The reward model: truncated backbone, LoRA and head as one module, and the public handle on it."""
+"""The public handle on a reward model and its weights."""
 
 import dataclasses
 import functools
@@ -8,104 +8,22 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from PIL import Image
 
-from dinalrm_jax import lora
-from dinalrm_jax.backbone.features import Features
-from dinalrm_jax.backbone.sd3 import SD3Transformer
-from dinalrm_jax.config import ExecutionConfig, LossConfig, RewardModelConfig
-from dinalrm_jax.data.batch import PromptEmbeds, validate_latents
 from dinalrm_jax.data.images import ImageSource, read_rgb
-from dinalrm_jax.encoders import ImageCodec, load_image_codec, load_prompt_encoder
-from dinalrm_jax.head import RewardHead
-from dinalrm_jax.noise import NoiseDraw, add_noise, draw_noise, seed_key, timestep
-from dinalrm_jax.parameters import Functional, Params, functional
+from dinalrm_jax.encoders.load import ImageCodec, load_image_codec, load_prompt_encoder
+from dinalrm_jax.evaluation.scoring import score_images
+from dinalrm_jax.model import lora
+from dinalrm_jax.model.batch import PromptEmbeds
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.parameters import Params
+from dinalrm_jax.model.reward import check_levels, is_trainable, jitted_score, reward_functional, store
+from dinalrm_jax.noise import NoiseDraw, draw_noise, seed_key
+from dinalrm_jax.preference import LossConfig
+from dinalrm_jax.training.run_weights import open_checkpoint
 from dinalrm_jax.weights.digest import digest
-
-
-class RewardModule(nnx.Module):
-    """Scores of noisy latents; `backbone`, `head` and, if configured, the logistic's `eta3`, `eta4`."""
-
-    def __init__(self, config: RewardModelConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.backbone = SD3Transformer(config.transformer, execution, num_blocks=config.num_blocks, rngs=rngs)
-        if config.lora is not None:
-            lora.add_lora(self.backbone, config.lora, adapt_last_text=config.adapts_last_text, rngs=rngs)
-        self.head = RewardHead(config, rngs=rngs)
-        if config.logistic:
-            self.eta3 = nnx.Param(jnp.zeros(()))
-            self.eta4 = nnx.Param(jnp.full((), 0.15))
-
-    def __call__(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> jax.Array:
-        """One noise level a row.
-
-        Args:
-            latents: (B, H, W, C) clean latents.
-            prompt: B prompts.
-            sigma: (B,) levels.
-            eps: (B, H, W, C) standard normal noise.
-
-        Returns:
-            (B,) float32 scores.
-        """
-        return self._squash(self.head.score(*self._tokens(latents, prompt, sigma, eps)))
-
-    def ensemble(self, latents: jax.Array, prompt: PromptEmbeds, sigmas: jax.Array, eps: jax.Array) -> jax.Array:
-        """The token-level ensemble: the levels' tokens one after another, attended to once.
-
-        All levels run as one vmapped pass; what does not depend on the level (the context
-        embedder) is computed once.
-
-        Args:
-            latents, prompt, eps: as for a single level; every level uses the same eps.
-            sigmas: (K,) levels, or (K, B).
-
-        Returns:
-            (B,) float32 scores.
-        """
-        sigmas = jnp.broadcast_to(sigmas.reshape(len(sigmas), -1), (len(sigmas), latents.shape[0]))
-        image, text = jax.vmap(lambda sigma: self._tokens(latents, prompt, sigma, eps))(sigmas)
-        return self._squash(self.head.score(_join_levels(image), None if text is None else _join_levels(text)))
-
-    def score(self, latents: jax.Array, prompt: PromptEmbeds, levels: jax.Array, eps: jax.Array) -> jax.Array:
-        """A single level for all rows where `levels` is (), the ensemble where it is (K,)."""
-        if levels.ndim == 0:
-            return self(latents, prompt, jnp.broadcast_to(levels, latents.shape[0]), eps)
-        return self.ensemble(latents, prompt, levels, eps)
-
-    def features(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> Features:
-        """What the head sees of the noised latents; arguments as for a single level."""
-        noisy = add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
-        config = self.config
-        return self.backbone.features(
-            noisy, timestep(sigma), prompt, visual_taps=config.visual_taps, text_taps=config.text_taps
-        )
-
-    def _tokens(self, latents, prompt, sigma, eps) -> tuple[jax.Array, jax.Array | None]:
-        return self.head.tokens(self.features(latents, prompt, sigma, eps))
-
-    def _squash(self, score: jax.Array) -> jax.Array:
-        """The optional logistic `(e1 - e2) / (1 + exp(-(r - e3) / (|e4| + 1e-6))) + e2`, e1 = 2, e2 = -2."""
-        if not self.config.logistic:
-            return score
-        return 4 * jax.nn.sigmoid((score - self.eta3[...]) / (jnp.abs(self.eta4[...]) + 1e-6)) - 2
-
-
-def _join_levels(tokens: jax.Array) -> jax.Array:
-    levels, batch, length, width = tokens.shape
-    return tokens.transpose(1, 0, 2, 3).reshape(batch, levels * length, width)
-
-
-def is_trainable(name: str) -> bool:
-    """Whether a parameter of `RewardModule` trains: adapters, head and logistic; the rest is frozen."""
-    return not name.startswith("backbone.") or name.endswith((".lora_A", ".lora_B"))
-
-
-@functools.lru_cache(maxsize=32)
-def reward_functional(config: RewardModelConfig, execution: ExecutionConfig) -> Functional[RewardModule]:
-    """`RewardModule` as a pure function of named parameters."""
-    return functional(lambda rngs: RewardModule(config, execution, rngs=rngs))
+from dinalrm_jax.weights.pretrained import PretrainedModel, export_released, save_reward_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +33,8 @@ class RewardModel:
     Attributes:
         config: what the model is.
         params: named arrays, a pytree; what `reward_fn` takes.
-        execution: how it is computed; `dataclasses.replace(model, execution=...)` changes it.
+        execution: how it is computed; `dataclasses.replace(model, execution=...)` changes it, but does not bring back
+            digits that weights lost when they were loaded.
         base_model: where text encoders and VAE are read from when they are first used.
         likelihood: what it was trained with, which makes probabilities of scores; None where that is not known.
     """
@@ -125,6 +44,16 @@ class RewardModel:
     execution: ExecutionConfig = ExecutionConfig()
     base_model: str | pathlib.Path | None = None
     likelihood: LossConfig | None = None
+
+    def __post_init__(self):
+        wanted = jnp.dtype(self.execution.dtype)
+        rounded = [name for name, array in self.params.items() if array.dtype.itemsize < wanted.itemsize]
+        if rounded:
+            dtype = self.params[rounded[0]].dtype
+            raise ValueError(
+                f"execution.dtype is {wanted}, but {len(rounded)} weights are held in {dtype} ({rounded[0]} is one); "
+                f"load the model again with dtype={str(wanted)!r}"
+            )
 
     @classmethod
     def from_pretrained(
@@ -154,15 +83,26 @@ class RewardModel:
             ConfigError: a configuration of another kind of model, or a directory's revision.
             FileNotFoundError: not a checkpoint, with what was looked for.
         """
-        from dinalrm_jax.weights.checkpoint import open_checkpoint  # imports this module for its types
+        return cls.loaded(open_checkpoint(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone, revision))
 
-        return open_checkpoint(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone, revision).load()
+    @classmethod
+    def loaded(cls, opened: PretrainedModel) -> "RewardModel":
+        """An open checkpoint with its weights read."""
+        return cls(opened.config, opened.params, opened.execution, opened.base_model, opened.likelihood)
 
     @classmethod
     def init(cls, config: RewardModelConfig, execution: ExecutionConfig = ExecutionConfig(), seed: int = 0):
         """A model with random weights, as training starts."""
         params = reward_functional(config, execution).init(seed)
         return cls(config, store(params, execution), execution)
+
+    def save(self, output: str | pathlib.Path, step: int | None = None) -> None:
+        """Writes a native checkpoint, whole or not at all; `step` is the training step that it is of."""
+        save_reward_model(output, self.config, self.params, self.likelihood, step)
+
+    def export_released(self, output: str | pathlib.Path) -> None:
+        """Writes LoRA and head in the released layout; raises ConfigError for a model that it cannot hold."""
+        export_released(output, self.config, self.params, self.likelihood)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -183,9 +123,11 @@ class RewardModel:
             no forward-mode derivative (`jax.jvp`): its trainable weights have gradients of their own making.
         """
         levels = check_levels(sigma)
-        module = reward_functional(self.config, self.execution)
+        module, spec = reward_functional(self.config, self.execution), self.config.transformer.latents
 
         def reward(params: Params, latents: jax.Array, prompt: PromptEmbeds, key, noise=None) -> jax.Array:
+            _check_prompt(prompt)
+            spec.validate_rows(latents, prompt)
             if noise is not None and noise.shape != latents.shape:
                 raise ValueError(f"noise must have the latents' shape {latents.shape}, got {noise.shape}")
             eps = draw_noise(key, latents.shape) if noise is None else noise
@@ -218,11 +160,9 @@ class RewardModel:
             ValueError: a wrong shape, a level outside [0, 1], or a value that is not finite.
         """
         levels = check_levels(sigma)
-        transformer = self.config.transformer
-        latents = jnp.asarray(latents)
-        validate_latents(latents, transformer.in_channels, transformer.patch_size, transformer.pos_embed_max_size)
-        prompt = jax.tree.map(jnp.asarray, prompt)
-        prompt.validate(len(latents), transformer.joint_attention_dim, transformer.pooled_projection_dim)
+        _check_prompt(prompt)
+        latents, prompt = jnp.asarray(latents), jax.tree.map(jnp.asarray, prompt)
+        self.config.transformer.latents.validate_rows(latents, prompt)
         if noise is not None and np.shape(noise) != latents.shape:
             raise ValueError(f"noise must have the latents' shape {latents.shape}, got {np.shape(noise)}")
         arrays = {"latents": latents, "prompt_embeds": prompt.prompt_embeds, "noise": noise}
@@ -273,7 +213,7 @@ class RewardModel:
             raise ValueError(
                 f"images have different sizes: {', '.join(sizes)}; give size=(height, width), or one call each"
             )
-        unit = 8 * self.config.transformer.patch_size
+        unit = self.config.transformer.latents.unit
         if pixels[0].shape[0] % unit or pixels[0].shape[1] % unit:
             raise ValueError(f"{sizes[0]} pixels is not a multiple of {unit} on both sides; give size=(height, width)")
         return self.image_codec.encode(np.stack(pixels))
@@ -315,8 +255,6 @@ class RewardModel:
                 them named.
             ConfigError, WeightsError, FileNotFoundError: as for `encode_prompt`.
         """
-        from dinalrm_jax import scoring  # imports this module for its types
-
         _check_list("images", "image", images)
         prompts = len(images) * [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -324,7 +262,7 @@ class RewardModel:
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         draws = [NoiseDraw(seed + number, shared=True) for number in range(samples)]
-        found = scoring.score_images(self, prompts, images, [sigma], draws, size=size, batch_size=batch_size)
+        found = score_images(self, prompts, images, [sigma], draws, size=size, batch_size=batch_size)
         if found.problems:
             lines = "\n  ".join(f"images[{index}]: {problem}" for index, problem in sorted(found.problems.items()))
             raise ValueError(f"{len(found.problems)} of {len(images)} images cannot be read:\n  {lines}")
@@ -376,43 +314,15 @@ def ranks(scores: Sequence[float]) -> list[int]:
     return [1 + int(np.sum(np.asarray(scores) > score)) for score in scores]
 
 
+def _check_prompt(prompt: PromptEmbeds) -> None:
+    if not isinstance(prompt, PromptEmbeds):
+        raise TypeError(
+            f"prompt must be PromptEmbeds, got {type(prompt).__name__}; encode_prompt makes them of a list of texts"
+        )
+
+
 def _check_list(name: str, kind: str, values: Sequence) -> None:
     if isinstance(values, (str, pathlib.Path, Image.Image)) or not len(values):
         raise ValueError(
             f"{name} must be a list of at least one {kind}, got {values!r}; for one: [{name.removesuffix('s')}]"
         )
-
-
-def stored_dtype(name: str, execution: ExecutionConfig) -> str:
-    """The dtype that a parameter is held in: a frozen one the compute dtype, a trainable one float32."""
-    return "float32" if is_trainable(name) else execution.dtype
-
-
-def store(params: Params, execution: ExecutionConfig) -> Params:
-    """Parameters in the dtypes they are held in."""
-    return {name: array.astype(stored_dtype(name, execution)) for name, array in params.items()}
-
-
-def stored_shapes(config: RewardModelConfig, execution: ExecutionConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters of a model without their arrays, as `store` leaves them."""
-    return {
-        name: jax.ShapeDtypeStruct(shape.shape, stored_dtype(name, execution))
-        for name, shape in reward_functional(config, execution).shapes.items()
-    }
-
-
-def check_levels(sigma: float | Sequence[float]) -> np.ndarray:
-    """A level as an array (), or those of an ensemble, (K,); raises ValueError unless they lie in [0, 1]."""
-    levels = np.asarray(sigma, np.float32)
-    if levels.ndim > 1 or not levels.size:
-        raise ValueError(f"sigma must be a number or a non-empty sequence of numbers, got {sigma!r}")
-    if not ((levels >= 0) & (levels <= 1)).all():
-        raise ValueError(f"sigma must lie in [0, 1] (0 clean, 1 pure noise), got {sigma!r}")
-    return levels
-
-
-@functools.lru_cache(maxsize=32)
-def jitted_score(config: RewardModelConfig, execution: ExecutionConfig) -> Callable[..., jax.Array]:
-    """`RewardModule.score` of (params, latents, prompt, levels, eps), compiled once for each set of shapes."""
-    module = reward_functional(config, execution)
-    return jax.jit(lambda params, *inputs: module.bind(params).score(*inputs))

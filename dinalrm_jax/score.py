@@ -22,15 +22,15 @@ from absl import app, flags, logging
 from PIL import Image
 from tqdm import tqdm
 
-from dinalrm_jax.compilation import enable_compilation_cache
-from dinalrm_jax.config import ConfigError
 from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.images import read_rgb
+from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.disk import check_writable
+from dinalrm_jax.evaluation.plots import new_figure, save
+from dinalrm_jax.evaluation.scoring import ImageScores, score_images
+from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.noise import NoiseDraw
-from dinalrm_jax.plots import new_figure, save
 from dinalrm_jax.reward_model import RewardModel, normalize, ranks
-from dinalrm_jax.scoring import ImageScores, score_images
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 

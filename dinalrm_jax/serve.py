@@ -17,12 +17,12 @@ import sys
 from absl import app, flags
 from absl import logging as absl_logging
 
-from dinalrm_jax.compilation import enable_compilation_cache
-from dinalrm_jax.config import ExecutionConfig
+from dinalrm_jax.devices.compilation import enable_compilation_cache
+from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.server.app import RewardServer
 from dinalrm_jax.server.config import ServerConfig
 from dinalrm_jax.server.protocol import read_api_key
-from dinalrm_jax.weights.checkpoint import open_checkpoint
+from dinalrm_jax.training.run_weights import open_checkpoint
 
 DEFAULTS = ServerConfig()
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import dinalrm_jax as dina
 from dinalrm_jax.data.records import Records
-from dinalrm_jax.plots import new_figure, save
+from dinalrm_jax.evaluation.plots import new_figure, save
 
 
 def ascent(reward_fn: Callable, step_size: float, steps: int) -> Callable:

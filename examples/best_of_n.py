@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import dinalrm_jax as dina
-from dinalrm_jax.backbone.sd3 import SD3Transformer
-from dinalrm_jax.config import ExecutionConfig
-from dinalrm_jax.parameters import Functional
-from dinalrm_jax.plots import new_figure, save
-from dinalrm_jax.weights.pretrained import load_backbone, transformer_functional
+from dinalrm_jax.evaluation.plots import new_figure, save
+from dinalrm_jax.model.backbone.family import transformer_functional
+from dinalrm_jax.model.backbone.sd3.transformer import SD3Transformer
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.parameters import Functional
+from dinalrm_jax.weights.pretrained import load_backbone
 
 
 def sampler(policy: Functional[SD3Transformer], sigmas: np.ndarray) -> Callable:

@@ -23,9 +23,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 import dinalrm_jax as dina  # noqa: E402
-from dinalrm_jax.config import EncodersConfig, LoRAConfig, RewardModelConfig, SD3Config  # noqa: E402
-from dinalrm_jax.data import rehearsal  # noqa: E402
-from dinalrm_jax.parameters import Params  # noqa: E402
+from dinalrm_jax.model.backbone.sd3.config import SD3Config  # noqa: E402
+from dinalrm_jax.model.config import EncodersConfig, LoRAConfig, RewardModelConfig  # noqa: E402
+from dinalrm_jax.model.parameters import Params  # noqa: E402
+from dinalrm_jax.scenes import rehearsal  # noqa: E402
 
 TINY_SD3 = SD3Config(
     sample_size=16,

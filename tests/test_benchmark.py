@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from dinalrm_jax.config import ConfigError, RewardModelConfig
-from dinalrm_jax.reward_model import stored_shapes
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.reward import stored_shapes
 from dinalrm_jax.timing import loading
 from dinalrm_jax.timing.costs import top_costs
 from dinalrm_jax.timing.work import Setting, make_work, model_flops

@@ -2,17 +2,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import ablation, hpdv2, quickstart
-from dinalrm_jax.config import (
-    ConfigError,
-    ExecutionConfig,
-    RewardModelConfig,
-    SD3Config,
-    StageConfig,
-    SweepConfig,
-    TrainConfig,
-    from_mapping,
-    to_mapping,
-)
+from dinalrm_jax.config import StageConfig, SweepConfig, TrainConfig
+from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping
+from dinalrm_jax.model.backbone.sd3.config import SD3Config
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
 
 
 def quick(**changes) -> ConfigDict:
@@ -88,5 +82,5 @@ def test_execution_is_checked_where_it_is_made():
 
 
 def test_last_text_stream_cannot_be_tapped():
-    with pytest.raises(ConfigError, match="text_taps names layer 24, the transformer's last"):
+    with pytest.raises(ConfigError, match="text_taps names layer 24, after which the transformer has no text stream"):
         RewardModelConfig(num_blocks=24, text_taps=(24,))

@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import ExecutionConfig, ScenesConfig
-from dinalrm_jax.data.scene_records import write_scene_records
-from dinalrm_jax.weights.pretrained import (
-    load_backbone,
-    save_backbone,
-    save_reward_model,
-    transformer_functional,
-    truncate,
-)
-from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.model.backbone.family import transformer_functional
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.tables import WeightsError
+from dinalrm_jax.scenes.config import ScenesConfig
+from dinalrm_jax.scenes.records import write_scene_records
+from dinalrm_jax.weights.pretrained import load_backbone, save_backbone, truncate
 from tests.conftest import ROOT, randomized
 
 
@@ -37,7 +33,7 @@ def run(scene_model, tmp_path_factory):
     params = {**scene_model.params, **truncate(backbone, scene_model.config)}
     (directory / "generator").mkdir()
     save_backbone(transformer, backbone, directory / "generator" / "backbone")
-    save_reward_model(dina.RewardModel(scene_model.config, params), directory / "model")
+    dina.RewardModel(scene_model.config, params).save(directory / "model")
     write_scene_records(
         directory / "data", ScenesConfig(train_pairs=2, eval_pairs=4, image_size=64), scene_model.config.encoders
     )

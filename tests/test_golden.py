@@ -9,10 +9,11 @@ import optax
 import pytest
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import ExecutionConfig, LossConfig
-from dinalrm_jax.preference import pair_loss
-from dinalrm_jax.reward_model import is_trainable, reward_functional
-from dinalrm_jax.weights.pretrained import load_backbone, transformer_functional
+from dinalrm_jax.model.backbone.family import transformer_functional
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.reward import is_trainable, reward_functional
+from dinalrm_jax.preference import LossConfig, pair_loss
+from dinalrm_jax.weights.pretrained import load_backbone
 from tests.conftest import GOLDEN
 
 # The released constants: sigma_0^2 = 0.05, 1e-6 inside both roots (method.md 5).

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dinalrm_jax.config import EncodersConfig, PreparationConfig
-from dinalrm_jax.data.datasets import preprocess
+from dinalrm_jax.data.config import PreparationConfig
+from dinalrm_jax.data.sources.datasets import preprocess
+from dinalrm_jax.model.config import EncodersConfig
 from tests.conftest import ROOT
 from tests.data.test_preparation import same_files
 
@@ -212,10 +213,10 @@ def test_tpu_pod_command(tmp_path):
 
 SKEWED = """
 import sys, time, jax
-from dinalrm_jax import distributed
-distributed.initialize(True)
+from dinalrm_jax.devices import processes
+processes.initialize(True)
 time.sleep(75 * jax.process_index())
-distributed.barrier("late")
+processes.barrier("late")
 """
 
 

@@ -8,8 +8,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
 from dinalrm_jax import noise
-from dinalrm_jax.config import ConfigError, SigmaConfig
-from dinalrm_jax.noise import NoiseDraw
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.noise import NoiseDraw, SigmaConfig
 
 DRAWS = 20_000
 

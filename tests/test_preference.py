@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from dinalrm_jax import preference
-from dinalrm_jax.config import ConfigError, LossConfig
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.preference import LossConfig
 
 LOSSES = {
     "fidelity, paper": LossConfig(),

@@ -15,13 +15,12 @@ from PIL import Image
 
 import dinalrm_jax as dina
 from benchmarks import speed
-from dinalrm_jax.config import LoRAConfig, RewardModelConfig
-from dinalrm_jax.data import rehearsal
+from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.noise import nearest_schedule_sigma
 from dinalrm_jax.reward_model import ranks
-from dinalrm_jax.weights.pretrained import export_released
+from dinalrm_jax.scenes import rehearsal
 from tests.conftest import GOLDEN, ROOT, randomized
-from tests.data.sources import ranking, write_hpdv2
+from tests.data.source_files import ranking, write_hpdv2
 from tests.server.serving import running
 
 README = (ROOT / "README.md").read_text()
@@ -60,7 +59,7 @@ def published(tmp_path_factory):
     taps = {"num_blocks": 2, "visual_taps": (1, 2), "text_taps": (1, 2)}
     config = RewardModelConfig(rehearsal.TRANSFORMER, **taps, lora=LoRAConfig(2, 4.0))
     params = randomized(dina.RewardModel.init(config).params)
-    export_released(dina.RewardModel(config, params), directory / "checkpoint")
+    dina.RewardModel(config, params).export_released(directory / "checkpoint")
     return {
         "path/to/DiNa-LRM-SD35M-12layers": str(directory / "checkpoint"),
         "path/to/stable-diffusion-3.5-medium": str(directory / "base"),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
-from dinalrm_jax.reward_model import jitted_score, reward_functional
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.reward import jitted_score, reward_functional
 from tests.conftest import GOLDEN, TINY, TINY_SD3, random_inputs
 
 
@@ -229,7 +230,7 @@ def test_scan_and_remat_do_what_they_say():
 
 def test_elsewhere_blocks_are_rematerialised_by_jax(monkeypatch):
     """Whose barriers other compilers keep. The primitive prints as "checkpoint" or "remat2", by version."""
-    monkeypatch.setattr("dinalrm_jax.backbone.remat.platform", lambda: "tpu")
+    monkeypatch.setattr("dinalrm_jax.model.backbone.remat.platform", lambda: "tpu")
     module = reward_functional(TINY, ExecutionConfig(remat="block"))
     latents, eps, prompt = random_inputs(TINY_SD3)
     jaxpr = jax.make_jaxpr(lambda p, *x: module.bind(p)(*x))(module.shapes, latents, prompt, jnp.zeros(2), eps)

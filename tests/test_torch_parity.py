@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import ExecutionConfig, HeadConfig
-from dinalrm_jax.reward_model import is_trainable, reward_functional
-from dinalrm_jax.weights import pretrained, released, rules
+from dinalrm_jax.model import tables
+from dinalrm_jax.model.config import HeadConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.reward import is_trainable, reward_functional
+from dinalrm_jax.weights import pretrained, released
 from dinalrm_jax.weights.verify import ReleasedInTorch
 from tests.conftest import TINY, TINY_SD3, random_inputs, randomized
 
@@ -42,7 +44,7 @@ def both(request, tmp_path_factory):
     params |= pretrained.truncate(whole, config)
     model = dina.RewardModel(config, params)
     pretrained.export_diffusers(config.transformer, whole, directory / "base")
-    pretrained.export_released(model, directory / "released")
+    model.export_released(directory / "released")
     again = dina.RewardModel.from_pretrained(directory / "released", directory / "base", dtype="float32")
     assert again.config == config
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
@@ -87,7 +89,7 @@ def test_gradients(both, sigma):
         if ".lora_" in name
     }
     lora = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in ours.items() if ".lora_" in name}
-    theirs |= rules.load(adapters, released.LORA, lora, source="torch")
+    theirs |= tables.load(adapters, released.LORA, lora, source="torch")
     assert theirs.keys() == ours.keys()
     for name, gradient in ours.items():
         assert_close(gradient, theirs[name], size, name)

@@ -19,30 +19,23 @@ from safetensors.numpy import load_file, save_file
 
 import dinalrm_jax as dina
 from dinalrm_jax import train
-from dinalrm_jax.config import (
-    ConfigError,
-    EnsembleTermConfig,
-    MixedConfig,
-    ProfileConfig,
-    SweepConfig,
-    TrainConfig,
-    from_mapping,
-)
+from dinalrm_jax.config import EnsembleTermConfig, ProfileConfig, SweepConfig, TrainConfig
 from dinalrm_jax.convert import convert
 from dinalrm_jax.data import records
+from dinalrm_jax.data.config import MixedConfig
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.disk import Locked, lock
+from dinalrm_jax.evaluation.run_report import sweep_table
+from dinalrm_jax.mapping import ConfigError, from_mapping
+from dinalrm_jax.model.reward import is_trainable, reward_functional
+from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.noise import NoiseDraw, draw_noise
-from dinalrm_jax.reward_model import is_trainable, reward_functional
 from dinalrm_jax.training.checkpoint import BestCheckpoint, CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dinalrm_jax.training.profiling import ProfileWindow
-from dinalrm_jax.training.report import sweep_table
 from dinalrm_jax.training.step import TrainState
-from dinalrm_jax.weights.pretrained import export_released
-from dinalrm_jax.weights.rules import WeightsError
-from dinalrm_jax.workdir import claim_workdir
+from dinalrm_jax.training.workdir import claim_workdir
 from tests import tiny_run
 from tests.conftest import ROOT
 
@@ -147,7 +140,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_scored_and_exported(finished, tm
     model = dina.RewardModel.from_pretrained(best.parent, dtype="float32")
     (scores,) = scores_of(model, Records(workdir / "data"), [0.4])
     assert np.mean(scores[:, 0] > scores[:, 1]) == pytest.approx(accuracy)
-    export_released(model, tmp_path / "released")
+    model.export_released(tmp_path / "released")
     assert (tmp_path / "released" / "checkpoint" / "rm_head.pt").is_file()
     with pytest.raises(ConfigError, match="not the checkpoint of a reward model, but of another stage"):
         dina.RewardModel.from_pretrained(workdir / "generator" / "checkpoints" / "40")

@@ -4,10 +4,10 @@ from benchmarks.mutants import Mutant
 
 IMAGES, SOURCES, PREPARATION = (
     "tests/data/test_images.py",
-    "tests/data/test_sources.py",
+    "tests/data/sources/test_sources.py",
     "tests/data/test_preparation.py",
 )
-STORED, BUCKETS = "tests/data/test_dinalrm.py", "tests/data/test_buckets.py"
+STORED, BUCKETS = "tests/data/sources/test_dinalrm.py", "tests/data/test_buckets.py"
 DATA = "dinalrm_jax/data"
 
 MUTANTS: list[Mutant] = [
@@ -236,17 +236,17 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "posterior samples depend on the place in the batch",
-        "dinalrm_jax/encoders.py",
+        "dinalrm_jax/encoders/load.py",
         "np.stack([_named_noise(name, (height, width, self._channels)) for name in names])",
         "np.stack([_named_noise(str(i), (height, width, self._channels)) for i, _ in enumerate(names)])",
-        "tests/test_encoders.py -k posterior_samples",
+        "tests/encoders/test_encoders.py -k posterior_samples",
     ),
     Mutant(
         "the VAE multiplies as its surroundings do",
-        "dinalrm_jax/encoders.py",
+        "dinalrm_jax/encoders/load.py",
         "with jax.default_matmul_precision(PRECISION):",
         "with jax.default_matmul_precision(None):",
-        "tests/test_encoders.py -k whatever_the_surroundings",
+        "tests/encoders/test_encoders.py -k whatever_the_surroundings",
     ),
     Mutant(
         "preprocessing takes no lock",

@@ -2,10 +2,10 @@
 
 from benchmarks.mutants import Mutant
 
-LOSSES, NOISE, HEAD = "tests/test_preference.py", "tests/test_noise.py", "tests/test_head.py"
+LOSSES, NOISE, HEAD = "tests/test_preference.py", "tests/test_noise.py", "tests/model/test_head.py"
 GOLDEN = "tests/test_golden.py -k"
 PREFERENCE, LEVELS = "dinalrm_jax/preference.py", "dinalrm_jax/noise.py"
-HEAD_FILE, MODEL = "dinalrm_jax/head.py", "dinalrm_jax/reward_model.py"
+HEAD_FILE, MODEL = "dinalrm_jax/model/head.py", "dinalrm_jax/reward_model.py"
 
 MUTANTS = [
     Mutant("the variance ignores k", PREFERENCE, "return k * jnp.square", "return jnp.square", LOSSES),
@@ -55,14 +55,14 @@ MUTANTS = [
     Mutant("the ensemble has one level's tokens", MODEL, "self.head.score(_join_levels(image), None if",
            "self.head.score(image[0], None if", f"{GOLDEN} ensemble"),
     Mutant("the logistic's steepness is fixed", MODEL, "jnp.abs(self.eta4[...])", "0.15", "tests/test_reward_model.py -k logistic"),
-    Mutant("adapters without their scale", "dinalrm_jax/layers.py", "y += self.lora_scale * _project",
+    Mutant("adapters without their scale", "dinalrm_jax/model/layers.py", "y += self.lora_scale * _project",
            "y += _project", f"{GOLDEN} level_per_row"),
-    Mutant("merging forgets the scale", "dinalrm_jax/lora.py", "+ scale * update", "+ update", f"{GOLDEN} merged"),
-    Mutant("queries and keys are not normed", "dinalrm_jax/backbone/attention.py", "return x if norm is None else norm(x)",
+    Mutant("merging forgets the scale", "dinalrm_jax/model/lora.py", "+ scale * update", "+ update", f"{GOLDEN} merged"),
+    Mutant("queries and keys are not normed", "dinalrm_jax/model/backbone/attention.py", "return x if norm is None else norm(x)",
            "return x", f"{GOLDEN} taps"),
-    Mutant("taps are those of one block before", "dinalrm_jax/backbone/sd3.py",
+    Mutant("taps are those of one block before", "dinalrm_jax/model/backbone/sd3/transformer.py",
            "visual[stop], textual[stop] = image, text", "visual[stop], textual[stop] = visual[start], textual[start]",
            f"{GOLDEN} taps"),
-    Mutant("patches are put together transposed", "dinalrm_jax/backbone/sd3.py", "patches.transpose(0, 1, 3, 2, 4, 5)",
+    Mutant("patches are put together transposed", "dinalrm_jax/model/backbone/sd3/transformer.py", "patches.transpose(0, 1, 3, 2, 4, 5)",
            "patches.transpose(0, 1, 4, 2, 3, 5)", f"{GOLDEN} velocity"),
 ]  # fmt: skip

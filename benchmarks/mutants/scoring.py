@@ -2,11 +2,11 @@
 
 from benchmarks.mutants import Mutant
 
-SCORING, NOISE, MODEL = "dinalrm_jax/scoring.py", "dinalrm_jax/noise.py", "dinalrm_jax/reward_model.py"
-ACCURACY, REPORT = "dinalrm_jax/benchmarks/accuracy.py", "dinalrm_jax/benchmarks/report.py"
-EVALUATOR = "dinalrm_jax/benchmarks/evaluator.py"
-OF_SCORING, OF_MODEL = "tests/test_scoring.py", "tests/test_reward_model.py"
-OF_ACCURACY, OF_EVALUATION = "tests/benchmarks/test_accuracy.py", "tests/benchmarks/test_evaluate.py"
+SCORING, NOISE, MODEL = "dinalrm_jax/evaluation/scoring.py", "dinalrm_jax/noise.py", "dinalrm_jax/reward_model.py"
+ACCURACY, REPORT = "dinalrm_jax/evaluation/accuracy.py", "dinalrm_jax/evaluation/benchmark_report.py"
+EVALUATOR = "dinalrm_jax/evaluation/benchmark.py"
+OF_SCORING, OF_MODEL = "tests/evaluation/test_scoring.py", "tests/test_reward_model.py"
+OF_ACCURACY, OF_EVALUATION = "tests/evaluation/test_accuracy.py", "tests/evaluation/test_benchmark.py"
 
 MUTANTS = [
     Mutant("an image's noise ignores its name", NOISE, 'f"{self.seed}\\0{name}"', 'f"{self.seed}\\0"', "tests/test_noise.py"),

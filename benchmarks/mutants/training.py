@@ -3,11 +3,11 @@
 from benchmarks.mutants import Mutant
 
 OBJECTIVES, STEP = "dinalrm_jax/training/objectives.py", "dinalrm_jax/training/step.py"
-EVALUATION, METRICS = "dinalrm_jax/training/evaluation.py", "dinalrm_jax/training/metrics.py"
+EVALUATION, METRICS = "dinalrm_jax/evaluation/pairs.py", "dinalrm_jax/training/metrics.py"
 OPTIMIZER, CHECKPOINT = "dinalrm_jax/training/optimizer.py", "dinalrm_jax/training/checkpoint.py"
-WORKDIR, TRAIN, LOADER = "dinalrm_jax/workdir.py", "dinalrm_jax/train.py", "dinalrm_jax/data/loader.py"
+WORKDIR, TRAIN, LOADER = "dinalrm_jax/training/workdir.py", "dinalrm_jax/train.py", "dinalrm_jax/data/loader.py"
 OF_OBJECTIVES, OF_STEPS = "tests/training/test_objectives.py", "tests/training/test_step.py"
-OF_EVALUATION, OF_METRICS = "tests/training/test_evaluation.py", "tests/training/test_metrics.py"
+OF_EVALUATION, OF_METRICS = "tests/evaluation/test_pairs.py", "tests/training/test_metrics.py"
 OF_RUNS, OF_LOADER = "tests/test_train.py", "tests/data/test_loader.py"
 
 MUTANTS = [
@@ -35,10 +35,10 @@ MUTANTS = [
     Mutant("`finite` is always 1", STEP, "jnp.isfinite(optax.global_norm((params, ema)))", "jnp.isfinite(0.0 * metrics[\"loss\"] * 0.0)",
            f"{OF_STEPS} -k not_finite"),
     Mutant("the average takes the wrong share", STEP, "state.ema, 1 - decay)", "state.ema, decay)", f"{OF_STEPS} -k torchs"),
-    Mutant("gradients of float32 weights are rounded", "dinalrm_jax/layers.py",
-           "gradient, x, preferred_element_type=weight.dtype)", "gradient, x).astype(weight.dtype)", "tests/test_layers.py"),
-    Mutant("gradients of biases are summed in bfloat16", "dinalrm_jax/layers.py",
-           "(x.astype(jnp.promote_types(x.dtype, vector.dtype)) + vector).astype(x.dtype)", "x + vector.astype(x.dtype)", "tests/test_layers.py"),
+    Mutant("gradients of float32 weights are rounded", "dinalrm_jax/model/layers.py",
+           "gradient, x, preferred_element_type=weight.dtype)", "gradient, x).astype(weight.dtype)", "tests/model/test_layers.py"),
+    Mutant("gradients of biases are summed in bfloat16", "dinalrm_jax/model/layers.py",
+           "(x.astype(jnp.promote_types(x.dtype, vector.dtype)) + vector).astype(x.dtype)", "x + vector.astype(x.dtype)", "tests/model/test_layers.py"),
     Mutant("b1 and b2 are ignored", OPTIMIZER, "b1=config.b1, b2=config.b2, ", "", f"{OF_STEPS} -k torchs"),
     Mutant("no weight decay", OPTIMIZER, "weight_decay=config.weight_decay", "weight_decay=0.0", f"{OF_STEPS} -k torchs"),
     Mutant("gradients are not clipped", OPTIMIZER, "optax.clip_by_global_norm(config.max_grad_norm)", "optax.identity()",
@@ -90,7 +90,7 @@ MUTANTS = [
            "round(self.epochs * pairs)", f"{OF_RUNS} -k longer"),
     Mutant("weights to start from may be named later", WORKDIR, "if name in PLACES and None in (old, new):", "if False:",
            f"{OF_RUNS} -k decides"),
-    Mutant("a checkpoint takes whatever lies where its base model was", "dinalrm_jax/weights/checkpoint.py",
+    Mutant("a checkpoint takes whatever lies where its base model was", "dinalrm_jax/training/run_weights.py",
            "if inputs.get(what) != fingerprint(arrays):", "if False:", f"{OF_RUNS} -k base_model_that"),
     Mutant("one level and an ensemble of one are one program", EVALUATION, "return self._shapes[bucket], np.shape(level)",
            "return self._shapes[bucket], np.size(level)", f"{OF_EVALUATION} -k one_level"),
@@ -99,14 +99,14 @@ MUTANTS = [
            "records.fingerprint for records in self._records[:1])", "tests/data/test_mixture.py"),
     Mutant("latents of two VAEs are mixed", "dinalrm_jax/data/mixture.py", 'one.manifest.get("codec"), ', "None, ",
            "tests/data/test_mixture.py"),
-    Mutant("the report's shared noise is the images' own", "dinalrm_jax/training/report.py", "+ [shared.accuracy(level)]",
-           "+ [scores.accuracy(level)]", "tests/training/test_report.py"),
+    Mutant("the report's shared noise is the images' own", "dinalrm_jax/evaluation/run_report.py", "+ [shared.accuracy(level)]",
+           "+ [scores.accuracy(level)]", "tests/evaluation/test_run_report.py"),
     Mutant("all logged levels are the first", EVALUATION, "scores.accuracy(level) for level in self.levels[1:]}",
-           "scores.accuracy(self.levels[0]) for level in self.levels[1:]}", "tests/training/test_report.py"),
+           "scores.accuracy(self.levels[0]) for level in self.levels[1:]}", "tests/evaluation/test_run_report.py"),
     Mutant("evaluations count as training time", METRICS, "self._since += seconds", "self._since -= seconds", OF_METRICS),
     Mutant("a released lock's file keeps nobody out", "dinalrm_jax/disk.py",
            "if os.fstat(file.fileno()).st_ino == path.stat().st_ino:", "if True:", "tests/test_disk.py"),
-    Mutant("a run may go on from a checkpoint that will vanish", "dinalrm_jax/weights/checkpoint.py",
+    Mutant("a run may go on from a checkpoint that will vanish", "dinalrm_jax/training/run_weights.py",
            "if is_training_checkpoint(config.init_from):", "if False:", f"{OF_RUNS} -k goes_on"),
     Mutant("an evaluation that a kill prevented is not made up for", TRAIN, "evaluate(first, state)  # which", "pass  # which",
            f"{OF_RUNS} -k longer"),

@@ -3,8 +3,8 @@
 from benchmarks.mutants import Mutant
 
 RELEASED, PRETRAINED = "dinalrm_jax/weights/released.py", "dinalrm_jax/weights/pretrained.py"
-RULES, FILES = "dinalrm_jax/weights/rules.py", "dinalrm_jax/weights/files.py"
-CHECKPOINT = "dinalrm_jax/weights/checkpoint.py"
+RULES, FILES = "dinalrm_jax/model/tables.py", "dinalrm_jax/weights/files.py"
+CHECKPOINT = "dinalrm_jax/training/run_weights.py"
 OF_WEIGHTS, OF_RUNS = "tests/weights/test_pretrained.py", "tests/test_train.py"
 
 MUTANTS = [
@@ -32,8 +32,8 @@ MUTANTS = [
     Mutant("a shared backbone of another dtype is taken", PRETRAINED,
            "elif (array.shape, array.dtype) != (shape.shape, jnp.dtype(execution.dtype)):", "elif array.shape != shape.shape:",
            "tests/test_examples.py -k do_not_fit"),
-    Mutant("blocks beyond the model's are unknown weights", "dinalrm_jax/weights/sd3.py", '(?!(?:{kept})\\.)\\d+', '(?!(?:{kept})\\.)\\d\\d\\d',
+    Mutant("blocks beyond the model's are unknown weights", "dinalrm_jax/model/backbone/sd3/weights.py", '(?!(?:{kept})\\.)\\d+', '(?!(?:{kept})\\.)\\d\\d\\d',
            "tests/test_golden.py -k level_per_row"),
-    Mutant("the patch's rows and columns change places", "dinalrm_jax/weights/sd3.py", "kernel.transpose(0, 2, 3, 1)",
-           "kernel.transpose(0, 3, 2, 1)", "tests/backbone/test_sd3.py -k velocity"),
+    Mutant("the patch's rows and columns change places", "dinalrm_jax/model/backbone/sd3/weights.py", "kernel.transpose(0, 2, 3, 1)",
+           "kernel.transpose(0, 3, 2, 1)", "tests/model/backbone/test_sd3.py -k velocity"),
 ]  # fmt: skip

@@ -24,7 +24,14 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dinalrm_jax.data.buckets import Size
-from dinalrm_jax.data.files import MISSING, UNREADABLE, ImageProblem, is_of_the_file_system, open_file, patiently
+from dinalrm_jax.data.files import (
+    MISSING,
+    UNREADABLE,
+    ImageProblem,
+    is_of_the_file_system,
+    open_file,
+    patiently,
+)
 
 # A picture, or where one is read from; a function opens a file, and raises ImageProblem where there is none.
 ImageSource = Image.Image | np.ndarray | str | pathlib.Path | Callable[[], BinaryIO]
@@ -239,18 +246,19 @@ def _name(source: object) -> str:
     return str(source)
 
 
-def scoring_size(size: Size, native_side: int, longest_side: int) -> Size:
-    """The size an image is scored at: its own, to multiples of 16 pixels, unless it is too large for the model.
+def scoring_size(size: Size, native_side: int, longest_side: int, unit: int) -> Size:
+    """The size an image is scored at: its own, to multiples of `unit`, unless it is too large for the model.
 
     Args:
         size: (height, width) of the image.
         native_side: of a square image of the model's own size (1024 for SD3.5); an image of more than 1.2
             times its area is scaled down to that.
         longest_side: what the model's position table allows.
+        unit: pixels that sides are multiples of (16 for SD3.5).
     """
     height, width = size
     scale = min(1.0, math.sqrt(LARGEST_AREA * native_side**2 / (height * width)), longest_side / max(size))
-    return tuple(min(longest_side // 16, max(1, round(scale * side / 16))) * 16 for side in size)
+    return tuple(min(longest_side // unit, max(1, round(scale * side / unit))) * unit for side in size)
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:

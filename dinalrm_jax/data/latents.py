@@ -8,12 +8,12 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from dinalrm_jax.config import PreparationConfig
 from dinalrm_jax.data import buckets
 from dinalrm_jax.data.buckets import Size
+from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.files import ImageProblem
 from dinalrm_jax.data.images import decode, map_ahead, read_bytes, read_header
-from dinalrm_jax.encoders import ImageCodec
+from dinalrm_jax.encoders.load import ImageCodec
 
 Known = tuple[int, int, str]  # height, width in pixels, and PIL's name of the colours; "RGB" has none to change
 

@@ -15,8 +15,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from dinalrm_jax.data.batch import PreferenceBatch, PromptEmbeds
 from dinalrm_jax.data.records import PairRecord, Records, RecordsError
+from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
 
 
 class JoinedPairs:

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from dinalrm_jax.config import MixedConfig
+from dinalrm_jax.data.config import MixedConfig
 from dinalrm_jax.data.records import PairRecord, Records, RecordsError
 
 

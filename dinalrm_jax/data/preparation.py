@@ -25,16 +25,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from dinalrm_jax import distributed
-from dinalrm_jax.config import PreparationConfig, to_mapping
 from dinalrm_jax.data import buckets, records
 from dinalrm_jax.data.buckets import bucket_name, parse_bucket
+from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.latents import Found, Latents
 from dinalrm_jax.data.preferences import Preference, Source, pick, select
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, RecordsError, Shard
 from dinalrm_jax.data.unfinished import claim, share, what_counts, work_directory
+from dinalrm_jax.devices import processes
 from dinalrm_jax.disk import publish, write_json
-from dinalrm_jax.encoders import PRECISION, PromptEncoder
+from dinalrm_jax.encoders.load import PRECISION, PromptEncoder
+from dinalrm_jax.mapping import to_mapping
 
 SIZES_PER_PART = 4096
 
@@ -104,8 +105,8 @@ def prepare(
     counts["note: image converted to RGB"] = sum(isinstance(size, list) and size[2] != "RGB" for size in sizes.values())
     pairs = {split: _surviving(rows, index, counts) for split, rows in wanted.items()}
     if empty := sorted(split for split, rows in pairs.items() if not rows):
-        distributed.barrier("empty")
-        if distributed.is_first():
+        processes.barrier("empty")
+        if processes.is_first():
             shutil.rmtree(work)
         reasons = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
         raise RecordsError(f"no pairs are left for {', '.join(empty)}; left out: {reasons}")
@@ -134,7 +135,7 @@ def prepare(
         },
         "prompts": len(prompts),
     }
-    if distributed.is_first():
+    if processes.is_first():
         records.finish(
             target,
             image_shards=[Shard(result["records"], result["num_bytes"]) for result in written],
@@ -146,7 +147,7 @@ def prepare(
         # Up to this line a killed run goes on from its parts; after it the records are whole.
         publish(target, output)
         shutil.rmtree(work)
-    distributed.barrier("records")
+    processes.barrier("records")
     return json.loads((output / "manifest.json").read_text())
 
 
@@ -179,7 +180,7 @@ def _sizes(work: pathlib.Path, latents: Latents, preferences, config: Preparatio
         for part, path in todo:
             write_json(path, list(pool.map(latents.size, part)))
             bar.update(len(part))
-    distributed.barrier("sizes")
+    processes.barrier("sizes")
     return dict(zip(names, (size for path in paths for size in json.loads(path.read_text()))))
 
 
@@ -254,7 +255,7 @@ def _encode_images(work: pathlib.Path, shards: Sequence[_ImageShard], latents: L
             height, width = parse_bucket(shard.bucket)
             result["numbers"] = written.records * (height * width // latents.downsampling**2)
             write_json(result_path(shard), result)
-    distributed.barrier("images")
+    processes.barrier("images")
     return [json.loads(result_path(shard).read_text()) for shard in shards]
 
 
@@ -305,7 +306,7 @@ def _encode_prompts(
             written = records.write_shard(path, features, itertools.chain([first], rows))
             shapes = [first.prompt_embeds.shape, first.pooled_prompt_embeds.shape]
             write_json(result, {**dataclasses.asdict(written), "shapes": shapes})
-    distributed.barrier("prompts")
+    processes.barrier("prompts")
     found = [json.loads(path.read_text()) for path in results]
     embeds, pooled = (np.zeros(shape) for shape in found[0]["shapes"])
     features = records.prompt_features(PromptRecord("", embeds, pooled))

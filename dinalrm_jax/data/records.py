@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from dinalrm_jax.config import EncodersConfig, from_mapping, to_mapping
 from dinalrm_jax.disk import publish, whole_directory
+from dinalrm_jax.mapping import from_mapping, to_mapping
+from dinalrm_jax.model.config import EncodersConfig
 
 FORMAT = "dinalrm_jax/records/2"
 

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import jax
 from tqdm import tqdm
 
-from dinalrm_jax import distributed
-from dinalrm_jax.config import PreparationConfig, to_mapping
+from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.preferences import Preference, stable_hash
 from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.devices import processes
 from dinalrm_jax.disk import write_json
+from dinalrm_jax.mapping import to_mapping
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def check_output(output: pathlib.Path) -> None:
     if not output.exists():
         return
     work = work_directory(output)
-    if distributed.is_first() and work.is_dir() and not (work / "records").exists():
+    if processes.is_first() and work.is_dir() and not (work / "records").exists():
         shutil.rmtree(work)
     raise FileExistsError(f"{output} exists already; choose another output or remove it first")
 
@@ -69,14 +70,14 @@ def claim(
     ]
     plan = {"config": what_counts(config), **made_by, "preferences": stable_hash(*rows).hex()}
     path = work / "plan.json"
-    if distributed.is_first():
+    if processes.is_first():
         for name in ("parts", "records/images", "records/prompts"):
             (work / name).mkdir(parents=True, exist_ok=True)
         for half in work.rglob(".*.partial-*"):
             half.unlink()
         if not path.exists():
             write_json(path, plan)
-    distributed.barrier("plan")
+    processes.barrier("plan")
     found = json.loads(path.read_text())
     for key in ("backend", "precision"):
         if plan[key] != found.get(key, plan[key]):
@@ -101,5 +102,5 @@ def share(
     todo = [part for part in mine if not result(part).exists()]
     total = sum(map(weight, mine))
     done = total - sum(map(weight, todo))
-    bar = distributed.progress(total=total, initial=done, desc=description, unit=unit)
+    bar = processes.progress(total=total, initial=done, desc=description, unit=unit)
     return todo, bar

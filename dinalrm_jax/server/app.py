@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from aiohttp import web
 
+from dinalrm_jax import __version__
 from dinalrm_jax.noise import schedule_sigmas
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server import protocol
@@ -29,7 +30,6 @@ from dinalrm_jax.server.engine import Engine, Row
 from dinalrm_jax.server.metrics import Metrics
 from dinalrm_jax.server.protocol import Limits, RequestError, ScoreRequest, printable
 from dinalrm_jax.server.shapes import MAX_NEW_SHAPES
-from dinalrm_jax.version import __version__
 from dinalrm_jax.weights.pretrained import PretrainedModel
 
 log = logging.getLogger(__name__)

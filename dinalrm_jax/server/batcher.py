@@ -15,7 +15,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 
 import numpy as np
 
-from dinalrm_jax.compilation import return_freed_memory
+from dinalrm_jax.devices.compilation import return_freed_memory
 from dinalrm_jax.server.engine import Engine, Row
 from dinalrm_jax.server.protocol import RequestError, RowShape
 from dinalrm_jax.server.shapes import NewShapes

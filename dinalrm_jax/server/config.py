@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from dinalrm_jax.config import ConfigError
+from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server.protocol import Limits, RowShape
 from dinalrm_jax.weights.pretrained import PretrainedModel

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.model.batch import PromptEmbeds
+from dinalrm_jax.model.reward import is_trainable, reward_functional, stored_shapes
 from dinalrm_jax.noise import draw_noise, seed_key
-from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, stored_shapes
+from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server.protocol import RowShape
 from dinalrm_jax.weights.digest import digest
 from dinalrm_jax.weights.pretrained import PretrainedModel
@@ -42,7 +43,7 @@ class Engine:
     def __init__(self, model: RewardModel | PretrainedModel, max_batch: int):
         self.max_batch = max_batch
         self.buckets = sorted({min(2**power, max_batch) for power in range(max_batch.bit_length() + 1)})
-        self._transformer = model.config.transformer
+        self._spec = model.config.transformer.latents
         self._model, self._params = model, None
         self.digest: str | None = None  # of the weights on the device, once they are there
         self._compiled_for = (
@@ -65,13 +66,13 @@ class Engine:
 
     def compile(self, shape: RowShape) -> None:
         """Makes the programs of a shape, all buckets."""
-        geometry = self._transformer
+        spec = self._spec
         for size in self.buckets:
             inputs = (
-                jax.ShapeDtypeStruct((size, shape.height, shape.width, geometry.in_channels), jnp.float32),
+                jax.ShapeDtypeStruct((size, shape.height, shape.width, spec.channels), jnp.float32),
                 PromptEmbeds(
-                    jax.ShapeDtypeStruct((size, shape.tokens, geometry.joint_attention_dim), jnp.float32),
-                    jax.ShapeDtypeStruct((size, geometry.pooled_projection_dim), jnp.float32),
+                    jax.ShapeDtypeStruct((size, shape.tokens, spec.text_width), jnp.float32),
+                    jax.ShapeDtypeStruct((size, spec.pooled_width), jnp.float32),
                 ),
                 jax.ShapeDtypeStruct((size,), jnp.float32),
                 jax.ShapeDtypeStruct((size, 2), jnp.uint32),
@@ -81,12 +82,12 @@ class Engine:
 
     def probe(self, shape: RowShape) -> Row:
         """A row of a shape, to try the device with."""
-        geometry = self._transformer
+        spec = self._spec
         rng = np.random.default_rng(0)
         return Row(
-            rng.standard_normal((shape.height, shape.width, geometry.in_channels), np.float32),
-            rng.standard_normal((shape.tokens, geometry.joint_attention_dim), np.float32),
-            rng.standard_normal(geometry.pooled_projection_dim, np.float32),
+            rng.standard_normal((shape.height, shape.width, spec.channels), np.float32),
+            rng.standard_normal((shape.tokens, spec.text_width), np.float32),
+            rng.standard_normal(spec.pooled_width, np.float32),
             sigma=0.4,
             seed=0,
         )

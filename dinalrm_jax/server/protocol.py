@@ -23,8 +23,9 @@ import numpy as np
 from multidict import MultiMapping
 from safetensors.numpy import save
 
-from dinalrm_jax.config import ConfigError, RewardModelConfig
-from dinalrm_jax.data.batch import PromptEmbeds
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.batch import PromptEmbeds
+from dinalrm_jax.model.config import RewardModelConfig
 
 VERSION = "1"
 VERSION_HEADER = "x-drm-protocol-version"
@@ -106,16 +107,9 @@ class Limits:
     @classmethod
     def of(cls, config: RewardModelConfig, max_rows: int) -> "Limits":
         """Of a model; a side also ends where its position table does."""
-        geometry = config.transformer
-        table = geometry.pos_embed_max_size * geometry.patch_size
-        return cls(
-            geometry.in_channels,
-            geometry.joint_attention_dim,
-            geometry.pooled_projection_dim,
-            geometry.patch_size,
-            max_rows,
-            min(cls.max_side, table),
-        )
+        spec = config.transformer.latents
+        sides = min(cls.max_side, spec.largest_side)
+        return cls(spec.channels, spec.text_width, spec.pooled_width, spec.patch, max_rows, sides)
 
     @property
     def largest(self) -> RowShape:

@@ -6,10 +6,11 @@ import time
 import jax
 import numpy as np
 
-from dinalrm_jax.config import ExecutionConfig, RewardModelConfig
-from dinalrm_jax.reward_model import RewardModel, stored_shapes
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.reward import stored_shapes
+from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.timing.memory import forget_peak, peak_bytes
-from dinalrm_jax.weights.pretrained import save_reward_model
 
 CHUNK = 64 * 2**20
 
@@ -19,7 +20,7 @@ def write_checkpoint(directory: pathlib.Path, config: RewardModelConfig) -> None
     numbers = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
     shapes = stored_shapes(config, ExecutionConfig())
     params = {name: np.resize(numbers, shape.shape) for name, shape in shapes.items()}
-    save_reward_model(RewardModel(config, params), directory)
+    RewardModel(config, params).save(directory)
 
 
 def read(directory: pathlib.Path) -> tuple[float, int]:

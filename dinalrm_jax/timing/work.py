@@ -10,36 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dinalrm_jax.compilation import return_freed_memory
-from dinalrm_jax.config import (
-    ConfigError,
-    ExecutionConfig,
-    LossConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RewardModelConfig,
-    SigmaConfig,
-    StageConfig,
-)
-from dinalrm_jax.data.batch import PreferenceBatch, PromptEmbeds
-from dinalrm_jax.lora import merge
-from dinalrm_jax.parameters import Functional, Params, functional
-from dinalrm_jax.placement import place
-from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional, stored_shapes
-from dinalrm_jax.text.clip import CLIPTextConfig, CLIPTextModel
-from dinalrm_jax.text.prompt import CLIP_TOKENS, encode_ids
-from dinalrm_jax.text.t5 import T5Config, T5Encoder
+from dinalrm_jax.config import OptimizerConfig, StageConfig
+from dinalrm_jax.devices.compilation import return_freed_memory
+from dinalrm_jax.devices.mesh import MeshConfig, check_batch_size, make_mesh
+from dinalrm_jax.devices.placement import place
+from dinalrm_jax.devices.sharding import put_rows
+from dinalrm_jax.encoders.clip import CLIPTextConfig, CLIPTextModel
+from dinalrm_jax.encoders.prompt import CLIP_TOKENS, encode_ids
+from dinalrm_jax.encoders.t5 import T5Config, T5Encoder
+from dinalrm_jax.encoders.vae import AutoencoderKL, VAEConfig
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.lora import merge
+from dinalrm_jax.model.parameters import Functional, Params, functional, split
+from dinalrm_jax.model.reward import is_trainable, reward_functional, stored_shapes
+from dinalrm_jax.noise import SigmaConfig
+from dinalrm_jax.preference import LossConfig
+from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.training.objectives import reward_objective
-from dinalrm_jax.training.optimizer import make_optimizer
-from dinalrm_jax.training.sharding import (
-    check_batch_size,
-    like_parameters,
-    make_mesh,
-    parameter_shardings,
-    put_rows,
-)
-from dinalrm_jax.training.step import TrainState, make_step
-from dinalrm_jax.vae import AutoencoderKL, VAEConfig
+from dinalrm_jax.training.step import assemble
 
 # How often the blocks' forward FLOPs are done for one image or pair: a backward pass takes as many as a forward.
 PASSES = {"score": 1, "ensemble": 3, "gradient": 2, "train": 4}
@@ -136,20 +127,15 @@ class Work:
 
 
 def model_flops(config: RewardModelConfig, mode: str, rows: int, side: int, tokens: int) -> float:
-    """The cost model's FLOPs of the blocks (method.md 8): a multiply-add is two.
+    """The blocks' FLOPs by the family's cost model, for all passes of a mode.
 
     Args:
         rows: images, or pairs for "train".
         side: of the latents; tokens: of the prompt.
     """
-    geometry = config.transformer
-    width, image = geometry.inner_dim, (side // geometry.patch_size) ** 2
-    both, total = image + tokens, 0
-    for block in range(config.num_blocks):
-        dual = block in geometry.dual_attention_layers
-        total += 2 * width**2 * ((16 if dual else 12) * image + 12 * tokens)
-        total += 4 * width * (both**2 + (image**2 if dual else 0))
-    return float(rows * PASSES[mode] * total)
+    backbone = config.transformer
+    image = backbone.latents.tokens(side, side)
+    return float(rows * PASSES[mode] * backbone.flops(config.num_blocks, image, tokens))
 
 
 def make_work(setting: Setting, config: RewardModelConfig | None = None) -> Work:
@@ -166,11 +152,12 @@ def make_work(setting: Setting, config: RewardModelConfig | None = None) -> Work
     mesh = make_mesh(MeshConfig(setting.data, setting.fsdp, setting.tensor))
     check_batch_size("batch", setting.batch, 1, mesh)
     rng = np.random.default_rng(1)
-    geometry, side = config.transformer, setting.resolution // 8
-    latents = rng.standard_normal((setting.batch, side, side, geometry.in_channels), np.float32)
+    spec = config.transformer.latents
+    side = setting.resolution // spec.downsampling
+    latents = rng.standard_normal((setting.batch, side, side, spec.channels), np.float32)
     prompt = PromptEmbeds(
-        rng.standard_normal((setting.batch, setting.tokens, geometry.joint_attention_dim), np.float32),
-        rng.standard_normal((setting.batch, geometry.pooled_projection_dim), np.float32),
+        rng.standard_normal((setting.batch, setting.tokens, spec.text_width), np.float32),
+        rng.standard_normal((setting.batch, spec.pooled_width), np.float32),
     )
     with jax.set_mesh(mesh):
         if setting.mode == "train":
@@ -193,27 +180,16 @@ def _reward(setting: Setting, config: RewardModelConfig, mesh: Mesh, latents, pr
 
 
 def _train(setting: Setting, config: RewardModelConfig, mesh: Mesh, latents, prompt) -> Work:
-    optimizer_config = OptimizerConfig(warmup_steps=0, ema_decay=0.0)  # the original takes no average
-    optimizer = make_optimizer(optimizer_config, steps=1000)
-    params = random_params(config, setting.execution, mesh)
-    trained = {name: array for name, array in params.items() if is_trainable(name)}
-    frozen = {name: array for name, array in params.items() if name not in trained}
-    del params
-    shardings = parameter_shardings(trained, mesh)
-    create = lambda params: TrainState.create(params, optimizer, averaged=False)  # noqa: E731
-    state_shardings = like_parameters(jax.eval_shape(create, trained), shardings, mesh)
-    state = jax.jit(create, out_shardings=state_shardings)(trained)
-    del trained
-    objective = reward_objective(
-        reward_functional(config, setting.execution), LossConfig(), SigmaConfig("constant", (SIGMA,))
-    )
-    frozen_shardings = {name: array.sharding for name, array in frozen.items()}
-    stage = StageConfig(setting.batch, steps=1000, optimizer=optimizer_config)
-    step = make_step(objective, optimizer, stage, mesh, 0, state_shardings, frozen_shardings)
+    stage = StageConfig(
+        setting.batch, steps=1000, optimizer=OptimizerConfig(warmup_steps=0, ema_decay=0.0)
+    )  # the original takes no average
+    module = reward_functional(config, setting.execution)
+    objective = reward_objective(module, LossConfig(), SigmaConfig("constant", (SIGMA,)))
+    assembled = assemble(objective, *split(random_params(config, setting.execution, mesh), is_trainable), stage, mesh)
     batch = put_rows(PreferenceBatch(latents, 0.9 * latents, prompt), setting.batch, mesh)
-    compiled, known = _compile(step, (state, frozen, batch))
-    holder = [state]
-    del state
+    frozen, holder = assembled.frozen, [assembled.state]
+    compiled, known = _compile(assembled.step, (assembled.state, frozen, batch))
+    del assembled
 
     def call():
         with jax.set_mesh(mesh):
@@ -247,7 +223,7 @@ def _image(setting: Setting) -> Work:
 def random_params(config: RewardModelConfig, execution: ExecutionConfig, mesh: Mesh) -> Params:
     """A reward model's parameters on the mesh, drawn fast: enough to time with."""
     shapes = stored_shapes(config, execution)
-    return _draw(shapes, parameter_shardings(shapes, mesh))
+    return _draw(shapes, reward_functional(config, execution).shardings(mesh))
 
 
 def _random(module: Functional, dtype: str) -> Params:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dinalrm_jax import distributed
+from dinalrm_jax.devices import processes
 from dinalrm_jax.training.step import TrainState
 
 DISK_FAILURES = ("No space left on device", "Disk quota exceeded", "File too large", "Input/output error")
@@ -52,7 +52,7 @@ class Checkpoints:
             return
         needed = sum(array.nbytes for array in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
-        if not distributed.all_agree(free > 1.1 * needed):  # orbax would say it with a thousand lines
+        if not processes.all_agree(free > 1.1 * needed):  # orbax would say it with a thousand lines
             raise CheckpointError(
                 f"cannot save a checkpoint in {self.directory}: No space left on device, {needed / 2**20:.1f} MiB are "
                 f"needed and {free / 2**20:.1f} MiB free. {KEPT}"
@@ -79,7 +79,7 @@ class Checkpoints:
         failures: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             restored, failure = self._restore(step, like)
-            if distributed.all_agree(failure is None):
+            if processes.all_agree(failure is None):
                 for damaged, error in failures.items():
                     self.put_aside(damaged, error)
                 return restored
@@ -102,7 +102,7 @@ class Checkpoints:
             whole, failure = (self.directory / str(step) / "state").is_dir(), ValueError("it has no state")
         except Exception as error:  # as in `_restore`
             whole, failure = False, error
-        if distributed.all_agree(whole):
+        if processes.all_agree(whole):
             return found
         self.put_aside(step, failure)
         return None
@@ -137,14 +137,14 @@ class Checkpoints:
         """Says that a checkpoint is damaged, and renames it, so that its step can be saved again."""
         names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{number}" for number in itertools.count(2)))
         aside = next(path for path in (self.directory.parent / name for name in names) if not path.exists())
-        distributed.barrier("damaged checkpoint")
-        distributed.say(
+        processes.barrier("damaged checkpoint")
+        processes.say(
             f"checkpoint {self.directory / str(step)} is damaged; it is now {aside}, and the one before it is taken "
             f"({_first_line(error)})"
         )
-        if distributed.is_first():
+        if processes.is_first():
             (self.directory / str(step)).rename(aside)
-        distributed.barrier("checkpoint put aside")
+        processes.barrier("checkpoint put aside")
         self._manager.reload()
 
     def delete(self) -> None:

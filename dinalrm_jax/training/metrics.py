@@ -1,5 +1,6 @@
 """Where a run's numbers go: `metrics.jsonl`, TensorBoard and, where asked for, wandb."""
 
+import collections
 import json
 import pathlib
 import time
@@ -10,19 +11,8 @@ import jax
 import numpy as np
 import psutil
 
-from dinalrm_jax import distributed
-
-# Dense bfloat16 peak of one device, FLOP/s, as its maker states it; for utilisation.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from dinalrm_jax.devices import processes
+from dinalrm_jax.devices.peaks import peak_flops
 
 
 class NonFiniteLoss(RuntimeError):
@@ -53,8 +43,9 @@ class MetricsLog:
     ):
         self.stage = stage
         self._pending: dict[int, Mapping[str, jax.Array]] = {}
-        self._rows, self._waited, self._flops, self._since = 0, 0.0, 0.0, time.perf_counter()
-        self._writes, self._wandb = distributed.is_first(), None
+        self._units: collections.Counter[str] = collections.Counter()
+        self._waited, self._flops, self._since = 0.0, 0.0, time.perf_counter()
+        self._writes, self._wandb = processes.is_first(), None
         if not self._writes:
             return
         self._path = directory / "metrics.jsonl"
@@ -70,18 +61,21 @@ class MetricsLog:
                 project=project, name=name, id=f"{run}-{stage}", resume="allow", config=dict(config or {})
             )
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array], rows: int, *, waited: float, flops: float) -> None:
+    def add(
+        self, step: int, metrics: Mapping[str, jax.Array], units: Mapping[str, float], *, waited: float, flops: float
+    ) -> None:
         """Takes one step's metrics without waiting for the device.
 
         Args:
             step: optimizer steps done.
             metrics: of the step.
-            rows: pairs in the batch.
+            units: what the batch holds, for rates: {"pairs": 32, "images": 64}.
             waited: seconds the step waited for its data.
             flops: of the step, each device's share; 0 where unknown.
         """
         self._pending[step] = metrics
-        self._rows, self._waited, self._flops = self._rows + rows, self._waited + waited, self._flops + flops
+        self._units.update(units)
+        self._waited, self._flops = self._waited + waited, self._flops + flops
 
     def start(self) -> None:
         """Rates count from here."""
@@ -120,8 +114,7 @@ class MetricsLog:
         values = {name: float(mean) for name, mean in means.items() if mean.ndim == 0} | _by_sigma(means)
         seconds, steps = time.perf_counter() - self._since, len(pending)
         values |= {
-            "pairs_per_second": self._rows / seconds,
-            "images_per_second": 2 * self._rows / seconds,
+            **{f"{unit}_per_second": count / seconds for unit, count in self._units.items()},
             "step_seconds": seconds / steps,
             "data_wait_seconds": self._waited / steps,
         }
@@ -130,7 +123,8 @@ class MetricsLog:
             if (peak := peak_flops(jax.devices()[0].device_kind)) is not None:
                 values["model_flop_utilisation"] = self._flops / seconds / peak
         values |= memory()
-        self._pending, self._rows, self._waited, self._flops = {}, 0, 0.0, 0.0
+        self._pending, self._waited, self._flops = {}, 0.0, 0.0
+        self._units.clear()
         self._since = time.perf_counter()
         values |= extra
         self.write_values(step, values)
@@ -190,13 +184,6 @@ def _by_sigma(means: Mapping[str, np.ndarray]) -> dict[str, float]:
         if name.endswith("_by_sigma") and name != "share_by_sigma"
         for i in np.flatnonzero(share)
     }
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """The stated bfloat16 peak of a device, FLOP/s; None for one that is not in the table, a CPU among them."""
-    if device_kind in PEAK_FLOPS:
-        return PEAK_FLOPS[device_kind]
-    return next((peak for name, peak in PEAK_FLOPS.items() if name.startswith("NVIDIA") and name in device_kind), None)
 
 
 def memory() -> dict[str, float]:

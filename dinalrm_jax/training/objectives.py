@@ -5,25 +5,36 @@ row; the step averages them, once. A row's randomness is its key's, whatever row
 """
 
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from dinalrm_jax import noise, preference
-from dinalrm_jax.backbone.sd3 import SD3Transformer
-from dinalrm_jax.config import EnsembleTermConfig, LossConfig, SigmaConfig
-from dinalrm_jax.data.batch import PreferenceBatch
-from dinalrm_jax.parameters import Functional, Params
-from dinalrm_jax.reward_model import RewardModule
+from dinalrm_jax.config import EnsembleTermConfig
+from dinalrm_jax.model.backbone.family import Backbone
+from dinalrm_jax.model.batch import PreferenceBatch
+from dinalrm_jax.model.parameters import Functional, Params
+from dinalrm_jax.model.reward import RewardModule
+from dinalrm_jax.noise import SigmaConfig
+from dinalrm_jax.preference import LossConfig
 
 SIGMA_BINS = 10  # of equal width, for metrics by noise level
 
-Objective = Callable[[Params, PreferenceBatch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+B = TypeVar("B", contravariant=True)
+
+
+class Objective(Protocol[B]):
+    """What a stage minimises."""
+
+    def __call__(self, params: Params, batch: B, keys: jax.Array, /) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Losses and named metrics of all rows: (B,), and arrays (B, ...); `keys` (B,)."""
+        ...
 
 
 def reward_objective(
     module: Functional[RewardModule], loss: LossConfig, sigma: SigmaConfig, ensemble: EnsembleTermConfig | None = None
-) -> Objective:
+) -> Objective[PreferenceBatch]:
     """`reward_losses`, each pair noised with one sigma and one eps of its own (method: training).
 
     With an `ensemble` term the loss is a weighted mean of that and of the loss of the ensemble's scores, at further
@@ -94,7 +105,7 @@ def _score_pairs(score: Callable, batch: PreferenceBatch, levels: jax.Array, eps
     return score(paired(batch.chosen, batch.rejected), prompt, levels, paired(eps, eps)).reshape(-1, 2).T
 
 
-def flow_matching_objective(module: Functional[SD3Transformer], sigma: SigmaConfig) -> Objective:
+def flow_matching_objective(module: Functional[Backbone], sigma: SigmaConfig) -> Objective[PreferenceBatch]:
     """Rectified-flow loss `|v(x_sigma, sigma) - (eps - x0)|^2`, averaged over a latent, of the chosen images."""
     draw = _drawer(sigma)
 

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from dinalrm_jax import noise
-from dinalrm_jax.config import RewardModelConfig, TrainConfig, to_mapping
-from dinalrm_jax.data.batch import validate_latents
+from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.data.records import Records, RecordsError
-from dinalrm_jax.training.sharding import check_batch_size
-from dinalrm_jax.weights.pipeline import vae_fingerprint
+from dinalrm_jax.devices.mesh import check_batch_size
+from dinalrm_jax.encoders.pipeline import vae_fingerprint
+from dinalrm_jax.mapping import to_mapping
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.reward import reward_functional
 
 
 def check_stages(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ConfigError for a stage that cannot run on this mesh or samples levels that do not exist."""
+    """Raises ConfigError for a model or stage that cannot run on this mesh, or samples levels that do not exist."""
     for name, stage in (("generator", config.generator), ("reward", config.reward)):
         if stage is not None:
             check_batch_size(f"{name}.batch_size", stage.batch_size, stage.micro_batches, mesh)
             noise.sampler(stage.sigma)
     check_batch_size("evaluation.batch_size", config.evaluation.batch_size, 1, mesh)
+    reward_functional(config.model, config.execution).shardings(mesh)
 
 
 def check_records(records: Records, config: TrainConfig, base_model: str | None) -> None:
@@ -36,6 +39,8 @@ def check_records(records: Records, config: TrainConfig, base_model: str | None)
                 f"{records.directory} has {len(records.pairs('train'))} training pairs, a batch of the {name} stage "
                 f"takes {stage.batch_size}"
             )
+    if not len(records.pairs("eval")):
+        raise RecordsError(f"{records.directory} has no pairs in split 'eval' to evaluate on")
     check_fit(records, config.model, base_model, ("train", "eval"))
 
 
@@ -57,10 +62,10 @@ def check_fit(records: Records, model: RewardModelConfig, base_model: str | None
                 f"{records.directory} holds latents of another VAE ({records.manifest['codec']}) than that of "
                 f"{base_model} ({expected}); preprocess again with this base model, or train on the other one"
             )
-    transformer = model.transformer
+    spec = model.transformer.latents
     prompt, latents = records.prompts[0], records.images[0].latents
     found = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
-    expected = (transformer.in_channels, transformer.joint_attention_dim, transformer.pooled_projection_dim)
+    expected = (spec.channels, spec.text_width, spec.pooled_width)
     if found != expected:
         raise RecordsError(
             f"{records.directory} does not fit this model: latent channels, prompt and pooled widths are {found}, the "
@@ -68,10 +73,7 @@ def check_fit(records: Records, model: RewardModelConfig, base_model: str | None
         )
     for split in splits:
         for rows in records.buckets(split).values():
-            latents = records.images[records.pairs(split)[rows.start].chosen].latents
             try:
-                validate_latents(
-                    latents[None], latents.shape[-1], transformer.patch_size, transformer.pos_embed_max_size
-                )
+                spec.validate(records.images[records.pairs(split)[rows.start].chosen].latents[None])
             except ValueError as error:
                 raise RecordsError(f"{records.directory}: {error}") from None

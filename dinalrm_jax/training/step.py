@@ -1,8 +1,9 @@
-"""One optimizer step as a pure, jitted function of (state, frozen parameters, batch)."""
+"""A training stage's optimizer step: assembled once, from an objective and parameters, for whatever drives it."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dinalrm_jax.config import StageConfig
-from dinalrm_jax.data.batch import PreferenceBatch
-from dinalrm_jax.parameters import Params
+from dinalrm_jax.devices.sharding import BY_ROW, WHOLE, like_parameters
+from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.training.objectives import Objective
-from dinalrm_jax.training.sharding import BY_ROW, WHOLE
+from dinalrm_jax.training.optimizer import make_optimizer
+
+B = TypeVar("B")  # a batch: a pytree whose arrays all have a row each for every row
 
 
 @jax.tree_util.register_dataclass
@@ -45,16 +48,75 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def make_step(
-    objective: Objective,
+@dataclasses.dataclass(frozen=True)
+class AssembledStep(Generic[B]):
+    """An optimizer step with all that it works on; made by `assemble`.
+
+    Attributes:
+        step: jitted (state, frozen, batch) -> (state, metrics); it donates the state. Called under the mesh.
+        state: before the first step, on the mesh; abstract where the parameters are.
+        frozen: parameters that do not train.
+        objective: what the step minimises.
+        mesh: what it runs on.
+    """
+
+    step: jax.stages.Wrapped
+    state: TrainState
+    frozen: Params
+    objective: Objective[B]
+    mesh: Mesh
+
+    def lower(self, batch: B) -> jax.stages.Lowered:
+        """The step for batches like this one, which may be abstract."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state, self.frozen, batch)
+
+
+def assemble(
+    objective: Objective[B],
+    trainable: Params,
+    frozen: Params,
+    stage: StageConfig,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    optimizer: optax.GradientTransformation | None = None,
+) -> AssembledStep[B]:
+    """A stage's step over parameters that lie on the mesh, or over abstract ones that say where they would.
+
+    Args:
+        objective: of all parameters, a batch and a key a row; see `training.objectives`.
+        trainable: float32; the state has copies of its own, which lie as these do.
+        frozen: in whatever dtype the objective takes them.
+        stage: optimizer, schedule, average, micro-batches; in steps.
+        mesh: see `devices.mesh`.
+        seed: of the rows' randomness.
+        optimizer: another than the stage's AdamW.
+    """
+    optimizer = optimizer or make_optimizer(stage.optimizer, stage.steps)
+    create = functools.partial(TrainState.create, optimizer=optimizer, averaged=stage.optimizer.ema_decay > 0)
+    shardings = {name: array.sharding for name, array in trainable.items()}
+    state = jax.eval_shape(create, trainable)
+    state_shardings = like_parameters(state, shardings, mesh)
+    if all(isinstance(array, jax.Array) for array in trainable.values()):
+        state = jax.jit(create, out_shardings=state_shardings)(trainable)
+    else:
+        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings)
+    frozen_shardings = {name: array.sharding for name, array in frozen.items()}
+    step = _make_step(objective, optimizer, stage, mesh, seed, state_shardings, frozen_shardings)
+    return AssembledStep(step, state, frozen, objective, mesh)
+
+
+def _make_step(
+    objective: Objective[B],
     optimizer: optax.GradientTransformation,
     stage: StageConfig,
     mesh: Mesh,
     seed: int,
     state_shardings: TrainState,
     frozen_shardings: Mapping[str, NamedSharding],
-) -> Callable[[TrainState, Params, PreferenceBatch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the jitted step; it donates the state. Call and lower it under `jax.set_mesh(mesh)`.
+) -> jax.stages.Wrapped:
+    """The jitted step.
 
     The batch is split by rows, state and frozen parameters lie as given. With `micro_batches` n, the batch
     passes as n parts, one after another, whose gradients are averaged: the same update in less memory.
@@ -68,14 +130,14 @@ def make_step(
     change it.
     """
 
-    def loss_and_metrics(params: Params, frozen: Params, batch: PreferenceBatch, keys: jax.Array):
+    def loss_and_metrics(params: Params, frozen: Params, batch: B, keys: jax.Array):
         losses, metrics = objective({**frozen, **params}, batch, keys)
         return jnp.mean(losses), {
             "loss": jnp.mean(losses),
             **{name: jnp.mean(m, axis=0) for name, m in metrics.items()},
         }
 
-    def gradients(params: Params, frozen: Params, rows: tuple[PreferenceBatch, jax.Array]):
+    def gradients(params: Params, frozen: Params, rows: tuple[B, jax.Array]):
         gradient_fn = jax.grad(loss_and_metrics, has_aux=True)
         parts = stage.micro_batches
         if parts == 1:
@@ -105,8 +167,8 @@ def make_step(
             check_vma=False,  # JAX's own check of replication would do the same
         )
 
-    def step(state: TrainState, frozen: Params, batch: PreferenceBatch):
-        keys = row_keys(seed, state.step, len(batch.chosen))
+    def step(state: TrainState, frozen: Params, batch: B):
+        keys = row_keys(seed, state.step, rows_of(batch))
         grads, metrics = gradients(state.params, frozen, (batch, keys))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -125,13 +187,18 @@ def make_step(
     )
 
 
+def rows_of(batch: Any) -> int:
+    """How many rows a batch has: the length of all of its arrays."""
+    return len(jax.tree.leaves(batch)[0])
+
+
 def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
     """(rows,) keys of a batch's rows: of (seed, step, row)."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
 
 
-def model_flops(objective: Objective, params: Params, frozen: Params, batch: PreferenceBatch) -> float:
+def model_flops(objective: Objective[B], params: Params, frozen: Params, batch: B) -> float:
     """FLOPs of the loss and its gradient for one batch, by XLA's count of the program before optimisation.
 
     Of an objective without rematerialisation: what is computed twice to save memory is no work of
@@ -142,6 +209,6 @@ def model_flops(objective: Objective, params: Params, frozen: Params, batch: Pre
         return jnp.mean(objective({**frozen, **params}, batch, keys)[0])
 
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, frozen, batch))
-    keys = jax.eval_shape(lambda: row_keys(0, 0, len(batch.chosen)))
+    keys = jax.eval_shape(lambda: row_keys(0, 0, rows_of(batch)))
     analysis = jax.jit(jax.grad(loss)).lower(*arguments, keys).cost_analysis()
     return float((analysis or {}).get("flops", 0.0))

@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dinalrm_jax.config import ConfigError
-from dinalrm_jax.weights.rules import WeightsError
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.tables import WeightsError
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),

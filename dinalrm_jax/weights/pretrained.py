@@ -16,46 +16,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dinalrm_jax.backbone.sd3 import SD3Transformer
-from dinalrm_jax.config import (
-    ConfigError,
-    ExecutionConfig,
-    LossConfig,
-    RewardModelConfig,
-    SD3Config,
-    from_mapping,
-    to_mapping,
-)
+from dinalrm_jax.devices.placement import place
 from dinalrm_jax.disk import whole_directory
-from dinalrm_jax.parameters import Functional, Params, functional
-from dinalrm_jax.placement import place
-from dinalrm_jax.reward_model import RewardModel, is_trainable, reward_functional
-from dinalrm_jax.weights import released, rules, sd3, torch_file
+from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping
+from dinalrm_jax.model import tables
+from dinalrm_jax.model.backbone.family import (
+    BackboneConfig,
+    DiffusersLayout,
+    family_in_diffusers,
+    family_of,
+    transformer_functional,
+)
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.parameters import Params, split
+from dinalrm_jax.model.reward import is_trainable, reward_functional
+from dinalrm_jax.model.tables import WeightsError
+from dinalrm_jax.preference import LossConfig
+from dinalrm_jax.weights import released, torch_file
+from dinalrm_jax.weights.digest import digest
 from dinalrm_jax.weights.files import SafetensorsDirectory, read_json, resolve, save_safetensors
-from dinalrm_jax.weights.rules import WeightsError
 
 A = TypeVar("A", np.ndarray, jax.Array)
 
 FORMAT = "dinalrm_jax/1"
 CHECKPOINT_FILES = ("config.json", "checkpoint/*", "backbone.safetensors", "trained.safetensors")
 TRANSFORMER_FILES = ("transformer/*", "config.json", "backbone.safetensors")
-
-
-# What diffusers' SD3Transformer2DModel takes for a key that its config.json leaves out; not SD3.5-Medium's values.
-DIFFUSERS_DEFAULTS = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 18,
-    "attention_head_dim": 64,
-    "num_attention_heads": 18,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1152,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 96,
-    "dual_attention_layers": (),
-    "qk_norm": None,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +65,8 @@ class PretrainedModel:
 
     @functools.cached_property
     def params(self) -> Params:
-        trained = {name: array for name, array in self.arrays.items() if is_trainable(name)}
-        frozen = {name: array for name, array in self.arrays.items() if name not in trained}
+        trained, frozen = split(self.arrays, is_trainable)
         return self.shared | place(frozen, self.execution.dtype) | place(trained, np.float32)
-
-    def load(self) -> RewardModel:
-        return RewardModel(self.config, self.params, self.execution, self.base_model, self.likelihood)
 
 
 def open_reward_model(
@@ -114,7 +96,7 @@ def open_reward_model(
             continue
         wanted = {name: shape for name, shape in shapes.items() if belongs(name)}
         try:
-            arrays |= rules.load(tensors, table, wanted, source=str(source), unused=unused)
+            arrays |= tables.load(tensors, table, wanted, source=str(source), unused=unused)
         except WeightsError as error:
             problems.append(str(error))
     if problems:
@@ -124,7 +106,7 @@ def open_reward_model(
     return PretrainedModel(model_config, execution, base_model, arrays, shared, likelihood)
 
 
-def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path, SD3Config]:
+def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path, BackboneConfig]:
     """The transformer's directory and geometry; `base_model` is a pipeline or the transformer itself.
 
     Raises:
@@ -134,44 +116,31 @@ def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path,
     if (directory / "transformer").is_dir():
         directory = directory / "transformer"
     config = read_json(directory / "config.json")
-    kind = config.get("_class_name")
-    if kind != "SD3Transformer2DModel":
-        raise ConfigError(f"{directory / 'config.json'} is of {kind!r}, expected a diffusers SD3Transformer2DModel")
-    geometry = DIFFUSERS_DEFAULTS | {key: value for key, value in config.items() if not key.startswith("_")}
-    if "out_channels" not in geometry:
-        geometry["out_channels"] = 16
-    elif geometry["out_channels"] is None:
-        geometry["out_channels"] = geometry["in_channels"]
-    return directory, from_mapping(SD3Config, geometry, str(directory / "config.json"))
-
-
-def transformer_functional(
-    config: SD3Config, execution: ExecutionConfig, *, zero_init: bool = False
-) -> Functional[SD3Transformer]:
-    """The whole transformer, velocity included, as a pure function of named parameters."""
-    return functional(lambda rngs: SD3Transformer(config, execution, zero_init=zero_init, rngs=rngs))
+    family = family_in_diffusers(config.get("_class_name"), str(directory / "config.json"))
+    return directory, family.diffusers.read_config(config, str(directory / "config.json"))
 
 
 def load_backbone(
     base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig()
-) -> tuple[SD3Config, Params]:
+) -> tuple[BackboneConfig, Params]:
     """A whole transformer from a diffusers directory or a native backbone, on the device in the compute dtype."""
     transformer, arrays = open_backbone(base_model)
     return transformer, place(arrays, execution.dtype)
 
 
-def open_backbone(base_model: str | pathlib.Path) -> tuple[SD3Config, dict[str, np.ndarray]]:
+def open_backbone(base_model: str | pathlib.Path) -> tuple[BackboneConfig, dict[str, np.ndarray]]:
     """The same as views of the mapped files, in their dtype: only what is used of them is read."""
     directory = resolve(base_model, TRANSFORMER_FILES)
     config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     if "format" in config:
-        transformer = from_mapping(SD3Config, _native(config, "backbone", directory), f"{directory}/config.json")
-        tensors, table = SafetensorsDirectory(directory, "backbone"), rules.IDENTITY
+        transformer = from_mapping(BackboneConfig, _native(config, "backbone", directory), f"{directory}/config.json")
+        tensors, table = SafetensorsDirectory(directory, "backbone"), tables.IDENTITY
     else:
         directory, transformer = read_diffusers_config(directory)
-        tensors, table = SafetensorsDirectory(directory, "diffusion_pytorch_model"), sd3.rules(transformer)
+        tensors = SafetensorsDirectory(directory, "diffusion_pytorch_model")
+        table = _diffusers(transformer).table(transformer, "")
     shapes = transformer_functional(transformer, ExecutionConfig()).shapes
-    return transformer, rules.load(tensors, table, shapes, source=str(directory))
+    return transformer, tables.load(tensors, table, shapes, source=str(directory))
 
 
 def truncate(backbone: Mapping[str, A], config: RewardModelConfig) -> dict[str, A]:
@@ -204,54 +173,74 @@ def share(backbone: Params, config: RewardModelConfig, execution: ExecutionConfi
     return truncate(backbone, config)
 
 
-def save_reward_model(model: RewardModel, output: str | pathlib.Path, step: int | None = None) -> None:
+def save_reward_model(
+    output: str | pathlib.Path,
+    config: RewardModelConfig,
+    params: Mapping[str, np.ndarray | jax.Array],
+    likelihood: LossConfig | None = None,
+    step: int | None = None,
+) -> None:
     """Writes a native checkpoint, whole or not at all; `step` is the training step that it is of."""
-    frozen = {name: array for name, array in model.params.items() if not is_trainable(name)}
-    trained = {name: array for name, array in model.params.items() if is_trainable(name)}
+    trained, frozen = split(params, is_trainable)
     with whole_directory(output) as directory:
-        likelihood = None if model.likelihood is None else to_mapping(model.likelihood)
-        _write_config(
-            directory, "reward_model", to_mapping(model.config), likelihood=likelihood, step=step, weights=model.digest
-        )
-        save_safetensors(directory / "backbone.safetensors", rules.dump(frozen, rules.IDENTITY))
-        save_safetensors(directory / "trained.safetensors", rules.dump(trained, rules.IDENTITY))
+        beside = {
+            "likelihood": None if likelihood is None else to_mapping(likelihood),
+            "step": step,
+            "weights": digest(params, is_trainable),
+        }
+        _write_config(directory, "reward_model", to_mapping(config), **beside)
+        save_safetensors(directory / "backbone.safetensors", tables.dump(frozen, tables.IDENTITY))
+        save_safetensors(directory / "trained.safetensors", tables.dump(trained, tables.IDENTITY))
 
 
-def save_backbone(config: SD3Config, params: Params, output: str | pathlib.Path) -> None:
+def save_backbone(config: BackboneConfig, params: Params, output: str | pathlib.Path) -> None:
     """Writes a native backbone, whole or not at all."""
     with whole_directory(output) as directory:
         _write_config(directory, "backbone", to_mapping(config))
-        save_safetensors(directory / "backbone.safetensors", rules.dump(params, rules.IDENTITY))
+        save_safetensors(directory / "backbone.safetensors", tables.dump(params, tables.IDENTITY))
 
 
-def export_released(model: RewardModel, output: str | pathlib.Path) -> None:
+def export_released(
+    output: str | pathlib.Path,
+    config: RewardModelConfig,
+    params: Mapping[str, np.ndarray | jax.Array],
+    likelihood: LossConfig | None = None,
+) -> None:
     """Writes LoRA and head in the released layout, which the released code, PEFT and torch load.
 
     Raises:
         ConfigError: a model that this layout cannot hold.
     """
-    config = released.released_config(model.config, model.likelihood)
-    lora = {name: np.asarray(array) for name, array in model.params.items() if _is_lora(name)}
-    head = {name: np.asarray(array) for name, array in model.params.items() if _is_head(name)}
+    whole_config = released.released_config(config, likelihood)
+    lora, _ = split(params, _is_lora)
+    head, _ = split(params, _is_head)
     with whole_directory(output) as directory:
-        (directory / "config.json").write_text(json.dumps(config, indent=1))
+        (directory / "config.json").write_text(json.dumps(whole_config, indent=1))
         checkpoint = directory / "checkpoint"
         checkpoint.mkdir()
-        if model.config.lora is not None:
+        if config.lora is not None:
             adapter = checkpoint / "backbone_lora"
             adapter.mkdir()
-            peft = released.adapter_config(model.config)
-            (adapter / "adapter_config.json").write_text(json.dumps(peft, indent=1))
-            save_safetensors(adapter / "adapter_model.safetensors", rules.dump(lora, released.LORA))
-        torch_file.write(checkpoint / "rm_head.pt", rules.dump(head, released.HEAD))
+            (adapter / "adapter_config.json").write_text(json.dumps(released.adapter_config(config), indent=1))
+            save_safetensors(adapter / "adapter_model.safetensors", tables.dump(lora, released.LORA))
+        torch_file.write(checkpoint / "rm_head.pt", tables.dump(head, released.HEAD))
 
 
-def export_diffusers(config: SD3Config, params: Params, output: str | pathlib.Path) -> None:
+def export_diffusers(config: BackboneConfig, params: Params, output: str | pathlib.Path) -> None:
     """Writes a whole transformer as a diffusers `transformer/` directory."""
     with whole_directory(output) as directory:
-        geometry = {"_class_name": "SD3Transformer2DModel", **to_mapping(config)}
+        layout = _diffusers(config)
+        geometry = {"_class_name": layout.class_name, **to_mapping(config)}
         (directory / "config.json").write_text(json.dumps(geometry, indent=1))
-        save_safetensors(directory / "diffusion_pytorch_model.safetensors", rules.dump(params, sd3.rules(config)))
+        weights = tables.dump(params, layout.table(config, ""))
+        save_safetensors(directory / "diffusion_pytorch_model.safetensors", weights)
+
+
+def _diffusers(config: BackboneConfig) -> DiffusersLayout:
+    layout = family_of(config).diffusers
+    if layout is None:
+        raise ConfigError(f"backbones of family {config.family!r} have no layout in diffusers")
+    return layout
 
 
 def _open_native(
@@ -270,7 +259,7 @@ def _open_native(
     for stem in ("trained",) if shared else ("backbone", "trained"):
         tensors |= SafetensorsDirectory(directory, stem)
     wanted = {name: shape for name, shape in shapes.items() if name not in shared}
-    arrays = rules.load(tensors, rules.IDENTITY, wanted, source=str(directory))
+    arrays = tables.load(tensors, tables.IDENTITY, wanted, source=str(directory))
     found = config.get("likelihood")
     likelihood = None if found is None else from_mapping(LossConfig, found, f"{directory}/config.json, likelihood")
     return PretrainedModel(model_config, execution, base_model, arrays, shared, likelihood)
@@ -288,8 +277,9 @@ def _released_parts(checkpoint: pathlib.Path, transformer: pathlib.Path, config:
         _check_adapter_config(adapter, config)
         yield adapter, SafetensorsDirectory(adapter, "adapter_model"), released.LORA, _is_lora, None
     tensors = SafetensorsDirectory(transformer, "diffusion_pytorch_model")
-    unused = sd3.unused_by_truncation(config.num_blocks)
-    yield transformer, tensors, sd3.rules(config.transformer, "backbone."), _is_frozen, unused
+    layout = _diffusers(config.transformer)
+    table, unused = layout.table(config.transformer, "backbone."), layout.unused(config.num_blocks)
+    yield transformer, tensors, table, _is_frozen, unused
 
 
 def _is_head(name: str) -> bool:

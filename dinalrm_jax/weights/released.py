@@ -7,23 +7,18 @@ Layout: `config.json`, `checkpoint/backbone_lora/adapter_{config.json,model.safe
 from collections.abc import Mapping
 from typing import Any
 
-from dinalrm_jax.config import (
-    ConfigError,
-    HeadConfig,
-    LoRAConfig,
-    LossConfig,
-    RewardModelConfig,
-    SD3Config,
-    from_mapping,
-    to_mapping,
-)
-from dinalrm_jax.lora import IMAGE_TARGETS, TEXT_TARGETS
-from dinalrm_jax.weights.rules import Rule
+from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping
+from dinalrm_jax.model.backbone.family import BackboneConfig
+from dinalrm_jax.model.backbone.sd3 import SD3Config
+from dinalrm_jax.model.backbone.sd3.adapters import peft_targets
+from dinalrm_jax.model.config import HeadConfig, LoRAConfig, RewardModelConfig
+from dinalrm_jax.model.tables import Row
+from dinalrm_jax.preference import LossConfig
 
-HEAD = (Rule("{}", "head.{}"),)
+HEAD = (Row("{}", "head.{}"),)
 LORA = (
-    Rule("base_model.model.{}.lora_A.weight", "backbone.{}.lora_A"),
-    Rule("base_model.model.{}.lora_B.weight", "backbone.{}.lora_B"),
+    Row("base_model.model.{}.lora_A.weight", "backbone.{}.lora_A"),
+    Row("base_model.model.{}.lora_B.weight", "backbone.{}.lora_B"),
 )
 
 # Keys of the released config that cannot change a score: of training (EMA), of the hub, or read by no code.
@@ -31,7 +26,7 @@ IGNORED = {"model_type", "backbone_model_id", "use_ema", "ema_decay", "use_t_emb
 IGNORED_HEAD = {"patch_size", "cfg_scale"}
 
 
-def model_config(released: Mapping[str, Any], transformer: SD3Config) -> RewardModelConfig:
+def model_config(released: Mapping[str, Any], transformer: BackboneConfig) -> RewardModelConfig:
     """The model that a released `config.json` describes.
 
     Args:
@@ -110,6 +105,8 @@ def released_config(config: RewardModelConfig, trained_with: LossConfig | None =
         ConfigError: a logistic model, whose eta3 and eta4 the released layout does not hold, or one
             without text taps, which the released code cannot build.
     """
+    if not isinstance(config.transformer, SD3Config):
+        raise ConfigError("only models on an SD3 backbone can be exported: the released code knows no other")
     if not config.text_taps:
         raise ConfigError("a model without text taps cannot be exported: the released code needs at least one")
     if config.logistic:
@@ -150,7 +147,7 @@ def released_config(config: RewardModelConfig, trained_with: LossConfig | None =
 def adapter_config(config: RewardModelConfig) -> dict[str, Any]:
     """PEFT's `adapter_config.json` for the exported adapters of a model that has them."""
     alpha = config.lora.alpha
-    unread = [f"transformer_blocks.{config.num_blocks - 1}.attn.{name}" for name in TEXT_TARGETS]
+    target, exclude = peft_targets(config.num_blocks, config.adapts_last_text)
     return {
         "peft_type": "LORA",
         "r": config.lora.rank,
@@ -160,8 +157,8 @@ def adapter_config(config: RewardModelConfig) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian",
         "inference_mode": True,
-        "target_modules": [*IMAGE_TARGETS, *TEXT_TARGETS],
-        "exclude_modules": None if config.adapts_last_text else unread,
+        "target_modules": target,
+        "exclude_modules": exclude,
         "use_dora": False,
         "use_rslora": False,
     }

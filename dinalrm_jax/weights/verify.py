@@ -7,13 +7,13 @@ torch, diffusers and peft (the `test` extra).
 """
 
 import importlib.util
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from dinalrm_jax.config import RewardModelConfig
-from dinalrm_jax.data.batch import PromptEmbeds
-from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.model.batch import PromptEmbeds
+from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.weights import pretrained
 
 SIGMAS = (0.1, 0.4, 0.7)
@@ -31,8 +31,15 @@ def check_torch() -> None:
         raise VerificationError(f"--verify needs {', '.join(missing)}: pip install torch diffusers peft")
 
 
-def verify_against_released(model: RewardModel, checkpoint: str, base_model: str) -> str:
+def verify_against_released(
+    config: RewardModelConfig, score_latents: Callable[..., np.ndarray], checkpoint: str, base_model: str
+) -> str:
     """Compares a float32 model of ours with the released files it came from, on random inputs.
+
+    Args:
+        config: of the model.
+        score_latents: the model's, see `RewardModel.score_latents`.
+        checkpoint, base_model: directories or hub ids.
 
     Returns:
         What was compared, and the largest difference, to print.
@@ -40,16 +47,16 @@ def verify_against_released(model: RewardModel, checkpoint: str, base_model: str
     Raises:
         VerificationError: a difference above 1e-4 times the larger of 1 and the largest score.
     """
-    transformer = model.config.transformer
+    spec = config.transformer.latents
     rng = np.random.default_rng(0)
-    side = min(16, transformer.pos_embed_max_size * transformer.patch_size)
-    latents, noise = rng.standard_normal((2, 2, side, side, transformer.in_channels)).astype(np.float32)
-    embeds = rng.standard_normal((2, 20, transformer.joint_attention_dim)).astype(np.float32)
-    pooled = rng.standard_normal((2, transformer.pooled_projection_dim)).astype(np.float32)
+    side = min(16, spec.largest_side)
+    latents, noise = rng.standard_normal((2, 2, side, side, spec.channels)).astype(np.float32)
+    embeds = rng.standard_normal((2, 20, spec.text_width)).astype(np.float32)
+    pooled = rng.standard_normal((2, spec.pooled_width)).astype(np.float32)
     prompt = PromptEmbeds(embeds, pooled)
-    reference = ReleasedInTorch(checkpoint, base_model, model.config)
+    reference = ReleasedInTorch(checkpoint, base_model, config)
     with jax.default_matmul_precision("highest"):
-        ours = np.stack([model.score_latents(latents, prompt, sigma, noise) for sigma in SIGMAS])
+        ours = np.stack([score_latents(latents, prompt, sigma, noise) for sigma in SIGMAS])
     theirs = np.stack([reference.score(latents, prompt, sigma, noise) for sigma in SIGMAS])
     difference, limit = np.abs(ours - theirs).max(), TOLERANCE * max(1.0, np.abs(theirs).max())
     report = f"largest difference {difference:.2e} (limit {limit:.1e}) over {ours.size} scores at sigma {SIGMAS}"

@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dinalrm_jax.config import EncodersConfig
 from dinalrm_jax.data import records
 from dinalrm_jax.data.loader import Schedule, TrainingBatches
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, Records, RecordsError
+from dinalrm_jax.model.config import EncodersConfig
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dinalrm_jax.config import EncodersConfig, MixedConfig
 from dinalrm_jax.data import records
+from dinalrm_jax.data.config import MixedConfig
 from dinalrm_jax.data.loader import TrainingBatches
 from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, RecordsError
+from dinalrm_jax.model.config import EncodersConfig
 
 
 def write(directory, first, count, length=3, **manifest):

@@ -18,16 +18,18 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dinalrm_jax.config import EncodersConfig, PreparationConfig
-from dinalrm_jax.data import files, records, tiny_encoders
-from dinalrm_jax.data.datasets import preprocess
+from dinalrm_jax.data import files, records
+from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.data.sources.datasets import preprocess
 from dinalrm_jax.disk import Locked, lock
-from dinalrm_jax.encoders import SD3Codec
+from dinalrm_jax.encoders import tiny
+from dinalrm_jax.encoders.load import SD3Codec
+from dinalrm_jax.model.config import EncodersConfig
 from dinalrm_jax.preprocess import report
 from tests.conftest import ROOT
-from tests.data.sources import ranking, write_hpdv2
-from tests.data.test_sources import write_hpdv3
+from tests.data.source_files import ranking, write_hpdv2
+from tests.data.sources.test_sources import write_hpdv3
 
 TINY = PreparationConfig(
     "hpdv3", EncodersConfig("tiny", 8), buckets=("64x64", "96x64", "128x128"), min_area=1024, images_per_shard=3,
@@ -93,9 +95,9 @@ def test_what_is_kept_and_why_not(source, tmp_path):
     assert shapes["images/5.png"] == shapes["images/6.png"] == (16, 16, 16)
     assert [data.images[i].name for i in range(len(data.images))].count("images/1.png") == 1, "once an image"
     (held_out,) = data.pairs("eval")
-    grey = tiny_encoders.decode_latents(data.images[held_out.chosen].latents)
+    grey = tiny.decode_latents(data.images[held_out.chosen].latents)
     np.testing.assert_allclose(grey, 128, atol=2)
-    expected, _ = tiny_encoders.encode_prompts(["b"], 8, 64)
+    expected, _ = tiny.encode_prompts(["b"], 8, 64)
     (b,) = [data.prompts[i] for i in range(len(data.prompts)) if data.prompts[i].text == "b"]
     np.testing.assert_allclose(b.prompt_embeds, expected[0], atol=2e-3)
 
@@ -109,7 +111,7 @@ def test_float16_error_is_measured(source, tmp_path):
         with Image.open(source / row.name) as image:
             size = row.latents.shape[1] * 8, row.latents.shape[0] * 8
             pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
-        latents = tiny_encoders.encode_image(pixels)
+        latents = tiny.encode_image(pixels)
         largest = max(largest, np.abs(latents - row.latents.astype(np.float32)).max())
     error = manifest["images"]["float16_error"]
     assert error["largest"] == pytest.approx(largest)
@@ -196,7 +198,7 @@ def test_orientation_decides_the_bucket(tmp_path):
         Image.fromarray(lying).save(directory / "images" / f"{i}.png", exif=exif)
     manifest = preprocess(directory, tmp_path / "out", TINY)
     assert manifest["pairs"]["train"] == {"96x64": 1}
-    shown = tiny_encoders.decode_latents(Records(tmp_path / "out").images[0].latents)
+    shown = tiny.decode_latents(Records(tmp_path / "out").images[0].latents)
     assert shown[:40].mean() > 240
     assert shown[56:].mean() < 15
 
@@ -434,7 +436,7 @@ def test_full_disk(rehearsal_source, tiny_pipeline, tmp_path):
 
 def test_base_models_that_will_not_do(source, tiny_pipeline, tmp_path):
     config = dataclasses.replace(TINY, encoders=EncodersConfig("sd3", 8))
-    from dinalrm_jax.config import ConfigError
+    from dinalrm_jax.mapping import ConfigError
 
     with pytest.raises(ConfigError, match="come from a Stable Diffusion 3 pipeline; name it"):
         preprocess(source, tmp_path / "out", config)

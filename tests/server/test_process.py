@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from dinalrm_jax.client import ClientConfig, RewardClient
-from dinalrm_jax.config import ConfigError
+from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.noise import nearest_schedule_sigma
 from dinalrm_jax.server.app import RewardServer
 from dinalrm_jax.server.config import ServerConfig
-from dinalrm_jax.weights.pretrained import save_reward_model
 from tests.conftest import ROOT
 from tests.server.serving import inputs, take
 
@@ -26,7 +25,7 @@ from tests.server.serving import inputs, take
 @pytest.fixture(scope="module")
 def checkpoint(tiny_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("served") / "model"
-    save_reward_model(tiny_model, directory)
+    tiny_model.save(directory)
     return directory
 
 

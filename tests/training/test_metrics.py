@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, peak_flops, read_metrics
+from dinalrm_jax.devices.peaks import peak_flops
+from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
+
+UNITS = {"pairs": 4, "images": 8}
 
 
 def step_metrics(loss, finite=1.0, share=(0.0, 0.0), accuracy=(0.0, 0.0)):
@@ -20,10 +23,10 @@ def step_metrics(loss, finite=1.0, share=(0.0, 0.0), accuracy=(0.0, 0.0)):
 def test_a_line_holds_means_over_its_steps_and_accuracies_over_the_rows_of_a_bin(tmp_path):
     log = MetricsLog(tmp_path, "reward")
     log.start()
-    log.add(1, step_metrics(1.0, share=(0.25, 0.75), accuracy=(0.25, 0.0)), rows=4, waited=0.5, flops=0.0)
-    log.add(2, step_metrics(3.0, share=(0.5, 0.5), accuracy=(0.0, 0.5)), rows=4, waited=0.0, flops=0.0)
+    log.add(1, step_metrics(1.0, share=(0.25, 0.75), accuracy=(0.25, 0.0)), UNITS, waited=0.5, flops=0.0)
+    log.add(2, step_metrics(3.0, share=(0.5, 0.5), accuracy=(0.0, 0.5)), UNITS, waited=0.0, flops=0.0)
     values = log.write(2, {"learning_rate": 0.1})
-    log.add(3, step_metrics(5.0, share=(1.0, 0.0), accuracy=(1.0, 0.0)), rows=4, waited=0.0, flops=0.0)
+    log.add(3, step_metrics(5.0, share=(1.0, 0.0), accuracy=(1.0, 0.0)), UNITS, waited=0.0, flops=0.0)
     log.write(3, {})
     log.close()
     assert values["loss"] == 2.0
@@ -47,9 +50,9 @@ def test_a_line_holds_means_over_its_steps_and_accuracies_over_the_rows_of_a_bin
 )
 def test_the_first_step_that_is_not_finite_is_named_and_nothing_is_written(tmp_path, metrics, message):
     log = MetricsLog(tmp_path, "reward")
-    log.add(1, step_metrics(0.5), rows=4, waited=0.0, flops=0.0)
-    log.add(2, metrics, rows=4, waited=0.0, flops=0.0)
-    log.add(3, step_metrics(np.nan), rows=4, waited=0.0, flops=0.0)
+    log.add(1, step_metrics(0.5), UNITS, waited=0.0, flops=0.0)
+    log.add(2, metrics, UNITS, waited=0.0, flops=0.0)
+    log.add(3, step_metrics(np.nan), UNITS, waited=0.0, flops=0.0)
     with pytest.raises(NonFiniteLoss, match=message):
         log.write(3, {})
     log.close()
@@ -86,7 +89,7 @@ def test_rates_are_of_training_alone(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path, "reward")
     log.start()
     for step in (1, 2):
-        log.add(step, step_metrics(1.0), rows=4, waited=0.0, flops=6.0)
+        log.add(step, step_metrics(1.0), UNITS, waited=0.0, flops=6.0)
     now[0] += 10.0
     log.pause(4.0)
     values = log.write(2, {})

@@ -9,8 +9,10 @@ import pytest
 from scipy import stats
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import EnsembleTermConfig, LossConfig, SigmaConfig
-from dinalrm_jax.reward_model import reward_functional
+from dinalrm_jax.config import EnsembleTermConfig
+from dinalrm_jax.model.reward import reward_functional
+from dinalrm_jax.noise import SigmaConfig
+from dinalrm_jax.preference import LossConfig
 from dinalrm_jax.training.objectives import flow_matching_objective, reward_losses, reward_objective
 from dinalrm_jax.training.step import row_keys
 from tests.conftest import TINY_SD3, random_inputs

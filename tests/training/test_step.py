@@ -8,14 +8,19 @@ import pytest
 import torch
 
 import dinalrm_jax as dina
-from dinalrm_jax.config import ExecutionConfig, LossConfig, MeshConfig, OptimizerConfig, SigmaConfig, StageConfig
-from dinalrm_jax.placement import place
-from dinalrm_jax.reward_model import is_trainable, reward_functional
+from dinalrm_jax.config import OptimizerConfig, StageConfig
+from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
+from dinalrm_jax.devices.placement import place
+from dinalrm_jax.devices.sharding import put_rows
+from dinalrm_jax.model.backbone.family import transformer_functional
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.parameters import split
+from dinalrm_jax.model.reward import is_trainable, reward_functional
+from dinalrm_jax.noise import SigmaConfig
+from dinalrm_jax.preference import LossConfig
 from dinalrm_jax.training.objectives import flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dinalrm_jax.training.sharding import like_parameters, make_mesh, parameter_shardings, put_rows
-from dinalrm_jax.training.step import TrainState, make_step, model_flops, row_keys
-from dinalrm_jax.weights.pretrained import transformer_functional
+from dinalrm_jax.training.step import assemble, model_flops, row_keys
 from tests.conftest import TINY, TINY_SD3, random_inputs, randomized
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, b1=0.8, b2=0.95, warmup_steps=0, ema_decay=0.9, max_grad_norm=0.5)
@@ -34,25 +39,17 @@ def deterministic_objective(module):
 
 
 def run_steps(tiny_model, batch, config, *, mesh=MeshConfig(data=1), parts=1, steps=3, objective=None, optimizer=None):
-    module = reward_functional(TINY, tiny_model.execution)
-    mesh = make_mesh(mesh)
-    optimizer = optimizer or make_optimizer(config, steps)
-    shardings = parameter_shardings(module.shapes, mesh)
-    params = place(tiny_model.params, np.float32, shardings)
-    frozen = {name: array for name, array in params.items() if not is_trainable(name)}
-    state = TrainState.create({name: array for name, array in params.items() if is_trainable(name)}, optimizer)
-    state_shardings = like_parameters(state, shardings, mesh)
-    state = jax.device_put(state, state_shardings)
-    frozen_shardings = {name: shardings[name] for name in frozen}
-    objective = objective or deterministic_objective(module)
+    module, mesh = reward_functional(TINY, tiny_model.execution), make_mesh(mesh)
+    trainable, frozen = split(place(tiny_model.params, np.float32, module.shardings(mesh)), is_trainable)
     stage = StageConfig(BATCH, steps, micro_batches=parts, optimizer=config)
-    step = make_step(objective, optimizer, stage, mesh, 0, state_shardings, frozen_shardings)
-    history = []
+    objective = objective or deterministic_objective(module)
+    assembled = assemble(objective, trainable, frozen, stage, mesh, optimizer=optimizer)
+    state, history = assembled.state, []
     with jax.set_mesh(mesh):
         for _ in range(steps):
-            state, metrics = step(state, frozen, put_rows(batch, BATCH, mesh))
+            state, metrics = assembled.step(state, frozen, put_rows(batch, BATCH, mesh))
             history.append({name: float(value) for name, value in metrics.items() if value.ndim == 0})
-    return jax.device_get(state), history, step
+    return jax.device_get(state), history, assembled.step
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 import dinalrm_jax as dina
 from dinalrm_jax import convert
-from dinalrm_jax.config import ConfigError, LossConfig
-from dinalrm_jax.reward_model import is_trainable
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.reward import is_trainable
+from dinalrm_jax.model.tables import WeightsError
+from dinalrm_jax.preference import LossConfig
 from dinalrm_jax.weights import pretrained, torch_file
 from dinalrm_jax.weights.digest import digest
-from dinalrm_jax.weights.rules import WeightsError
 from dinalrm_jax.weights.verify import VerificationError, verify_against_released
 from tests.conftest import GOLDEN, ROOT, TINY
 
@@ -37,20 +38,20 @@ def load(directory, base=GOLDEN):
 
 
 def test_native_round_trip(golden_model, tmp_path):
-    pretrained.save_reward_model(golden_model, tmp_path / "native")
+    golden_model.save(tmp_path / "native")
     again = dina.RewardModel.from_pretrained(tmp_path / "native", dtype="float32")
     assert again.config == golden_model.config
     jax.tree.map(np.testing.assert_array_equal, again.params, golden_model.params)
     with pytest.raises(FileExistsError, match="exists already"):
-        pretrained.save_reward_model(golden_model, tmp_path / "native")
+        golden_model.save(tmp_path / "native")
 
 
 def test_the_likelihood_goes_with_the_checkpoint(golden_model, released, tmp_path):
     """Natively, exported, and by the released code's `model_type`, whose constants are in its source."""
     assert golden_model.likelihood == LossConfig(sigma_0=0.05**0.5, epsilon=1e-6)
     own = dataclasses.replace(golden_model, likelihood=LossConfig(k=1.5))
-    pretrained.save_reward_model(own, tmp_path / "native")
-    pretrained.export_released(own, tmp_path / "exported")
+    own.save(tmp_path / "native")
+    own.export_released(tmp_path / "exported")
     assert load(tmp_path / "native").likelihood == LossConfig(k=1.5)
     assert load(tmp_path / "exported").likelihood == LossConfig(k=1.5)
     config = json.loads((released / "config.json").read_text())
@@ -70,13 +71,13 @@ def test_what_the_released_layout_does_not_hold_is_not_exported(tmp_path):
         (dataclasses.replace(TINY, text_taps=()), "a model without text taps cannot be exported"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            pretrained.export_released(dina.RewardModel.init(config), tmp_path / "released")
+            dina.RewardModel.init(config).export_released(tmp_path / "released")
     assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_native_checkpoint(golden_model, tmp_path):
     half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN)
-    pretrained.save_reward_model(half, tmp_path / "native")
+    half.save(tmp_path / "native")
     again = dina.RewardModel.from_pretrained(tmp_path / "native")
     jax.tree.map(np.testing.assert_array_equal, again.params, half.params)
     assert again.execution.dtype == "bfloat16"
@@ -206,7 +207,7 @@ def test_convert_released_and_verify(golden_model, released, tmp_path, capsys):
     head["attn2.to_k_vis.weight"] = head["attn2.to_k_vis.weight"].T.contiguous()
     torch.save(head, released / "checkpoint" / "rm_head.pt")
     with pytest.raises(VerificationError, match="does not score as"):
-        verify_against_released(model, str(released), str(GOLDEN))
+        verify_against_released(model.config, model.score_latents, str(released), str(GOLDEN))
 
 
 def test_absent_keys_of_a_diffusers_config_have_diffusers_defaults(released):
@@ -334,10 +335,10 @@ def test_torch_files_that_are_bombs(tmp_path):
 
 def test_a_revision_pins_a_hub_id(golden_model, tmp_path, monkeypatch, capsys):
     """In the hub's own cache, without a network: two commits of one repository, one of them a tag."""
-    pretrained.save_reward_model(golden_model, tmp_path / "model")
+    golden_model.save(tmp_path / "model")
     other = dict(golden_model.params)
     other["head.head.weight"] = other["head.head.weight"] + 1
-    pretrained.save_reward_model(dataclasses.replace(golden_model, params=other), tmp_path / "other")
+    dataclasses.replace(golden_model, params=other).save(tmp_path / "other")
     commits = {"main": ("a" * 40, "model"), "v1": ("b" * 40, "other")}
     repository = tmp_path / "hub" / "models--org--reward"
     (repository / "refs").mkdir(parents=True)
@@ -364,9 +365,9 @@ def test_a_revision_pins_a_hub_id(golden_model, tmp_path, monkeypatch, capsys):
 
 def test_one_digest_for_one_models_weights(golden_model, tmp_path):
     """Whatever layout they come in and dtype they are computed in; and another where one value differs."""
-    pretrained.save_reward_model(golden_model, tmp_path / "float32")
+    golden_model.save(tmp_path / "float32")
     half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="bfloat16")
-    pretrained.save_reward_model(half, tmp_path / "bfloat16")
+    half.save(tmp_path / "bfloat16")
     loads = [half] + [
         dina.RewardModel.from_pretrained(tmp_path / stored, dtype=dtype)
         for stored in ("float32", "bfloat16")

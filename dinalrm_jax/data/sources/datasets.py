@@ -1,0 +1,92 @@
+"""The datasets by name: reading their directories, and turning them into records."""
+
+import contextlib
+import pathlib
+
+from dinalrm_jax.data.config import PreparationConfig
+from dinalrm_jax.data.latents import EncodedImages
+from dinalrm_jax.data.preferences import Benchmark, Source
+from dinalrm_jax.data.preparation import prepare
+from dinalrm_jax.data.sources import dinalrm, genai_bench, hpdv2, hpdv3, imagereward, json_pairs
+from dinalrm_jax.data.unfinished import check_output
+from dinalrm_jax.devices import processes
+from dinalrm_jax.disk import lock
+from dinalrm_jax.encoders.load import (
+    image_codec_fingerprint,
+    load_image_codec,
+    load_prompt_encoder,
+    prompt_fingerprint,
+)
+
+
+def preprocess(
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    config: PreparationConfig,
+    base_model: str | pathlib.Path | None = None,
+) -> dict:
+    """Writes the records of a dataset directory; see `data.preparation.prepare`.
+
+    Args:
+        source: the dataset's directory.
+        output: record directory to write; must not exist.
+        config: which dataset it is, what to keep, how to encode it.
+        base_model: the SD3 pipeline whose VAE and text encoders are used.
+
+    Raises:
+        FileExistsError: the output exists.
+        disk.Locked: another run is writing it.
+        ConfigError, WeightsError, FileNotFoundError: no base model, or one that will not do.
+        RecordsError: a source that is not what `config.dataset` says; and as for `prepare`.
+    """
+    output = pathlib.Path(output)
+    with lock(output) if processes.is_first() else contextlib.nullcontext():
+        check_output(output)
+        found = read_source(pathlib.Path(source), config, base_model)
+        return prepare(
+            found,
+            output,
+            config,
+            found.latents or EncodedImages(found.open, load_image_codec(config.encoders, base_model), config),
+            lambda: load_prompt_encoder(config.encoders, base_model, config.text_dtype),
+            prompt_fingerprint(config.encoders, base_model),
+        )
+
+
+def read_source(
+    source: pathlib.Path, config: PreparationConfig, base_model: str | pathlib.Path | None = None
+) -> Source:
+    """The preferences of a dataset directory; `base_model` is what latents that it holds are said to be of.
+
+    Raises:
+        RecordsError: the directory is not what `config.dataset` says.
+    """
+    match config.dataset:
+        case "hpdv3":
+            return hpdv3.read(source)
+        case "hpdv2":
+            return hpdv2.read(source, config.holdout)
+        case "imagereward":
+            return imagereward.read(source)
+        case "genai_bench":
+            return genai_bench.read(source, config.benchmark_split)
+        case "jsonl":
+            return json_pairs.read(source, config.holdout)
+        case "dinalrm":
+            return dinalrm.read(source, config.holdout, image_codec_fingerprint(config.encoders, base_model))
+
+
+def read_benchmark(source: pathlib.Path, name: str, split: str) -> Benchmark:
+    """The test set of a dataset directory, ties and all.
+
+    Args:
+        source: the dataset's directory.
+        name: "imagereward", "hpdv2", "hpdv3" or "genai_bench".
+        split: of GenAI-Bench, "test" or "test_v1"; the others have one.
+
+    Raises:
+        RecordsError: the directory is not what `name` says.
+    """
+    if name == "genai_bench":
+        return genai_bench.benchmark(source, split)
+    return {"imagereward": imagereward, "hpdv2": hpdv2, "hpdv3": hpdv3}[name].benchmark(source)

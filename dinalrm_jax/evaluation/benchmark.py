@@ -1,0 +1,163 @@
+"""Scores a benchmark: every distinct (prompt, image) once, at all levels and noise draws.
+
+Of image files, rankings are split over processes, each of which scores its own on its own devices; then every
+process has all scores. What a row scores depends on nothing but the row and the draw, up to the rounding of
+another batch.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from dinalrm_jax.data.buckets import Size
+from dinalrm_jax.data.preferences import Benchmark, Ranking
+from dinalrm_jax.data.records import Records
+from dinalrm_jax.devices import processes
+from dinalrm_jax.devices.local import on_every_device
+from dinalrm_jax.devices.mesh import MeshConfig, make_mesh, row_devices
+from dinalrm_jax.devices.placement import place
+from dinalrm_jax.evaluation.accuracy import PairCounts, count_pairs
+from dinalrm_jax.evaluation.pairs import PairScorer
+from dinalrm_jax.evaluation.scoring import ImageModel, Level, check_finite, score_images
+from dinalrm_jax.model.parameters import Params, split
+from dinalrm_jax.model.reward import is_trainable, reward_functional
+from dinalrm_jax.noise import NoiseDraw
+from dinalrm_jax.preference import LossConfig
+
+
+class EvaluatedModel(ImageModel, Protocol):
+    """`RewardModel`, as far as it is needed here."""
+
+    likelihood: LossConfig | None
+
+    @property
+    def digest(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A scored benchmark.
+
+    Attributes:
+        name: of the benchmark.
+        levels, draws: what was scored at, with which noise.
+        rankings: all of them.
+        scores: of each ranking's images (n, levels, draws), NaN where one could not be read.
+        problems: why, by the image's name.
+        likelihood: that the model was trained with, where it is known.
+        weights: the model's digest.
+    """
+
+    name: str
+    levels: tuple[Level, ...]
+    draws: tuple[NoiseDraw, ...]
+    rankings: Sequence[Ranking]
+    scores: Sequence[np.ndarray]
+    problems: Mapping[str, str]
+    likelihood: LossConfig | None = None
+    weights: str = ""
+
+    def counts(self, level: int, draw: int) -> PairCounts:
+        """The pair counts at one level and draw, by their places in `levels` and `draws`."""
+        ranks = [ranking.ranks for ranking in self.rankings]
+        return count_pairs(ranks, [scores[:, level, draw] for scores in self.scores])
+
+    def draws_of(self, shared: bool) -> list[int]:
+        """The places of the draws that all images share, or of the others."""
+        return [place for place, draw in enumerate(self.draws) if draw.shared == shared]
+
+
+def evaluate_images(
+    model: EvaluatedModel,
+    benchmark: Benchmark,
+    levels: Sequence[Level],
+    draws: Sequence[NoiseDraw],
+    *,
+    size: Size | None = None,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Scores a benchmark from its image files; see `scoring.score_images` for the arguments."""
+    mine = _my_share(benchmark.rankings)
+    rows = list(dict.fromkeys((ranking.prompt, image) for ranking in mine for image in ranking.images))
+    with processes.progress(total=len(rows), desc=f"scoring {benchmark.name}", unit="image") as bar:
+        found = score_images(
+            _on_every_device(model),
+            [prompt for prompt, _ in rows],
+            [functools.partial(benchmark.open, image) for _, image in rows],
+            levels,
+            draws,
+            names=[image for _, image in rows],
+            size=size,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
+    problems = {rows[index][1]: problem for index, problem in found.problems.items()}
+    return _gathered(model, benchmark.name, benchmark.rankings, levels, draws, rows, found.scores, problems)
+
+
+def evaluate_records(
+    model: EvaluatedModel,
+    records: Records,
+    split_name: str,
+    levels: Sequence[Level],
+    draws: Sequence[NoiseDraw],
+    *,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Scores the pairs of a split of records, as rankings of two; prompts and images are named by their indices.
+
+    An image's noise goes by its name in the records, as in a training run's own evaluation.
+    """
+    mesh = make_mesh(MeshConfig())
+    module, devices = reward_functional(model.config, model.execution), row_devices(mesh)
+    params = _on_mesh(model, module.shardings(mesh))
+    scorer = PairScorer(module, records, split_name, mesh, batch_size=devices * math.ceil(batch_size / devices))
+    scorer.compile(params, levels)
+    total = scorer.row_count() * len(levels) * len(draws)
+    with processes.progress(total=total, desc=f"scoring {records.directory}", unit="image") as bar:
+        found = [scorer.run(params, levels, draw, bar.update) for draw in draws]
+    # (pairs, images of a pair, levels, draws)
+    scores = np.stack([np.stack([one.chosen, one.rejected]) for one in found], axis=-1).transpose(2, 0, 1, 3)
+    check_finite(scores)
+    rankings = [Ranking(str(pair.prompt), (str(pair.chosen), str(pair.rejected)), (1, 2)) for pair in scorer.pairs]
+    name = f"{records.directory} {split_name}"
+    return Evaluation(name, tuple(levels), tuple(draws), rankings, list(scores), {}, model.likelihood, model.digest)
+
+
+def _on_mesh(model: EvaluatedModel, shardings: Mapping[str, NamedSharding]) -> Params:
+    trained, frozen = split(model.params, is_trainable)
+    return place(frozen, model.execution.dtype, shardings) | place(trained, np.float32, shardings)
+
+
+def _my_share(rankings: Sequence[Ranking]) -> Sequence[Ranking]:
+    edges = np.linspace(0, len(rankings), jax.process_count() + 1).round().astype(int)
+    number = jax.process_index()
+    return rankings[edges[number] : edges[number + 1]]
+
+
+def _on_every_device(model: EvaluatedModel) -> EvaluatedModel:
+    if jax.local_device_count() == 1:
+        return model
+    return dataclasses.replace(model, params=on_every_device(model.params))
+
+
+def _gathered(model, name, rankings, levels, draws, rows, scores, problems) -> Evaluation:
+    """The evaluation of all processes, from each one's rows."""
+    mine = json.dumps([rows, problems]).encode()
+    by_row, all_problems = {}, {}
+    for text, data in zip(processes.gather_bytes(mine), processes.gather_bytes(scores.tobytes())):
+        their_rows, their_problems = json.loads(text)
+        all_problems |= their_problems
+        values = np.frombuffer(data, np.float32).reshape(len(their_rows), len(levels), len(draws))
+        by_row |= {tuple(row): value for row, value in zip(their_rows, values)}
+    by_ranking = [np.stack([by_row[ranking.prompt, image] for image in ranking.images]) for ranking in rankings]
+    return Evaluation(
+        name, tuple(levels), tuple(draws), rankings, by_ranking, all_problems, model.likelihood, model.digest
+    )

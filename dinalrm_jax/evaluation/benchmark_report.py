@@ -1,0 +1,232 @@
+"""What an evaluation leaves: a table, JSON, the scores of every image as CSV, and plots."""
+
+import csv
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from dinalrm_jax import preference
+from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.evaluation.accuracy import PAPER, RULES, accuracies, intervals, reliability, strict_pairs
+from dinalrm_jax.evaluation.benchmark import Evaluation
+from dinalrm_jax.evaluation.plots import BETTER, INK, WORSE, chance_line, colormap, new_figure, save
+from dinalrm_jax.evaluation.scoring import level_name
+from dinalrm_jax.mapping import to_mapping
+from dinalrm_jax.preference import LossConfig
+
+
+def summarize(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything the report says, as JSON values; accuracies in per cent.
+
+    Raises:
+        RecordsError: no pair with a winner was scored.
+
+    The accuracy of a level is the mean over the noise draws of which every image has its own, with their standard
+    deviation; its interval is that of this mean under resampled prompts. "shared_noise" has the same of the draws
+    that all images share.
+    """
+    if not evaluation.counts(0, 0).strict.sum():
+        examples = "".join(f"\n  {name}: {problem}" for name, problem in list(evaluation.problems.items())[:3])
+        raise RecordsError(
+            f"{evaluation.name}: no pair that people did not tie was scored; {len(evaluation.problems)} images could "
+            f"not be read{examples}"
+        )
+    prompts = [ranking.prompt for ranking in evaluation.rankings]
+    by_level = {}
+    for place, level in enumerate(evaluation.levels):
+        found = by_level[level_name(level)] = _by_rule(evaluation, place, evaluation.draws_of(shared=False), prompts)
+        if shared := evaluation.draws_of(shared=True):
+            found["shared_noise"] = _by_rule(evaluation, place, shared, prompts)
+        if not isinstance(level, tuple):
+            found["calibration_error"] = _percent(_reliability(evaluation, place).calibration_error)
+    counts = evaluation.counts(0, 0)
+    total = sum(len(ranking.images) * (len(ranking.images) - 1) // 2 for ranking in evaluation.rankings)
+    return {
+        "benchmark": evaluation.name,
+        "weights": evaluation.weights,
+        "rankings": len(evaluation.rankings),
+        "prompts": len({ranking.prompt for ranking in evaluation.rankings}),
+        "images_left_out": len(evaluation.problems),
+        "pairs": int(counts.pairs.sum()),
+        "pairs_left_out": int(total - counts.pairs.sum()),
+        "pairs_tied_by_people": int((counts.pairs - counts.strict).sum()),
+        "seeds": [evaluation.draws[place].seed for place in evaluation.draws_of(shared=False)],
+        "likelihood": None if evaluation.likelihood is None else to_mapping(evaluation.likelihood),
+        "levels": by_level,
+    }
+
+
+def _by_rule(evaluation: Evaluation, level: int, draws: list[int], prompts: list[str]) -> dict[str, Any]:
+    """Accuracy by every rule at one level, over some draws; all by their places."""
+    counts = [evaluation.counts(level, draw) for draw in draws]
+    points = [accuracies(one) for one in counts]
+    ends = intervals(counts, prompts)
+    return {
+        rule: {
+            "accuracy": _percent(np.mean([point[rule] for point in points])),
+            "standard_deviation": _percent(np.std([point[rule] for point in points], ddof=1)) if points[1:] else None,
+            "interval_95": list(map(_percent, ends[rule])),
+            "by_seed": [_percent(point[rule]) for point in points],
+        }
+        for rule in RULES
+    }
+
+
+def as_markdown(summary: dict[str, Any]) -> str:
+    """The table, with the paper's numbers where it has some for this benchmark."""
+    left_out = ""
+    if summary["images_left_out"]:
+        left_out = (
+            f"; {summary['images_left_out']} images not read, {summary['pairs_left_out']} pairs left out for that"
+        )
+    seeds = len(summary["seeds"])
+    shared = all("shared_noise" in by_rule for by_rule in summary["levels"].values())
+    lines = [
+        f"# {summary['benchmark']}",
+        "",
+        f"{summary['rankings']} rankings of {summary['prompts']} prompts, {summary['pairs']} pairs, of which people "
+        f"tied {summary['pairs_tied_by_people']}{left_out}.",
+        f"Pair accuracy, %: {f'mean ± standard deviation of {seeds} noise draws' if seeds > 1 else 'one noise draw'}, "
+        "and the 95 % bootstrap interval over prompts. Every image has its own noise"
+        + (", but in the last column, where all have the same." if shared else "."),
+        "",
+        "| sigma | " + " | ".join([*RULES.values(), *(["strict, shared noise"] if shared else [])]) + " |",
+        "|---" * (1 + len(RULES) + shared) + "|",
+    ]
+    for name, by_rule in summary["levels"].items():
+        cells = []
+        for found in [by_rule[rule] for rule in RULES] + ([by_rule["shared_noise"]["strict"]] if shared else []):
+            spread = "" if found["standard_deviation"] is None else f" ± {found['standard_deviation']:.2f}"
+            low, high = found["interval_95"]
+            cells.append(f"{found['accuracy']:.2f}{spread} ({low:.1f} to {high:.1f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    paper = next((rows for name, rows in PAPER.items() if summary["benchmark"].startswith(name)), None)
+    if summary["weights"]:
+        lines += ["", f"Weights {summary['weights']}."]
+    if paper is not None:
+        said = ", ".join(f"{model} {value:.2f}" for model, value in paper.items())
+        lines += ["", f"The paper's table has, by a rule it does not name: {said}."]
+    return "\n".join(lines) + "\n"
+
+
+def write_evaluation(directory: pathlib.Path, evaluation: Evaluation) -> str:
+    """Writes `results.json`, `report.md`, `scores.csv` and plots into an existing directory; the report's text."""
+    summary = summarize(evaluation)
+    text = as_markdown(summary)
+    (directory / "results.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    (directory / "report.md").write_text(text)
+    write_scores(directory / "scores.csv", evaluation)
+    plot_accuracy(directory / "accuracy_by_sigma.png", summary)
+    single = [place for place, level in enumerate(evaluation.levels) if not isinstance(level, tuple)]
+    if single:
+        plot_reliability(directory / "reliability.png", evaluation, single)
+    plot_scores(directory / "scores.png", evaluation)
+    return text
+
+
+def write_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
+    """A line for every image of every ranking: its rank by people and its score at every level and seed."""
+    columns = [
+        f"{level_name(level)}, {'shared seed' if draw.shared else 'seed'} {draw.seed}"
+        for level in evaluation.levels
+        for draw in evaluation.draws
+    ]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["ranking", "prompt", "image", "rank", *columns])
+        for number, (ranking, scores) in enumerate(zip(evaluation.rankings, evaluation.scores)):
+            for image, rank, row in zip(ranking.images, ranking.ranks, scores):
+                values = ["" if np.isnan(value) else f"{value:.6g}" for value in row.ravel()]
+                writer.writerow([number, ranking.prompt, image, rank, *values])
+
+
+def plot_accuracy(path: pathlib.Path, summary: dict[str, Any]) -> None:
+    """Accuracy against the single level with its interval; ensembles as lines across."""
+    figure = new_figure(5.4, 3.8)
+    axes = figure.subplots()
+    single = {float(name): row for name, row in summary["levels"].items() if not name.startswith("ensemble")}
+    sigmas = sorted(single)
+    for rule, color, label in (("strict", INK, "ties left out (M1)"), ("released", WORSE, "released rule (M4)")):
+        rows = [single[sigma][rule] for sigma in sigmas]
+        axes.plot(sigmas, [row["accuracy"] for row in rows], "o-", color=color, label=label, markersize=4)
+        if rule == "strict" and rows:
+            axes.fill_between(sigmas, *zip(*(row["interval_95"] for row in rows)), color=color, alpha=0.12, linewidth=0)
+        for name, row in summary["levels"].items():
+            if name.startswith("ensemble"):
+                label = name if rule == "strict" else None
+                axes.axhline(row[rule]["accuracy"], color=color, linestyle="--", linewidth=0.9, label=label)
+        if not summary["pairs_tied_by_people"]:
+            break  # the rules agree
+    chance_line(axes)
+    axes.set(xlabel="noise level sigma", ylabel="pair accuracy, %", title=summary["benchmark"])
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def plot_reliability(path: pathlib.Path, evaluation: Evaluation, places: list[int]) -> None:
+    """How often the preferred image is named against how sure the likelihood is, by level."""
+    figure = new_figure(4.6, 4.2)
+    axes = figure.subplots()
+    axes.plot([50, 100], [50, 100], color="#999999", linewidth=0.8, linestyle=":")
+    colors = colormap("viridis")(np.linspace(0, 0.85, len(places)))
+    for place, color in zip(places, colors):
+        curve = _reliability(evaluation, place)
+        label = f"{level_name(evaluation.levels[place])} (error {100 * curve.calibration_error:.1f} %)"
+        axes.plot(100 * curve.confidence, 100 * curve.accuracy, "o-", color=color, label=label, markersize=4)
+    axes.set(xlabel="predicted probability of the order, %", ylabel="pairs in that order, %", ylim=(0, 102))
+    axes.set_title(f"{evaluation.name}: reliability by sigma\n({likelihood_name(evaluation.likelihood)})", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def plot_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
+    """Histograms of the scores of the preferred and of the other images, and of the margins, at the last level."""
+    chosen, rejected = _pairs(evaluation, len(evaluation.levels) - 1)
+    figure = new_figure(8.4, 3.2)
+    left, right = figure.subplots(1, 2)
+    edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), 40)
+    left.hist(chosen, edges, color=BETTER, alpha=0.55, label="preferred")
+    left.hist(rejected, edges, color=WORSE, alpha=0.55, label="other")
+    left.set(xlabel="score", ylabel="pairs")
+    left.legend(frameon=False)
+    margins = chosen - rejected
+    right.hist(margins, 40, color=INK, alpha=0.7)
+    right.axvline(0, color=WORSE, linewidth=1)
+    right.set(xlabel="score of the preferred less the other's", ylabel="pairs")
+    figure.suptitle(f"{evaluation.name}, sigma {level_name(evaluation.levels[-1])}", fontsize=11)
+    save(figure, path)
+
+
+def _pairs(evaluation: Evaluation, place: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the preferred and the other image of all strict pairs, of all draws of images' own noise."""
+    ranks = [ranking.ranks for ranking in evaluation.rankings]
+    draws = [
+        strict_pairs(ranks, [scores[:, place, draw] for scores in evaluation.scores])
+        for draw in evaluation.draws_of(shared=False)
+    ]
+    return tuple(map(np.concatenate, zip(*draws)))
+
+
+def _reliability(evaluation: Evaluation, place: int):
+    """Of the probabilities at a single level, by the likelihood that the model was trained with."""
+    likelihood = evaluation.likelihood or LossConfig()
+    return reliability(
+        np.asarray(preference.preferred(*_pairs(evaluation, place), evaluation.levels[place], likelihood))
+    )
+
+
+def likelihood_name(config: LossConfig | None) -> str:
+    """A likelihood as plots and tables write it."""
+    if config is None:
+        return "the paper's likelihood, as the checkpoint names none"
+    if config.name == "bradley_terry":
+        return "Bradley-Terry"
+    if config.variance == "constant":
+        return f"Thurstone, variance {config.constant_variance:g}"
+    return f"Thurstone, variance {config.k:g} sigma² + {config.sigma_0**2:g}"
+
+
+def _percent(value) -> float:
+    return round(100 * float(value), 4)

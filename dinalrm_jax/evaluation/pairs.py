@@ -1,0 +1,228 @@
+"""The scorer of records: a split's pairs at several noise levels and of their ensembles, on all devices."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dinalrm_jax.data.loader import distinct_rows
+from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.devices import processes
+from dinalrm_jax.devices.compilation import compile_if_it_fits, fits_beside
+from dinalrm_jax.devices.mesh import row_devices
+from dinalrm_jax.devices.sharding import WHOLE, local_rows, put_rows
+from dinalrm_jax.evaluation.scoring import Level, level_name
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.batch import PromptEmbeds
+from dinalrm_jax.model.parameters import Functional, Params
+from dinalrm_jax.model.reward import RewardModule
+from dinalrm_jax.noise import NoiseDraw, draw_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class PairScores:
+    """Scores of every held-out pair.
+
+    Attributes:
+        levels: single noise levels, and tuples for ensembles.
+        chosen, rejected: (len(levels), P) raw scores.
+        kinds: (P,) what each pair is about.
+        records: the P pairs' indices into the records, (P, 3): chosen, rejected, prompt.
+    """
+
+    levels: tuple[Level, ...]
+    chosen: np.ndarray
+    rejected: np.ndarray
+    kinds: np.ndarray
+    records: np.ndarray
+
+    def accuracy(self, level: Level, mask: np.ndarray | None = None) -> float:
+        """Share of pairs whose chosen image scores higher; equal scores count as wrong (rule M1)."""
+        row = self.levels.index(level)
+        correct = self.chosen[row] > self.rejected[row]
+        return float(np.mean(correct if mask is None else correct[mask]))
+
+
+class PairScorer:
+    """Scores a split's distinct (image, prompt) rows once each, in batches of one size a bucket.
+
+    The last batch of a bucket is padded, so there is one program per size of latents and number of levels. Every
+    process gets all scores and reads its own rows only.
+
+    Args:
+        module: the reward model.
+        records: what is scored.
+        split: of them.
+        mesh: over whose devices rows are split.
+        batch_size: images a batch, at most; see `compile`.
+        max_pairs: at most so many pairs, spread evenly; 0: all.
+
+    Raises:
+        RecordsError: a split without pairs.
+    """
+
+    def __init__(
+        self,
+        module: Functional[RewardModule],
+        records: Records,
+        split: str,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        max_pairs: int = 0,
+    ):
+        pairs, by_bucket = records.pairs(split), records.buckets(split)
+        total = sum(map(len, by_bucket.values()))
+        if not total:
+            raise RecordsError(f"{records.directory} has no pairs in split {split!r} to evaluate on")
+        count = min(total, max_pairs or total)
+        chosen = np.linspace(0, total - 1, count).round().astype(int)
+        self.pairs = [pairs[int(index)] for index in chosen]
+        ends = np.cumsum([len(rows) for rows in by_bucket.values()])
+        pair_buckets = np.searchsorted(ends, chosen, side="right")
+        self._batch_size, self._records, self._mesh = batch_size, records, mesh
+        self._rows, self._chosen, self._rejected = distinct_rows(self.pairs)
+        self._bucket = np.empty(len(self._rows), int)
+        self._bucket[self._chosen] = self._bucket[self._rejected] = pair_buckets
+        self._score = jax.jit(
+            lambda params, latents, prompt, levels, keys: module.bind(params).score(
+                latents, prompt, levels, draw_noise(keys, latents.shape)
+            ),
+            out_shardings=NamedSharding(mesh, WHOLE),
+        )
+        self._shapes = {
+            bucket: records.images[int(self._rows[np.flatnonzero(self._bucket == bucket)[0], 0])].latents.shape
+            for bucket in np.unique(self._bucket)
+        }
+        self._programs: dict[tuple, tuple[int, jax.stages.Compiled]] = {}
+
+    def compile(
+        self, params: Params, levels: Sequence[Level], fits: Callable[[jax.stages.Compiled], bool] = fits_beside
+    ) -> None:
+        """Compiles what `run` needs for these levels.
+
+        Batches have `batch_size` rows or, where that does not fit the devices, half as many, and so on.
+
+        Args:
+            params: of the whole reward model, on the mesh.
+            levels: as for `run`.
+            fits: whether there is memory for a program.
+
+        Raises:
+            ConfigError: not even one row a device fits.
+        """
+        for bucket in np.unique(self._bucket):
+            for level in levels:
+                key = self._key(bucket, level)
+                if key not in self._programs:
+                    self._programs[key] = self._largest(params, bucket, level, fits)
+
+    def run(
+        self,
+        params: Params,
+        levels: Sequence[Level],
+        draw: NoiseDraw,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> PairScores:
+        """Scores all pairs at all levels, which were compiled for.
+
+        Args:
+            params: of the whole reward model, on the mesh.
+            levels: single levels and tuples (ensembles).
+            draw: of the noise; by the images' names in the records.
+            progress: called with the number of rows after every batch.
+        """
+        scores = np.stack([self._score_rows(params, level, draw, progress) for level in levels])
+        return PairScores(
+            tuple(levels),
+            scores[:, self._chosen],
+            scores[:, self._rejected],
+            np.array([pair.kind for pair in self.pairs]),
+            np.array([(pair.chosen, pair.rejected, pair.prompt) for pair in self.pairs]),
+        )
+
+    def row_count(self) -> int:
+        """How many (image, prompt) rows one level scores."""
+        return len(self._rows)
+
+    def _key(self, bucket: int, level: Level) -> tuple:
+        """What a program is for: the latents' size, and the number of levels."""
+        return self._shapes[bucket], np.shape(level)
+
+    def _largest(self, params: Params, bucket: int, level: Level, fits) -> tuple[int, jax.stages.Compiled]:
+        """The largest batch that fits, and its program."""
+        size, devices = self._batch_size, row_devices(self._mesh)
+        first = np.flatnonzero(self._bucket == bucket)[0]
+        while True:
+            rows = np.full(len(local_rows(size, self._mesh)), first)
+            inputs = self._inputs(rows, size, level, NoiseDraw(0))
+            with jax.set_mesh(self._mesh):
+                compiled = compile_if_it_fits(self._score.lower(params, *inputs), fits)
+            if processes.all_agree(compiled is not None):
+                return size, compiled
+            what = f"evaluation at {level_name(level)} of {size} latents {inputs[0].shape[1:]}"
+            if size == devices:
+                raise ConfigError(
+                    f"{what} does not fit the devices' memory beside the training state, and is one row a device "
+                    "already; split the parameters (mesh.fsdp), or evaluate smaller images"
+                )
+            size = devices * (size // devices // 2)
+            processes.say(f"{what} does not fit beside the training state; trying {size}")
+
+    def _score_rows(self, params: Params, level: Level, draw: NoiseDraw, progress) -> np.ndarray:
+        scores = np.empty(len(self._rows), np.float32)
+        for bucket in np.unique(self._bucket):
+            size, program = self._programs[self._key(bucket, level)]
+            same, local = np.flatnonzero(self._bucket == bucket), local_rows(size, self._mesh)
+            for start in range(0, len(same), size):
+                rows = same[start : start + size]
+                inputs = self._inputs(np.resize(rows, size)[local], size, level, draw)
+                with jax.set_mesh(self._mesh):
+                    scored = program(params, *inputs)
+                scores[rows] = np.asarray(scored)[: len(rows)]
+                progress(len(rows))
+        return scores
+
+    def _inputs(self, rows: np.ndarray, size: int, level: Level, draw: NoiseDraw):
+        """Latents, prompts, levels and noise keys of this process's rows of a batch, on the mesh."""
+        images = [self._records.images[int(image)] for image, _ in self._rows[rows]]
+        prompts = [self._records.prompts[int(prompt)] for _, prompt in self._rows[rows]]
+        prompt = PromptEmbeds(
+            np.stack([row.prompt_embeds for row in prompts]), np.stack([row.pooled_prompt_embeds for row in prompts])
+        )
+        keys = np.ascontiguousarray(draw.keys([image.name for image in images]))
+        latents, prompt, keys = put_rows(
+            (np.stack([image.latents for image in images]), prompt, keys), size, self._mesh
+        )
+        return latents, prompt, np.asarray(level, np.float32), keys
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What a reward stage is judged by while it trains.
+
+    Attributes:
+        scorer: of the held-out pairs.
+        frozen: parameters, on the mesh.
+        levels: the first stands for the run.
+        draw: of the noise.
+    """
+
+    scorer: PairScorer
+    frozen: Params
+    levels: tuple[Level, ...]
+    draw: NoiseDraw
+
+    headline = "eval_accuracy"
+
+    def compile(self, trained: Params) -> None:
+        """Before the first step; see `PairScorer.compile`."""
+        self.scorer.compile({**self.frozen, **trained}, self.levels)
+
+    def __call__(self, trained: Params) -> dict[str, float]:
+        """Named accuracies: `eval_accuracy` at `eval_sigma`, and each further level's."""
+        scores = self.scorer.run({**self.frozen, **trained}, self.levels, self.draw)
+        values = {self.headline: scores.accuracy(self.levels[0]), "eval_sigma": self.levels[0]}
+        return values | {f"eval_accuracy/{level_name(level)}": scores.accuracy(level) for level in self.levels[1:]}

@@ -1,0 +1,54 @@
+"""What a block keeps for its backward pass, and what it computes again there."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dinalrm_jax.devices.mesh import platform
+
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rematerialised(block: Callable, remat: str) -> Callable:
+    """`block` of (state, image, text, temb) to (image, text) with the memory of `ExecutionConfig.remat`."""
+    if remat == "none":
+        return block
+    if remat == "block" and platform() == "cpu":
+        return _recomputed(block)
+    return jax.checkpoint(block, policy=POLICIES[remat])
+
+
+def _recomputed(block: Callable) -> Callable:
+    """`jax.checkpoint` that survives XLA's CPU compiler, but no forward-mode differentiation.
+
+    That compiler drops the optimisation barriers of `jax.checkpoint` (its pass `cse_barrier_expander`) before it merges
+    equal computations for the last time, so that the second forward pass becomes the first one again, with all its
+    memory. Here the second differs: its inputs depend on the gradient, in a way that changes no bit of them.
+    """
+
+    def forward(state, image, text, temb):
+        return block(state, image, text, temb), (state, image, text, temb)
+
+    def backward(saved, gradients):
+        state, image, text, temb = saved
+        by_image, by_text = gradients
+        image = _tied(image, by_image)
+        text = text if by_text is None else _tied(text, by_text)
+        return jax.vjp(block, state, image, text, temb)[1](gradients)
+
+    recomputed = jax.custom_vjp(block)
+    recomputed.defvjp(forward, backward)
+    return recomputed
+
+
+def _tied(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """`x`, after `gradient` is there: a number shifted right by all of its bits, a zero XLA does not see, is added."""
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    half = 4 * x.dtype.itemsize
+    zero = (lax.bitcast_convert_type(gradient, unsigned) >> half) >> half
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, unsigned) ^ zero, x.dtype)

@@ -1,0 +1,28 @@
+"""How a model is computed, apart from what it is."""
+
+import dataclasses
+from typing import Literal
+
+from dinalrm_jax.mapping import check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How the same numbers are computed. None of these changes what a checkpoint means.
+
+    dtype: compute dtype; frozen weights are stored in it, trainable ones in float32.
+    attention: see `backbone.attention.attend`.
+    layers: "loop" unrolls the blocks (fastest on CPU); "scan" stacks each run of equal blocks
+        between taps and scans over it (compiles several times quicker, for GPU and TPU).
+    remat: what a block keeps for its backward pass: everything ("none"), matrix products
+        ("dots"; not on CPUs, whose compiler keeps everything then) or only its inputs ("block"; on
+        CPUs without forward-mode differentiation).
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "xla", "cudnn", "grouped"] = "auto"
+    layers: Literal["loop", "scan"] = "loop"
+    remat: Literal["none", "dots", "block"] = "none"
+
+    def __post_init__(self):
+        check_types(self)

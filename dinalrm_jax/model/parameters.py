@@ -1,0 +1,102 @@
+"""A module as a pure function of named parameters.
+
+Parameters live in one flat dict, dotted path -> array ("backbone.transformer_blocks.0.attn.to_q.weight").
+Names are what everything else works on: what trains, how an array is sharded, where it stands in
+a checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from dinalrm_jax.devices.sharding import Rules, parameter_shardings
+
+Params = dict[str, jax.Array]
+A = TypeVar("A")
+M = TypeVar("M", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Functional(Generic[M]):
+    """A module's structure without its arrays, and where they lie on a mesh; made by `functional`."""
+
+    build: Callable[[nnx.Rngs], M]
+    graphdef: nnx.GraphDef
+    variables: tuple[tuple[tuple, nnx.Variable], ...]
+    rules: Rules = ()
+
+    def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
+        """Where each parameter lies on a mesh; raises ConfigError as `devices.sharding.parameter_shardings`."""
+        return parameter_shardings(self.shapes, mesh, self.rules)
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name -> shape and (float32) dtype of every parameter."""
+        return {_name(path): jax.ShapeDtypeStruct(var.shape, var.dtype) for path, var in self.variables}
+
+    def init(self, seed: int) -> Params:
+        """Freshly drawn float32 parameters.
+
+        Drawn one by one: compiling hundreds of draws as one program takes five times longer.
+        """
+        return _named(self.build(nnx.Rngs(seed)))
+
+    def bind(self, params: Params) -> M:
+        """The module over these parameters; call its methods under jit, grad and the rest.
+
+        Raises:
+            ValueError: the names are not this module's.
+        """
+        names = {_name(path) for path, _ in self.variables}
+        if names != params.keys():
+            missing, unknown = sorted(names - params.keys()), sorted(params.keys() - names)
+            raise ValueError(f"parameters are of another model: missing {missing[:5]}, unknown {unknown[:5]}")
+        return nnx.merge(
+            self.graphdef,
+            nnx.State.from_flat_path({path: var.replace(params[_name(path)]) for path, var in self.variables}),
+        )
+
+
+def draw(module: Functional, seed: int) -> dict[str, np.ndarray]:
+    """Freshly drawn parameters on the host: the same on every process, and no device has to hold them whole."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        device = jax.local_devices()[0]
+    with jax.default_device(device):
+        return {name: np.asarray(array) for name, array in module.init(seed).items()}
+
+
+def split(params: Mapping[str, A], trains: Callable[[str], bool]) -> tuple[dict[str, A], dict[str, A]]:
+    """The parameters whose names `trains` says yes to, and the others."""
+    trainable = {name: array for name, array in params.items() if trains(name)}
+    return trainable, {name: array for name, array in params.items() if name not in trainable}
+
+
+def functional(build: Callable[[nnx.Rngs], M], rules: Rules = ()) -> Functional[M]:
+    """Traces `build` for its structure; allocates nothing, at any model size. `rules`: see `devices.sharding`."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(_OneKey())))
+    return Functional(build, graphdef, tuple(nnx.to_flat_state(state)), rules)
+
+
+class _OneKey:
+    """Stands in for `nnx.Rngs` where only shapes matter: its counters, traced, take seconds at full size."""
+
+    def __init__(self):
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self._key
+
+
+def _named(module: nnx.Module) -> Params:
+    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(module))}
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))

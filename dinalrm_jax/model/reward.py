@@ -1,0 +1,148 @@
+"""The reward model: truncated backbone, LoRA and head as one module, and as a pure function of its parameters."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dinalrm_jax.devices.sharding import WHOLE, Rules, under
+from dinalrm_jax.model.backbone.family import Features, family_of
+from dinalrm_jax.model.batch import PromptEmbeds
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.head import RULES, RewardHead
+from dinalrm_jax.model.lora import add_lora
+from dinalrm_jax.model.parameters import Functional, Params, functional
+from dinalrm_jax.noise import add_noise, timestep
+
+
+class RewardModule(nnx.Module):
+    """Scores of noisy latents; `backbone`, `head` and, if configured, the logistic's `eta3`, `eta4`."""
+
+    def __init__(self, config: RewardModelConfig, execution: ExecutionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        family = family_of(config.transformer)
+        self.backbone = family.build(
+            config.transformer, execution, num_blocks=config.num_blocks, zero_init=False, rngs=rngs
+        )
+        if config.lora is not None:
+            add_lora(family.adapted(self.backbone, config.adapts_last_text), config.lora, rngs=rngs)
+        taps = len(config.visual_taps), len(config.text_taps)
+        self.head = RewardHead(config.head, config.transformer.width, *taps, rngs=rngs)
+        if config.logistic:
+            self.eta3 = nnx.Param(jnp.zeros(()))
+            self.eta4 = nnx.Param(jnp.full((), 0.15))
+
+    def __call__(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> jax.Array:
+        """One noise level a row.
+
+        Args:
+            latents: (B, H, W, C) clean latents.
+            prompt: B prompts.
+            sigma: (B,) levels.
+            eps: (B, H, W, C) standard normal noise.
+
+        Returns:
+            (B,) float32 scores.
+        """
+        return self._squash(self.head.score(*self._tokens(latents, prompt, sigma, eps)))
+
+    def ensemble(self, latents: jax.Array, prompt: PromptEmbeds, sigmas: jax.Array, eps: jax.Array) -> jax.Array:
+        """The token-level ensemble: the levels' tokens one after another, attended to once.
+
+        All levels run as one vmapped pass; what does not depend on the level (the context
+        embedder) is computed once.
+
+        Args:
+            latents, prompt, eps: as for a single level; every level uses the same eps.
+            sigmas: (K,) levels, or (K, B).
+
+        Returns:
+            (B,) float32 scores.
+        """
+        sigmas = jnp.broadcast_to(sigmas.reshape(len(sigmas), -1), (len(sigmas), latents.shape[0]))
+        image, text = jax.vmap(lambda sigma: self._tokens(latents, prompt, sigma, eps))(sigmas)
+        return self._squash(self.head.score(_join_levels(image), None if text is None else _join_levels(text)))
+
+    def score(self, latents: jax.Array, prompt: PromptEmbeds, levels: jax.Array, eps: jax.Array) -> jax.Array:
+        """A single level for all rows where `levels` is (), the ensemble where it is (K,)."""
+        if levels.ndim == 0:
+            return self(latents, prompt, jnp.broadcast_to(levels, latents.shape[0]), eps)
+        return self.ensemble(latents, prompt, levels, eps)
+
+    def features(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> Features:
+        """What the head sees of the noised latents; arguments as for a single level."""
+        noisy = add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
+        config = self.config
+        return self.backbone.features(
+            noisy, timestep(sigma), prompt, visual_taps=config.visual_taps, text_taps=config.text_taps
+        )
+
+    def _tokens(self, latents, prompt, sigma, eps) -> tuple[jax.Array, jax.Array | None]:
+        return self.head.tokens(self.features(latents, prompt, sigma, eps))
+
+    def _squash(self, score: jax.Array) -> jax.Array:
+        """The optional logistic `(e1 - e2) / (1 + exp(-(r - e3) / (|e4| + 1e-6))) + e2`, e1 = 2, e2 = -2."""
+        if not self.config.logistic:
+            return score
+        return 4 * jax.nn.sigmoid((score - self.eta3[...]) / (jnp.abs(self.eta4[...]) + 1e-6)) - 2
+
+
+def _join_levels(tokens: jax.Array) -> jax.Array:
+    levels, batch, length, width = tokens.shape
+    return tokens.transpose(1, 0, 2, 3).reshape(batch, levels * length, width)
+
+
+def is_trainable(name: str) -> bool:
+    """Whether a parameter of `RewardModule` trains: adapters, head and logistic; the rest is frozen."""
+    return not name.startswith("backbone.") or name.endswith((".lora_A", ".lora_B"))
+
+
+@functools.lru_cache(maxsize=32)
+def reward_functional(config: RewardModelConfig, execution: ExecutionConfig) -> Functional[RewardModule]:
+    """`RewardModule` as a pure function of named parameters."""
+    return functional(lambda rngs: RewardModule(config, execution, rngs=rngs), sharding_rules(config))
+
+
+def sharding_rules(config: RewardModelConfig) -> Rules:
+    """Where the parameters of a reward model lie on a mesh."""
+    backbone = family_of(config.transformer).sharding
+    return (*under("backbone", backbone), *under("head", RULES), (r"eta[34]", WHOLE))
+
+
+def stored_dtype(name: str, execution: ExecutionConfig) -> str:
+    """The dtype that a parameter is held in: a frozen one the compute dtype, a trainable one float32."""
+    return "float32" if is_trainable(name) else execution.dtype
+
+
+def store(params: Params, execution: ExecutionConfig) -> Params:
+    """Parameters in the dtypes they are held in."""
+    return {name: array.astype(stored_dtype(name, execution)) for name, array in params.items()}
+
+
+def stored_shapes(config: RewardModelConfig, execution: ExecutionConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of a model without their arrays, as `store` leaves them."""
+    return {
+        name: jax.ShapeDtypeStruct(shape.shape, stored_dtype(name, execution))
+        for name, shape in reward_functional(config, execution).shapes.items()
+    }
+
+
+def check_levels(sigma: float | Sequence[float]) -> np.ndarray:
+    """A level as an array (), or those of an ensemble, (K,); raises ValueError unless they lie in [0, 1]."""
+    levels = np.asarray(sigma, np.float32)
+    if levels.ndim > 1 or not levels.size:
+        raise ValueError(f"sigma must be a number or a non-empty sequence of numbers, got {sigma!r}")
+    if not ((levels >= 0) & (levels <= 1)).all():
+        raise ValueError(f"sigma must lie in [0, 1] (0 clean, 1 pure noise), got {sigma!r}")
+    return levels
+
+
+@functools.lru_cache(maxsize=32)
+def jitted_score(config: RewardModelConfig, execution: ExecutionConfig) -> Callable[..., jax.Array]:
+    """`RewardModule.score` of (params, latents, prompt, levels, eps), compiled once for each set of shapes."""
+    module = reward_functional(config, execution)
+    return jax.jit(lambda params, *inputs: module.bind(params).score(*inputs))

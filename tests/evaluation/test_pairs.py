@@ -1,0 +1,106 @@
+"""The scorer of records against the public scores, level by level, and its batches against the memory there is."""
+
+import jax
+import numpy as np
+import pytest
+
+from dinalrm_jax.data.records import Records
+from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
+from dinalrm_jax.devices.placement import place
+from dinalrm_jax.evaluation.pairs import PairScorer
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.reward import reward_functional
+from dinalrm_jax.noise import NoiseDraw, draw_noise
+from dinalrm_jax.scenes.config import ScenesConfig
+from dinalrm_jax.scenes.records import write_scene_records
+
+LEVELS = (0.0, 0.2, 0.6, (0.2, 0.6))
+PAIRS = 7
+DRAW = NoiseDraw(5)
+
+
+@pytest.fixture(scope="module")
+def records(scene_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("evaluated") / "data"
+    scenes = ScenesConfig(train_pairs=1, eval_pairs=PAIRS, image_size=32)
+    write_scene_records(directory, scenes, scene_model.config.encoders)
+    return Records(directory)
+
+
+def make_scorer(model, records, batch_size=8, mesh=MeshConfig(data=1), fits=lambda program: True, levels=LEVELS):
+    module = reward_functional(model.config, model.execution)
+    mesh = make_mesh(mesh)
+    params = place(model.params, np.float32, module.shardings(mesh))
+    scorer = PairScorer(module, records, "eval", mesh, batch_size=batch_size)
+    scorer.compile(params, levels, fits)
+    return scorer, params
+
+
+def expected_scores(model, records, pair, role, level, shared):
+    image = records.images[getattr(pair, role)]
+    text = records.prompts[pair.prompt]
+    prompt = jax.tree.map(
+        lambda x: x[None], type(model.encode_prompt(["a"]))(text.prompt_embeds, text.pooled_prompt_embeds)
+    )
+    latents = image.latents[None].astype(np.float32)
+    noise = None if shared else draw_noise(NoiseDraw(5).keys([image.name]), latents.shape)
+    return model.score_latents(latents, prompt, level, noise, seed=5)[0]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2)])
+def test_scores_are_the_public_ones_level_by_level(scene_model, records, mesh):
+    """With every image's own noise, and with one for all; on one device, and on four."""
+    scorer, params = make_scorer(scene_model, records, mesh=mesh)
+    for shared in (False, True):
+        scores = scorer.run(params, LEVELS, NoiseDraw(5, shared))
+        assert scores.levels == LEVELS
+        pairs = [(pair.chosen, pair.rejected, pair.prompt) for pair in scorer.pairs]
+        assert scores.records.tolist() == list(map(list, pairs))
+        for row, level in enumerate(LEVELS):
+            for number, pair in enumerate(scorer.pairs):
+                for role in ("chosen", "rejected"):
+                    expected = expected_scores(scene_model, records, pair, role, level, shared)
+                    assert getattr(scores, role)[row, number] == pytest.approx(expected, abs=1e-4), (level, role)
+
+
+def test_accuracy_counts_equal_scores_as_wrong(scene_model, records):
+    scorer, params = make_scorer(scene_model, records, levels=(0.2,))
+    scores = scorer.run(params, (0.2,), DRAW)
+    tied = type(scores)(scores.levels, scores.rejected, scores.rejected, scores.kinds, scores.records)
+    assert tied.accuracy(0.2) == 0
+
+
+def test_one_level_and_an_ensemble_of_one(scene_model, records):
+    scorer, params = make_scorer(scene_model, records, levels=(0.2, (0.2,)))
+    single, ensemble = scorer.run(params, (0.2, (0.2,)), DRAW).chosen
+    np.testing.assert_allclose(single, ensemble, atol=1e-5)
+
+
+def test_max_pairs_are_spread_over_all(scene_model, records):
+    pairs = records.pairs("eval")
+    module = reward_functional(scene_model.config, scene_model.execution)
+    scorer = PairScorer(module, records, "eval", make_mesh(MeshConfig(data=1)), batch_size=8, max_pairs=3)
+    assert scorer.pairs == [pairs[0], pairs[3], pairs[6]]
+
+
+def test_a_batch_is_as_large_as_the_memory_allows(scene_model, records, capsys):
+    """Halved until it fits, the scores being the same; where a row a device does not, an error says so."""
+    whole, params = make_scorer(scene_model, records, levels=(0.2,))
+    asked = []
+
+    def two_rows_fit(program):
+        (_, latents, *_), _ = program.in_avals
+        asked.append(latents.shape[0])
+        return latents.shape[0] <= 2
+
+    small, _ = make_scorer(scene_model, records, fits=two_rows_fit, levels=(0.2,))
+    assert asked == [8, 4, 2]
+    assert "trying 2" in capsys.readouterr().out
+    expected = whole.run(params, (0.2,), DRAW).chosen
+    np.testing.assert_allclose(small.run(params, (0.2,), DRAW).chosen, expected, atol=1e-5)
+    asked.clear()
+    with pytest.raises(ConfigError, match="does not fit"):
+        make_scorer(scene_model, records, 12, MeshConfig(data=4), lambda program: two_rows_fit(program), levels=(0.2,))
+    assert asked == [12, 4], "whole rows on every device"
+    with pytest.raises(ConfigError, match=r"of 4 latents \(4, 4, 16\) does not fit .*mesh.fsdp"):
+        make_scorer(scene_model, records, mesh=MeshConfig(data=4), fits=lambda program: False, levels=(0.2,))
