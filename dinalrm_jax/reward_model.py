@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,6 +26,8 @@ from dinalrm_jax.training.run_weights import open_checkpoint
 from dinalrm_jax.weights.digest import digest
 from dinalrm_jax.weights.pretrained import PretrainedModel, export_released, save_reward_model
 
+FAR = 2.0  # times the area of every training size, or as small a part of it
+
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
@@ -37,6 +40,7 @@ class RewardModel:
             digits that weights lost when they were loaded.
         base_model: where text encoders and VAE are read from when they are first used.
         likelihood: what it was trained with, which makes probabilities of scores; None where that is not known.
+        image_sizes: (height, width) in pixels that it was trained on; empty where that is not known.
     """
 
     config: RewardModelConfig
@@ -44,6 +48,7 @@ class RewardModel:
     execution: ExecutionConfig = ExecutionConfig()
     base_model: str | pathlib.Path | None = None
     likelihood: LossConfig | None = None
+    image_sizes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         wanted = jnp.dtype(self.execution.dtype)
@@ -88,7 +93,14 @@ class RewardModel:
     @classmethod
     def loaded(cls, opened: PretrainedModel) -> "RewardModel":
         """An open checkpoint with its weights read."""
-        return cls(opened.config, opened.params, opened.execution, opened.base_model, opened.likelihood)
+        return cls(
+            opened.config,
+            opened.params,
+            opened.execution,
+            opened.base_model,
+            opened.likelihood,
+            opened.image_sizes,
+        )
 
     @classmethod
     def init(cls, config: RewardModelConfig, execution: ExecutionConfig = ExecutionConfig(), seed: int = 0):
@@ -98,7 +110,7 @@ class RewardModel:
 
     def save(self, output: str | pathlib.Path, step: int | None = None) -> None:
         """Writes a native checkpoint, whole or not at all; `step` is the training step that it is of."""
-        save_reward_model(output, self.config, self.params, self.likelihood, step)
+        save_reward_model(output, self.config, self.params, self.likelihood, self.image_sizes, step)
 
     def export_released(self, output: str | pathlib.Path) -> None:
         """Writes LoRA and head in the released layout; raises ConfigError for a model that it cannot hold."""
@@ -163,6 +175,7 @@ class RewardModel:
         _check_prompt(prompt)
         latents, prompt = jnp.asarray(latents), jax.tree.map(jnp.asarray, prompt)
         self.config.transformer.latents.validate_rows(latents, prompt)
+        self._warn_of_size(latents.shape[1:3])
         if noise is not None and np.shape(noise) != latents.shape:
             raise ValueError(f"noise must have the latents' shape {latents.shape}, got {np.shape(noise)}")
         arrays = {"latents": latents, "prompt_embeds": prompt.prompt_embeds, "noise": noise}
@@ -175,6 +188,20 @@ class RewardModel:
             raise ValueError(f"{len(latents)} latents but {len(seed)} seeds; give one for all, or one a row")
         eps = draw_noise(seed_key(seed), latents.shape) if noise is None else jnp.asarray(noise)
         return np.asarray(jitted_score(self.config, self.execution)(self.params, latents, prompt, levels, eps))
+
+    def _warn_of_size(self, sides: tuple[int, int]) -> None:
+        """Says where latents are far from what the model has seen: its scores of them have another scale."""
+        unit = self.config.transformer.latents.downsampling
+        area = unit**2 * sides[0] * sides[1]
+        if self.image_sizes and all(
+            max(area, height * width) > FAR * min(area, height * width) for height, width in self.image_sizes
+        ):
+            trained = ", ".join(f"{height}x{width}" for height, width in self.image_sizes)
+            warnings.warn(
+                f"latents of {unit * sides[0]}x{unit * sides[1]} pixels, but this model was trained at {trained}; its "
+                "scores there have another scale",
+                stacklevel=3,
+            )
 
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Prompts to embeddings, by this model's text encoders (`config.encoders`).
@@ -244,7 +271,8 @@ class RewardModel:
             sigma: a noise level in [0, 1], or a sequence for the token-level ensemble.
             seed: of the noise.
             samples: average over so many draws of the noise, of `seed`, `seed + 1` ...
-            size: (height, width) that all images are resized to; None: see `data.images.scoring_size`.
+            size: (height, width) that all images are resized to; None: their own shape, at the area of the nearest
+                training size where the model knows its own (`image_sizes`); else see `data.images.scoring_size`.
             batch_size: images in one program.
 
         Returns:

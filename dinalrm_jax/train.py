@@ -105,7 +105,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
             profile=config.profile,
         )
         params = {**frozen, **state.result}
-        save_model(config, params, workdir / "model", config.reward.steps)
+        save_model(setup, params, config.reward.steps)
         return report(setup, scorer, params, best)
 
 
@@ -161,8 +161,9 @@ def train_stage(
     )
 
 
-def save_model(config: TrainConfig, params: Params, directory: pathlib.Path, step: int) -> None:
+def save_model(setup: Setup, params: Params, step: int) -> None:
     """Writes the model of a finished run, unless it is there; that of a shorter run keeps its step in its name."""
+    directory = setup.workdir / "model"
     found = read_json(directory / "config.json").get("step") if (directory / "config.json").exists() else None
     processes.barrier("model looked for")  # before the first process moves it
     if found == step:
@@ -173,7 +174,7 @@ def save_model(config: TrainConfig, params: Params, directory: pathlib.Path, ste
         processes.barrier("shorter model renamed")
     whole = gather(params)
     if processes.is_first():
-        save_reward_model(directory, config.model, whole, config.loss, step)
+        save_reward_model(directory, setup.config.model, whole, setup.config.loss, setup.image_sizes, step)
 
 
 def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoint) -> PairScores:

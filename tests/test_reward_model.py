@@ -9,7 +9,7 @@ import pytest
 import dinalrm_jax as dina
 from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig
-from dinalrm_jax.model.reward import jitted_score, reward_functional
+from dinalrm_jax.model.reward import jitted_score, reward_functional, store
 from tests.conftest import GOLDEN, TINY, TINY_SD3, random_inputs
 
 
@@ -260,3 +260,31 @@ def test_scan_and_remat_do_not_change_scores(tiny_model):
     for layers, remat in (("scan", "none"), ("scan", "block"), ("loop", "dots")):
         model = dataclasses.replace(tiny_model, execution=ExecutionConfig(layers=layers, remat=remat))
         np.testing.assert_allclose(model.score_latents(latents, prompt, (0.2, 0.6), eps), expected, atol=1e-5)
+
+
+def test_digits_that_weights_lost_do_not_come_back_in_silence(tiny_model):
+    half = dataclasses.replace(tiny_model, execution=ExecutionConfig("bfloat16"))  # computed so, held in float32
+    assert half.score_latents(*_scored(), sigma=0.4).shape == (2,)
+    rounded = dina.RewardModel(TINY, store(tiny_model.params, half.execution), half.execution)
+    with pytest.raises(
+        ValueError, match="execution.dtype is float32, but .* weights are held in bfloat16 .*dtype='float32'"
+    ):
+        dataclasses.replace(rounded, execution=ExecutionConfig("float32"))
+
+
+def test_what_is_not_a_prompt_or_a_key_is_named(tiny_model):
+    latents, prompt = _scored()
+    with pytest.raises(TypeError, match="prompt must be PromptEmbeds, got str; encode_prompt makes them"):
+        tiny_model.score_latents(latents, "a red fox")
+    reward = tiny_model.reward_fn()
+    with pytest.raises(TypeError, match="prompt must be PromptEmbeds, got list"):
+        reward(tiny_model.params, latents, ["a red fox"], jax.random.key(0))
+    with pytest.raises(TypeError, match="key must be a random key, got 3; .*jax.random.key"):
+        reward(tiny_model.params, latents, prompt, 3)
+    with pytest.raises(ValueError, match="latents look channels-first"):
+        reward(tiny_model.params, latents.transpose(0, 3, 1, 2), prompt, jax.random.key(0))
+
+
+def _scored():
+    latents, _, prompt = random_inputs(TINY_SD3)
+    return latents, prompt

@@ -16,7 +16,7 @@ import logging
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NoReturn, TypeVar
 
@@ -258,6 +258,24 @@ def scoring_size(size: Size, native_side: int, longest_side: int, unit: int) -> 
     """
     height, width = size
     scale = min(1.0, math.sqrt(LARGEST_AREA * native_side**2 / (height * width)), longest_side / max(size))
+    return tuple(min(longest_side // unit, max(1, round(scale * side / unit))) * unit for side in size)
+
+
+def trained_size(size: Size, trained: Sequence[Size], longest_side: int, unit: int) -> Size:
+    """The size an image is scored at by a model that knows what it was trained on.
+
+    One of the training sizes as it is; any other keeps its shape, at the area of the nearest of them.
+
+    Args:
+        size: (height, width) of the image.
+        trained: sizes that the model was trained on.
+        longest_side, unit: as for `scoring_size`.
+    """
+    if size in trained:
+        return size
+    height, width = size
+    area = min((h * w for h, w in trained), key=lambda area: abs(math.log(area / (height * width))))
+    scale = min(math.sqrt(area / (height * width)), longest_side / max(size))
     return tuple(min(longest_side // unit, max(1, round(scale * side / unit))) * unit for side in size)
 
 

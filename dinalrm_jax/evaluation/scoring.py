@@ -16,7 +16,7 @@ from PIL import Image
 
 from dinalrm_jax.data.buckets import Size
 from dinalrm_jax.data.files import ImageProblem
-from dinalrm_jax.data.images import ImageSource, load, map_ahead, read_header, read_rgb, scoring_size
+from dinalrm_jax.data.images import ImageSource, load, map_ahead, read_header, read_rgb, scoring_size, trained_size
 from dinalrm_jax.devices.local import split_locally
 from dinalrm_jax.encoders.load import ImageCodec
 from dinalrm_jax.model.batch import PromptEmbeds
@@ -43,6 +43,7 @@ class ImageModel(Protocol):
     config: RewardModelConfig
     params: Params
     execution: ExecutionConfig
+    image_sizes: tuple[Size, ...]
 
     @property
     def image_codec(self) -> ImageCodec: ...
@@ -128,7 +129,8 @@ def score_images(
         images: see `data.images.ImageSource`.
         levels, draws: see `LatentScorer`.
         names: of the images, from which a draw that is not shared makes each one's noise; None: their places.
-        size: (height, width) that images are resized to; None: `data.images.scoring_size`.
+        size: (height, width) that images are resized to; None: `data.images.trained_size` where the model knows what
+            sizes it was trained on, else `data.images.scoring_size`.
         batch_size: images in one program.
         progress: called with the number of images after each batch, read or not.
 
@@ -146,7 +148,15 @@ def score_images(
         if np.shape(size) != (2,) or any(side < unit or side % unit for side in size):
             raise ValueError(f"size must be (height, width) in positive multiples of {unit} pixels, got {size!r}")
         size = tuple(size)
-    sides = spec.downsampling * spec.trained_side, spec.downsampling * spec.largest_side, unit
+    longest = spec.downsampling * spec.largest_side
+
+    def target(found: Size) -> Size:
+        if size is not None:
+            return size
+        if model.image_sizes:
+            return trained_size(found, model.image_sizes, longest, unit)
+        return scoring_size(found, spec.downsampling * spec.trained_side, longest, unit)
+
     scorer, codec = LatentScorer(model, levels, draws), model.image_codec
     names = list(map(str, range(len(images)))) if names is None else names
     scores = np.full((len(images), len(levels), len(draws)), np.nan, np.float32)
@@ -164,7 +174,7 @@ def score_images(
                 problems.setdefault(index, found)
                 progress(1)
             else:
-                by_size[size or scoring_size(found, *sides)].append(index)
+                by_size[target(found)].append(index)
         order = [(index, target) for target, indices in by_size.items() for index in indices]
         pixels = map_ahead(pool, lambda job: _pixels(images[job[0]], job[1]), order, ahead=4 * batch_size)
         embeddings = _Embeddings(model, [prompts[index] for index, _ in order], batch_size)

@@ -49,6 +49,14 @@ class Setup:
     inputs: Mapping[str, str]
     run: str
 
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels of the images trained on."""
+        pairs, unit = self.records.pairs("train"), self.config.model.transformer.latents.downsampling
+        firsts = [pairs[rows.start] for rows in self.records.buckets("train").values()]
+        shapes = [self.records.images[pair.chosen].latents.shape for pair in firsts]
+        return sorted({(unit * height, unit * width) for height, width, _ in shapes})
+
     def log(self, stage: str) -> MetricsLog:
         """The log of a stage."""
         config = self.config

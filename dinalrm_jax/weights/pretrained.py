@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -39,6 +39,8 @@ from dinalrm_jax.weights.files import SafetensorsDirectory, read_json, resolve, 
 
 A = TypeVar("A", np.ndarray, jax.Array)
 
+Size = tuple[int, int]  # height, width of an image in pixels
+
 FORMAT = "dinalrm_jax/1"
 CHECKPOINT_FILES = ("config.json", "checkpoint/*", "backbone.safetensors", "trained.safetensors")
 TRANSFORMER_FILES = ("transformer/*", "config.json", "backbone.safetensors")
@@ -51,7 +53,7 @@ class PretrainedModel:
     (Of the released layout, `rm_head.pt` and the position table, which is checked, are read at once.)
 
     Attributes:
-        config, execution, base_model, likelihood: as of the `RewardModel`.
+        config, execution, base_model, likelihood, image_sizes: as of the `RewardModel`.
         arrays: parameters, of safetensors as views of the mapped files, in their dtype.
         shared: parameters that are on the device already.
     """
@@ -62,6 +64,7 @@ class PretrainedModel:
     arrays: dict[str, np.ndarray] = dataclasses.field(repr=False)
     shared: Params = dataclasses.field(repr=False)
     likelihood: LossConfig | None = None
+    image_sizes: tuple[Size, ...] = ()
 
     @functools.cached_property
     def params(self) -> Params:
@@ -178,6 +181,7 @@ def save_reward_model(
     config: RewardModelConfig,
     params: Mapping[str, np.ndarray | jax.Array],
     likelihood: LossConfig | None = None,
+    image_sizes: Sequence[Size] = (),
     step: int | None = None,
 ) -> None:
     """Writes a native checkpoint, whole or not at all; `step` is the training step that it is of."""
@@ -185,6 +189,7 @@ def save_reward_model(
     with whole_directory(output) as directory:
         beside = {
             "likelihood": None if likelihood is None else to_mapping(likelihood),
+            "image_sizes": [list(size) for size in image_sizes],
             "step": step,
             "weights": digest(params, is_trainable),
         }
@@ -262,7 +267,8 @@ def _open_native(
     arrays = tables.load(tensors, tables.IDENTITY, wanted, source=str(directory))
     found = config.get("likelihood")
     likelihood = None if found is None else from_mapping(LossConfig, found, f"{directory}/config.json, likelihood")
-    return PretrainedModel(model_config, execution, base_model, arrays, shared, likelihood)
+    sizes = tuple((height, width) for height, width in config.get("image_sizes", ()))
+    return PretrainedModel(model_config, execution, base_model, arrays, shared, likelihood, sizes)
 
 
 def _released_parts(checkpoint: pathlib.Path, transformer: pathlib.Path, config: RewardModelConfig):

@@ -1,9 +1,11 @@
 """Images and prompts to scores: the Python methods and the score command."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 import dinalrm_jax as dina
 from dinalrm_jax import score
 from dinalrm_jax.data import files
-from dinalrm_jax.data.images import scoring_size
+from dinalrm_jax.data.images import scoring_size, trained_size
 from dinalrm_jax.evaluation.scoring import score_images
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.noise import NoiseDraw
@@ -174,6 +176,38 @@ def test_bad_levels_and_sizes(scene_model, pictures):
 )
 def test_scoring_size(size, expected):
     assert scoring_size(size, native_side=1024, longest_side=6144, unit=16) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((96, 64), (96, 64)),  # trained on
+        ((150, 100), (96, 64)),  # of the area of 96 x 64
+        ((960, 640), (624, 416)),  # of that of 512 x 512, to multiples of 16
+        ((700, 700), (512, 512)),
+        ((256, 256), (512, 512)),  # nearer to 512 than to 64
+        ((10, 9000), (16, 640)),  # as long as the position table
+    ],
+)
+def test_trained_size(size, expected):
+    assert trained_size(size, [(64, 64), (96, 64), (512, 512)], longest_side=640, unit=16) == expected
+
+
+def test_a_model_that_knows_its_training_sizes_scores_there(scene_model, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 100, 3), np.uint8))
+    known = dataclasses.replace(scene_model, image_sizes=((64, 64),))
+    known.save(tmp_path / "model")
+    loaded = dina.RewardModel.from_pretrained(tmp_path / "model", dtype="float32")
+    assert loaded.image_sizes == ((64, 64),)
+    assert loaded.score("a", [image]) == scene_model.score("a", [image], size=(96, 48))
+    assert loaded.score("a", [image], size=(64, 96)) == scene_model.score("a", [image], size=(64, 96)), "asked for"
+    latents, prompt = np.zeros((1, 16, 16, 16), np.float32), scene_model.encode_prompt(["a"])
+    with pytest.warns(UserWarning, match="128x128 pixels, but this model was trained at 64x64"):
+        loaded.score_latents(latents, prompt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.score_latents(latents[:, :8, :12], prompt)
+        scene_model.score_latents(latents, prompt)
 
 
 def test_rows_are_split_over_the_devices_that_hold_the_model(scene_model, pictures):
