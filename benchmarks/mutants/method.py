@@ -5,7 +5,7 @@ from benchmarks.mutants import Mutant
 LOSSES, NOISE, HEAD = "tests/test_preference.py", "tests/test_noise.py", "tests/model/test_head.py"
 GOLDEN = "tests/test_golden.py -k"
 PREFERENCE, LEVELS = "dinalrm_jax/preference.py", "dinalrm_jax/noise.py"
-HEAD_FILE, MODEL = "dinalrm_jax/model/head.py", "dinalrm_jax/reward_model.py"
+HEAD_FILE, MODEL = "dinalrm_jax/model/head.py", "dinalrm_jax/model/reward.py"
 
 MUTANTS = [
     Mutant("the variance ignores k", PREFERENCE, "return k * jnp.square", "return jnp.square", LOSSES),

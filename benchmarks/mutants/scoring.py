@@ -4,7 +4,7 @@ from benchmarks.mutants import Mutant
 
 SCORING, NOISE, MODEL = "dinalrm_jax/evaluation/scoring.py", "dinalrm_jax/noise.py", "dinalrm_jax/reward_model.py"
 ACCURACY, REPORT = "dinalrm_jax/evaluation/accuracy.py", "dinalrm_jax/evaluation/benchmark_report.py"
-EVALUATOR = "dinalrm_jax/evaluation/benchmark.py"
+EVALUATOR, PAIRS = "dinalrm_jax/evaluation/benchmark.py", "dinalrm_jax/evaluation/pairs.py"
 OF_SCORING, OF_MODEL = "tests/evaluation/test_scoring.py", "tests/test_reward_model.py"
 OF_ACCURACY, OF_EVALUATION = "tests/evaluation/test_accuracy.py", "tests/evaluation/test_benchmark.py"
 
@@ -21,7 +21,7 @@ MUTANTS = [
     Mutant("the lowest score is first", MODEL, "np.sum(np.asarray(scores) > score)", "np.sum(np.asarray(scores) < score)",
            f"{OF_SCORING} -k ranks"),
     Mutant("normalised scores without their offset", MODEL, "else raw) + 10) / 10", "else raw) + 0) / 10", f"{OF_MODEL} -k normalize"),
-    Mutant("scores that are not finite pass", SCORING, "if not np.isfinite(found).all():", "if False:", f"{OF_SCORING} -k finite"),
+    Mutant("scores that are not finite pass", SCORING, "if not np.isfinite(scores).all():", "if False:", f"{OF_SCORING} -k finite"),
     Mutant("what people tied counts (M1)", ACCURACY, '"strict": (weights @ counts.correct) / (weights @ counts.strict)',
            '"strict": (weights @ counts.correct) / (weights @ counts.pairs)', OF_ACCURACY),
     Mutant("what people tied does not count (M4)", ACCURACY, '"released": (weights @ counts.correct) / (weights @ counts.pairs)',
@@ -35,6 +35,22 @@ MUTANTS = [
     Mutant("the headline's noise is shared", REPORT, "evaluation.draws_of(shared=False), prompts)", "evaluation.draws_of(shared=True), prompts)",
            f"{OF_EVALUATION} -k by_two"),
     Mutant("an evaluation names images by their place", EVALUATOR, "names=[image for _, image in rows],", "", f"{OF_EVALUATION} -k by_two"),
-    Mutant("records' noise goes by the wrong image", EVALUATOR, "[image.name for image in images]", "[image.name for image in images[::-1]]",
-           f"{OF_EVALUATION} -k latents"),
+    Mutant("records' noise goes by the wrong image", PAIRS, "draw.keys([image.name for image in images])",
+           "draw.keys([image.name for image in images[::-1]])", "tests/evaluation/test_pairs.py -k public"),
+    Mutant("chosen and rejected change places in an evaluation of records", EVALUATOR, "np.stack([one.chosen, one.rejected])",
+           "np.stack([one.rejected, one.chosen])", f"{OF_EVALUATION} -k latents"),
+    Mutant("only the first draw of records counts", EVALUATOR, "[scorer.run(params, levels, draw, bar.update) for draw in draws]",
+           "[scorer.run(params, levels, draws[0], bar.update) for _ in draws]", f"{OF_EVALUATION} -k latents"),
+    Mutant("a model's training sizes are forgotten", "dinalrm_jax/weights/pretrained.py",
+           '"image_sizes": [list(size) for size in image_sizes],', '"image_sizes": [],', f"{OF_SCORING} -k training_sizes"),
+    Mutant("images are scored far from the training sizes", "dinalrm_jax/evaluation/scoring.py", "if model.image_sizes:",
+           "if False:", f"{OF_SCORING} -k training_sizes"),
+    Mutant("the farthest training size is taken", "dinalrm_jax/data/images.py", "key=lambda area: abs(",
+           "key=lambda area: -abs(", f"{OF_SCORING} -k trained_size"),
+    Mutant("nobody hears of a strange size", "dinalrm_jax/reward_model.py", "self._warn_of_size(latents.shape[1:3])", "pass",
+           f"{OF_SCORING} -k training_sizes"),
+    Mutant("lost digits come back in silence", "dinalrm_jax/reward_model.py", "array.dtype.itemsize < wanted.itemsize",
+           "False", "tests/test_reward_model.py -k digits"),
+    Mutant("reward_fn takes latents of any layout", "dinalrm_jax/reward_model.py", "            spec.validate_rows(latents, prompt)\n", "",
+           "tests/test_reward_model.py -k not_a_prompt"),
 ]  # fmt: skip
