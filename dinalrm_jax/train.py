@@ -200,6 +200,7 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
             codec=load_image_codec(encoders, pipeline) if drawn else None,
             weights=read_json(workdir / "model" / "config.json")["weights"],
             best=(best.step, best.accuracy),
+            note="rehearsal: the base model's weights are noise, its VAE's too" if config.rehearsal else None,
         )
         print(f"\n{text}\nmodel: {workdir / 'model'}   report and plots: {workdir / 'report'}")
     processes.barrier("report")

@@ -55,6 +55,11 @@ def rejected_images(records: Records, count: int) -> tuple[np.ndarray, dina.Prom
 
 
 def main(run: pathlib.Path, output: pathlib.Path, steps: int, count: int) -> None:
+    if not (run / "model").is_dir():
+        raise SystemExit(
+            f"error: {run} holds no trained model; make one first: python -m dinalrm_jax.train --config "
+            "configs/quickstart.py, or name another run with --run"
+        )
     model = dina.RewardModel.from_pretrained(run / "model", dtype="float32")
     latents, prompt, captions = rejected_images(Records(run / "data"), count)
     climb = ascent(model.reward_fn(sigma=0.4), step_size=0.05, steps=steps)

@@ -16,31 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 
 import dinalrm_jax as dina
+from dinalrm_jax import sampling
 from dinalrm_jax.evaluation.plots import new_figure, save
 from dinalrm_jax.model.backbone.family import transformer_functional
-from dinalrm_jax.model.backbone.sd3.transformer import SD3Transformer
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.parameters import Functional
 from dinalrm_jax.weights.pretrained import load_backbone
 
 
-def sampler(policy: Functional[SD3Transformer], sigmas: np.ndarray) -> Callable:
-    """Euler's method from pure noise, sigma 1, down to 0: (params, noise (B, H, W, C), prompt) -> clean latents.
+def sampler(policy: Functional, sigmas: np.ndarray) -> Callable:
+    """(params, noise (B, H, W, C), prompt) -> clean latents, by Euler's method.
 
-    `x <- x + (sigma' - sigma) v`; SD3.5's own table of levels is shifted (`dina.noise.schedule_sigmas`), the
-    quickstart's generator was trained on evenly spread ones.
+    SD3.5's own table of levels is shifted (`dina.noise.schedule_sigmas`), the quickstart's generator was trained on
+    evenly spread ones.
     """
 
     def sample(params, noise, prompt):
         module = policy.bind(params)
-
-        def step(latents, levels):
-            sigma, following = levels
-            timestep = jnp.broadcast_to(dina.noise.timestep(sigma), len(latents))
-            velocity = module.velocity(latents, timestep, prompt).astype(jnp.float32)
-            return latents + (following - sigma) * velocity, None
-
-        return jax.lax.scan(step, noise, (jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:])))[0]
+        return sampling.euler(
+            lambda latents, sigma: module.velocity(latents, dina.noise.timestep(sigma), prompt), noise, sigmas
+        )
 
     return sample
 
@@ -58,12 +53,17 @@ def best_of_n(sample: Callable, reward_fn: Callable) -> Callable:
 
 
 def main(run: pathlib.Path, output: pathlib.Path, prompt: str, count: int, seed: int) -> None:
+    if not (run / "model").is_dir():
+        raise SystemExit(
+            f"error: {run} holds no trained model; make one first: python -m dinalrm_jax.train --config "
+            "configs/quickstart.py, or name another run with --run"
+        )
     transformer, backbone = load_backbone(run / "generator" / "backbone")  # once, for both
     policy = transformer_functional(transformer, ExecutionConfig())
     model = dina.RewardModel.from_pretrained(run / "model", dtype="float32", backbone=backbone)
 
     choose = best_of_n(sampler(policy, np.linspace(1, 0, 31, dtype=np.float32)), model.reward_fn(sigma=(0.2, 0.5, 0.7)))
-    noise = jax.random.normal(jax.random.key(seed), (count, 8, 8, transformer.in_channels))
+    noise = jax.random.normal(jax.random.key(seed), (count, 8, 8, transformer.latents.channels))
     embeds = model.encode_prompt([prompt])
     best, latents, rewards = choose(backbone, model.params, noise, embeds, jax.random.key(0))
     print(

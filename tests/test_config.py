@@ -1,7 +1,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from configs import ablation, hpdv2, quickstart
+from configs import ablation, hpdv2, hpdv3, quickstart
 from dinalrm_jax.config import StageConfig, SweepConfig, TrainConfig
 from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
@@ -84,3 +84,12 @@ def test_execution_is_checked_where_it_is_made():
 def test_last_text_stream_cannot_be_tapped():
     with pytest.raises(ConfigError, match="text_taps names layer 24, after which the transformer has no text stream"):
         RewardModelConfig(num_blocks=24, text_taps=(24,))
+
+
+@pytest.mark.parametrize(("variant", "width", "layers"), [("sd3_medium", 1536, 24), ("sd35_large", 2432, 38)])
+def test_the_experiment_on_siblings(variant, width, layers):
+    config = from_mapping(TrainConfig, hpdv3.get_config(variant))
+    assert (config.name, config.model.transformer.width) == (f"hpdv3_{variant}", width)
+    assert (config.model.transformer.num_layers, config.model.num_blocks) == (layers, 12)
+    with pytest.raises(ValueError, match="knows the variants :smoke, :sd3_medium, :sd35_large, not :sd4"):
+        hpdv3.get_config("sd4")

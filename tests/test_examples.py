@@ -1,6 +1,8 @@
 """The examples, on a run of the quickstart's kind that was never trained: what they promise holds for any weights."""
 
 import importlib.util
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -127,3 +129,12 @@ def test_exported_to_a_file_and_back(scene_model, tmp_path):
         for f in (loaded.call, reward)
     ]
     np.testing.assert_allclose(*gradients, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "ascend_latents"])
+def test_a_missing_run_is_one_line(name, tmp_path):
+    command = [sys.executable, "-m", f"examples.{name}", "--run", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path} holds no trained model; make one first: python -m")
+    assert done.stderr.count("\n") == 1

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "dinalrm_jax"
 COMMANDS = ("train", "evaluate", "preprocess", "convert", "score", "serve", "benchmark", "client", "__main__")
 # From the floor to the roof: a part imports itself and what stands before it. (README has the same map for people.)
 PARTS = (
-    "mapping", "disk", "noise", "preference",
+    "mapping", "disk", "noise", "preference", "sampling",
     "devices", "model", "weights", "encoders", "data", "scenes", "config", "evaluation", "training",
     "reward_model", "__init__", "server", "timing", "cli", *COMMANDS,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import BinaryIO
@@ -93,6 +94,12 @@ def hold_out(preferences: Sequence[Preference], prompts: int, dataset: str) -> d
         raise RecordsError(
             f"{dataset} has no split of its own, and holdout (--holdout) must leave prompts on both "
             f"sides: {prompts} of {len(ordered)} prompts"
+        )
+    if prompts > len(ordered) / 2:
+        warnings.warn(
+            f"{dataset}: {prompts} of {len(ordered)} prompts are held out, which leaves {len(ordered) - prompts} to "
+            "train on; --holdout takes a smaller number",
+            stacklevel=2,
         )
     held = set(ordered[:prompts])
     split: dict[str, list[Preference]] = {"train": [], "eval": []}

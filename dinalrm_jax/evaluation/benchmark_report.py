@@ -11,7 +11,13 @@ from dinalrm_jax import preference
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.evaluation.accuracy import PAPER, RULES, accuracies, intervals, reliability, strict_pairs
 from dinalrm_jax.evaluation.benchmark import Evaluation
-from dinalrm_jax.evaluation.plots import BETTER, INK, WORSE, chance_line, colormap, new_figure, save
+from dinalrm_jax.evaluation.plots import (
+    AccuracyCurve,
+    ReliabilityCurve,
+    plot_accuracy_by_sigma,
+    plot_reliability,
+    plot_scores,
+)
 from dinalrm_jax.evaluation.scoring import level_name
 from dinalrm_jax.mapping import to_mapping
 from dinalrm_jax.preference import LossConfig
@@ -118,11 +124,15 @@ def write_evaluation(directory: pathlib.Path, evaluation: Evaluation) -> str:
     (directory / "results.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     (directory / "report.md").write_text(text)
     write_scores(directory / "scores.csv", evaluation)
-    plot_accuracy(directory / "accuracy_by_sigma.png", summary)
+    title, pairs = short_name(evaluation.name), int(evaluation.counts(0, 0).strict.sum())
+    plot_accuracy_by_sigma(directory / "accuracy_by_sigma.png", title, _curves(summary), pairs)
     single = [place for place, level in enumerate(evaluation.levels) if not isinstance(level, tuple)]
     if single:
-        plot_reliability(directory / "reliability.png", evaluation, single)
-    plot_scores(directory / "scores.png", evaluation)
+        named = f"{title}: reliability by sigma\n({likelihood_name(evaluation.likelihood)})"
+        curves = [_reliability_curve(evaluation, place) for place in single]
+        plot_reliability(directory / "reliability.png", named, curves, pairs)
+    last = level_name(evaluation.levels[-1])
+    plot_scores(directory / "scores.png", f"{title}, sigma {last}", *_pairs(evaluation, len(evaluation.levels) - 1))
     return text
 
 
@@ -142,61 +152,36 @@ def write_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
                 writer.writerow([number, ranking.prompt, image, rank, *values])
 
 
-def plot_accuracy(path: pathlib.Path, summary: dict[str, Any]) -> None:
-    """Accuracy against the single level with its interval; ensembles as lines across."""
-    figure = new_figure(5.4, 3.8)
-    axes = figure.subplots()
-    single = {float(name): row for name, row in summary["levels"].items() if not name.startswith("ensemble")}
-    sigmas = sorted(single)
-    for rule, color, label in (("strict", INK, "ties left out (M1)"), ("released", WORSE, "released rule (M4)")):
-        rows = [single[sigma][rule] for sigma in sigmas]
-        axes.plot(sigmas, [row["accuracy"] for row in rows], "o-", color=color, label=label, markersize=4)
-        if rule == "strict" and rows:
-            axes.fill_between(sigmas, *zip(*(row["interval_95"] for row in rows)), color=color, alpha=0.12, linewidth=0)
-        for name, row in summary["levels"].items():
-            if name.startswith("ensemble"):
-                label = name if rule == "strict" else None
-                axes.axhline(row[rule]["accuracy"], color=color, linestyle="--", linewidth=0.9, label=label)
-        if not summary["pairs_tied_by_people"]:
-            break  # the rules agree
-    chance_line(axes)
-    axes.set(xlabel="noise level sigma", ylabel="pair accuracy, %", title=summary["benchmark"])
-    axes.legend(frameon=False, fontsize=8)
-    save(figure, path)
+def short_name(name: str) -> str:
+    """What a plot calls a benchmark: of records, the end of their directory's path."""
+    directory, _, split = name.rpartition(" ")
+    return f"{'/'.join(pathlib.Path(directory).parts[-2:])} {split}" if "/" in directory else name
 
 
-def plot_reliability(path: pathlib.Path, evaluation: Evaluation, places: list[int]) -> None:
-    """How often the preferred image is named against how sure the likelihood is, by level."""
-    figure = new_figure(4.6, 4.2)
-    axes = figure.subplots()
-    axes.plot([50, 100], [50, 100], color="#999999", linewidth=0.8, linestyle=":")
-    colors = colormap("viridis")(np.linspace(0, 0.85, len(places)))
-    for place, color in zip(places, colors):
-        curve = _reliability(evaluation, place)
-        label = f"{level_name(evaluation.levels[place])} (error {100 * curve.calibration_error:.1f} %)"
-        axes.plot(100 * curve.confidence, 100 * curve.accuracy, "o-", color=color, label=label, markersize=4)
-    axes.set(xlabel="predicted probability of the order, %", ylabel="pairs in that order, %", ylim=(0, 102))
-    axes.set_title(f"{evaluation.name}: reliability by sigma\n({likelihood_name(evaluation.likelihood)})", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    save(figure, path)
+def _curves(summary: dict[str, Any]) -> list[AccuracyCurve]:
+    """By the rule of the headline and, where people tied pairs, by the released one."""
+    rules = {"strict": "ties left out (M1)", "released": "released rule (M4)"}
+    if not summary["pairs_tied_by_people"]:
+        rules = {"strict": "all pairs"}  # the rules agree
+    curves = []
+    for rule, label in rules.items():
+        rows = {name: row[rule] for name, row in summary["levels"].items()}
+        single = {float(name): row for name, row in rows.items() if not name.startswith("ensemble")}
+        curves.append(
+            AccuracyCurve(
+                label,
+                {sigma: row["accuracy"] for sigma, row in single.items()},
+                {name: row["accuracy"] for name, row in rows.items() if name.startswith("ensemble")},
+                {sigma: tuple(row["interval_95"]) for sigma, row in single.items()} if rule == "strict" else None,
+            )
+        )
+    return curves
 
 
-def plot_scores(path: pathlib.Path, evaluation: Evaluation) -> None:
-    """Histograms of the scores of the preferred and of the other images, and of the margins, at the last level."""
-    chosen, rejected = _pairs(evaluation, len(evaluation.levels) - 1)
-    figure = new_figure(8.4, 3.2)
-    left, right = figure.subplots(1, 2)
-    edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), 40)
-    left.hist(chosen, edges, color=BETTER, alpha=0.55, label="preferred")
-    left.hist(rejected, edges, color=WORSE, alpha=0.55, label="other")
-    left.set(xlabel="score", ylabel="pairs")
-    left.legend(frameon=False)
-    margins = chosen - rejected
-    right.hist(margins, 40, color=INK, alpha=0.7)
-    right.axvline(0, color=WORSE, linewidth=1)
-    right.set(xlabel="score of the preferred less the other's", ylabel="pairs")
-    figure.suptitle(f"{evaluation.name}, sigma {level_name(evaluation.levels[-1])}", fontsize=11)
-    save(figure, path)
+def _reliability_curve(evaluation: Evaluation, place: int) -> ReliabilityCurve:
+    found = _reliability(evaluation, place)
+    label = f"{level_name(evaluation.levels[place])} (error {100 * found.calibration_error:.1f} %)"
+    return ReliabilityCurve(label, found.confidence, found.accuracy)
 
 
 def _pairs(evaluation: Evaluation, place: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.encoders.load import ImageCodec
 from dinalrm_jax.evaluation.pairs import PairScores
-from dinalrm_jax.evaluation.plots import BETTER, ENSEMBLE, INK, WORSE, chance_line, new_figure, save
+from dinalrm_jax.evaluation.plots import FEW, AccuracyCurve, plot_accuracy_by_sigma, plot_learning_curve, plot_pairs
 from dinalrm_jax.evaluation.scoring import Level, level_name
 
 
@@ -60,6 +59,7 @@ def write_report(
     codec: ImageCodec | None,
     weights: str,
     best: tuple[int, float] | None = None,
+    note: str | None = None,
 ) -> str:
     """Writes tables, results.json and plots into `directory`; returns the text that `report.md` holds.
 
@@ -72,6 +72,7 @@ def write_report(
         codec: what draws the contact sheet's images; None: no sheet.
         weights: the model's digest.
         best: step and accuracy of the best checkpoint among those evaluated while it trained.
+        note: what readers must know before they trust the pictures and numbers.
     """
     directory.mkdir(parents=True, exist_ok=True)
     ensemble = scores.levels[-1]
@@ -80,6 +81,10 @@ def write_report(
         f"{title}; every image has its own noise, but in the last column, where all have the same",
         accuracy_table(scores, shared),
     ]
+    if len(scores.kinds) < FEW:
+        sections.insert(0, f"{len(scores.kinds)} pairs only: such numbers are chance.")
+    if note is not None:
+        sections.insert(0, f"Note: {note}.")
     if len(set(scores.kinds)) > 1:
         sections.append(kind_table(scores, ensemble))
     measured = [row for row in history if "eval_accuracy" in row]
@@ -102,83 +107,21 @@ def write_report(
     baseline = {} if file_size is None else {"file size": {"all": file_size}}
     (directory / "results.json").write_text(json.dumps({**results, **baseline}, indent=1) + "\n")
     plot_learning_curve(directory / "learning_curve.png", history)
-    plot_accuracy_by_sigma(directory / "accuracy_by_sigma.png", scores)
+    curves = [_curve(name, scores, mask) for name, mask in groups(scores).items()]
+    plot_accuracy_by_sigma(directory / "accuracy_by_sigma.png", "Held-out pairs", curves, len(scores.kinds))
     if codec is not None:
-        plot_pairs(directory / "pairs.png", records, scores, ensemble, codec)
+        plot_pairs(directory / "pairs.png", records, scores, ensemble, codec, note)
     return text
 
 
-def plot_learning_curve(path: pathlib.Path, history: list[dict]) -> None:
-    """Training loss and accuracy, with held-out accuracy where it was measured."""
-    figure = new_figure(9, 3.2)
-    left, right = figure.subplots(1, 2)
-    steps = [row["step"] for row in history if "loss" in row]
-    left.plot(steps, [row["loss"] for row in history if "loss" in row], color=INK)
-    left.set(xlabel="step", ylabel="training loss")
-    right.plot(steps, [100 * row["accuracy"] for row in history if "loss" in row], color=INK, label="training")
-    measured = [row for row in history if "eval_accuracy" in row]
-    if measured:
-        right.plot(
-            [row["step"] for row in measured],
-            [100 * row["eval_accuracy"] for row in measured],
-            "o-",
-            color=ENSEMBLE,
-            label=f"held-out, sigma {measured[0]['eval_sigma']:g}",
-        )
-    chance_line(right)
-    right.set(xlabel="step", ylabel="pair accuracy, %")
-    _accuracy_limits(right)
-    right.legend(frameon=False, loc="lower right")
-    save(figure, path)
-
-
-def plot_accuracy_by_sigma(path: pathlib.Path, scores: PairScores) -> None:
-    """Held-out accuracy against the single level, with the ensembles as lines across."""
-    figure = new_figure(5.2, 3.6)
-    axes = figure.subplots()
-    single = [level for level in scores.levels if not isinstance(level, tuple)]
-    colors = [INK, WORSE, BETTER]
-    for (name, mask), color in zip(groups(scores).items(), colors):
-        accuracies = [100 * scores.accuracy(level, mask) for level in single]
-        axes.plot(single, accuracies, "o-", color=color, label=name, markersize=4)
-        for level in scores.levels[len(single) :]:
-            axes.axhline(100 * scores.accuracy(level, mask), color=color, linestyle="--", linewidth=0.9)
-    chance_line(axes)
-    axes.set(xlabel="noise level sigma", ylabel="held-out pair accuracy, %")
-    _accuracy_limits(axes)
-    axes.set_title("dashed: " + ", ".join(level_name(level) for level in scores.levels[len(single) :]), fontsize=9)
-    axes.legend(frameon=False, loc="lower left")
-    save(figure, path)
-
-
-def plot_pairs(
-    path: pathlib.Path, records: Records | Mixture, scores: PairScores, level: Level, codec: ImageCodec, count: int = 12
-) -> None:
-    """A contact sheet: held-out pairs, chosen left, with their scores; wrong orders in red."""
-    row = scores.levels.index(level)
-    shown = np.linspace(0, len(scores.kinds) - 1, min(count, len(scores.kinds))).round().astype(int)
-    columns = 3
-    rows = -(-len(shown) // columns)
-    figure = new_figure(3.4 * columns, 0.4 + 2.25 * rows, layout=None)
-    cells = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.45, left=0.02, right=0.98, bottom=0.07, top=0.92)
-    for place, pair in enumerate(shown):
-        chosen, rejected, prompt = scores.records[pair]
-        right = scores.chosen[row, pair] > scores.rejected[row, pair]
-        halves = cells[place // columns, place % columns].subgridspec(1, 2, wspace=0.06).subplots()
-        for axis, index, score in zip(halves, (chosen, rejected), (scores.chosen, scores.rejected)):
-            axis.imshow(codec.decode(records.images[int(index)].latents[None])[0])
-            axis.set_title(f"{score[row, pair]:+.2f}", fontsize=10, color=BETTER if right else WORSE, pad=2)
-            axis.set_axis_off()
-        lines = [*textwrap.wrap(records.prompts[int(prompt)].text, 52)[:2], f"({scores.kinds[pair]})"]
-        halves[0].text(0, -0.05, "\n".join(lines), fontsize=7.5, va="top", transform=halves[0].transAxes)
-    title = f"Held-out pairs, preferred image left; scores at {level_name(level)}, red: wrong order"
-    figure.suptitle(title, fontsize=10)
-    save(figure, path)
-
-
-def _accuracy_limits(axes) -> None:
-    """From below chance, and below the lowest point, to the top."""
-    axes.set_ylim(min(40, axes.get_ylim()[0]), 101)
+def _curve(label: str, scores: PairScores, mask: np.ndarray) -> AccuracyCurve:
+    """A group's accuracies, per cent."""
+    accuracies = {level: 100 * scores.accuracy(level, mask) for level in scores.levels}
+    return AccuracyCurve(
+        label,
+        {level: accuracy for level, accuracy in accuracies.items() if not isinstance(level, tuple)},
+        {level_name(level): accuracy for level, accuracy in accuracies.items() if isinstance(level, tuple)},
+    )
 
 
 def sweep_table(accuracies: Mapping[str, Sequence[Mapping[str, float]]]) -> str:

@@ -37,7 +37,8 @@ def check_records(records: Records, config: TrainConfig, base_model: str | None)
         if stage is not None and len(records.pairs("train")) < stage.batch_size:
             raise RecordsError(
                 f"{records.directory} has {len(records.pairs('train'))} training pairs, a batch of the {name} stage "
-                f"takes {stage.batch_size}"
+                f"takes {stage.batch_size}; set {name}.batch_size (--config.{name}.batch_size=...), and every other "
+                "stage's, to a smaller number"
             )
     if not len(records.pairs("eval")):
         raise RecordsError(f"{records.directory} has no pairs in split 'eval' to evaluate on")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dinalrm_jax.data.records import ImageRecord
+from dinalrm_jax.evaluation.benchmark_report import short_name
 from dinalrm_jax.evaluation.pairs import HeldOut, PairScores
 from dinalrm_jax.evaluation.run_report import accuracy_table, file_size_accuracy, kind_table, write_report
 from dinalrm_jax.noise import NoiseDraw
@@ -59,3 +60,16 @@ def test_every_level_that_is_logged_is_its_own():
     scorer = types.SimpleNamespace(run=lambda params, levels, draw: SCORES)
     values = HeldOut(scorer, {}, (0.2, 0.4), NoiseDraw(0))({})
     assert values == pytest.approx({"eval_accuracy": 0.75, "eval_sigma": 0.2, "eval_accuracy/0.4": 0.25})
+
+
+def test_few_pairs_and_noise_weights_are_said(tmp_path):
+    text = write_report(tmp_path, records([0] * 8), SCORES, SHARED, [], None, "0123", note="its VAE is noise")
+    assert text.startswith("Note: its VAE is noise.\n\n4 pairs only: such numbers are chance.\n\n")
+    many = PairScores((0.2,), *np.zeros((2, 1, 50)), np.array(50 * ["a"]), np.zeros((50, 3), int))
+    text = write_report(tmp_path, records([0]), many, many, [], None, "0123")
+    assert text.startswith("Held-out pair accuracy, % (chance 50, 50 pairs)")
+
+
+def test_records_are_called_by_the_end_of_their_path():
+    assert short_name("/home/me/runs/quickstart/data eval") == "quickstart/data eval"
+    assert short_name("HPDv2 test") == "HPDv2 test"

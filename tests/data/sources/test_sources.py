@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from collections import Counter
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ from PIL import Image
 
 from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.files import ImageProblem
-from dinalrm_jax.data.preferences import Preference, Ranking, pick, select
+from dinalrm_jax.data.preferences import Preference, Ranking, hold_out, pick, select
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.data.sources import genai_bench, hpdv2, hpdv3, imagereward, json_pairs
 from dinalrm_jax.data.sources.datasets import read_source
@@ -350,3 +351,13 @@ def test_a_damaged_column_of_images(tmp_path):
         source.open(first.chosen)
     assert found.value.reason == "unreadable: damaged parquet file"
     assert source.open(first.rejected).read()
+
+
+def test_holding_out_most_prompts_is_said():
+    rows = [Preference(f"prompt {number}", "a", "b") for number in range(12)]
+    with pytest.warns(UserWarning, match="10 of 12 prompts are held out, which leaves 2 to train on; --holdout"):
+        split = hold_out(rows, 10, "pairs")
+    assert (len(split["train"]), len(split["eval"])) == (2, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hold_out(rows, 6, "pairs")
