@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from dinalrm_jax.data.buckets import BUCKETS, bucket_name, parse_bucket
+from dinalrm_jax.data.names import Dataset
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.config import EncodersConfig
 
@@ -30,7 +31,7 @@ class PreparationConfig:
     threads: that read and decode images; changes no byte.
     """
 
-    dataset: Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl", "dinalrm"]
+    dataset: Dataset
     encoders: EncodersConfig = EncodersConfig()
     text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     buckets: tuple[str, ...] = tuple(map(bucket_name, BUCKETS))

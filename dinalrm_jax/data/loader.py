@@ -135,7 +135,7 @@ class TrainingBatches:
         }
         if any(weight != 1 for weight in records.weights("train").values()):
             self._identity["weights"] = records.weights("train")
-        source = _Rows(pairs, self.schedule, self._rows)
+        source = _BatchRows(pairs, self.schedule, self._rows)
         dataset = grain.MapDataset.source(source).batch(len(self._rows), drop_remainder=True)
         # Reading releases the GIL, so threads overlap; two batches ahead hide the slowest read.
         threads = min(16, 2 * len(self._rows))
@@ -174,7 +174,7 @@ class TrainingBatches:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class _BatchRows:
     """Endless sequence of the rows of batch 0, then of batch 1, and so on."""
 
     pairs: JoinedPairs

@@ -5,6 +5,7 @@ import pathlib
 
 from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.latents import EncodedImages
+from dinalrm_jax.data.names import BenchmarkName
 from dinalrm_jax.data.preferences import Benchmark, Source
 from dinalrm_jax.data.preparation import prepare
 from dinalrm_jax.data.sources import dinalrm, genai_bench, hpdv2, hpdv3, imagereward, json_pairs
@@ -76,17 +77,23 @@ def read_source(
             return dinalrm.read(source, config.holdout, image_codec_fingerprint(config.encoders, base_model))
 
 
-def read_benchmark(source: pathlib.Path, name: str, split: str) -> Benchmark:
+def read_benchmark(source: pathlib.Path, name: BenchmarkName, split: str) -> Benchmark:
     """The test set of a dataset directory, ties and all.
 
     Args:
         source: the dataset's directory.
-        name: "imagereward", "hpdv2", "hpdv3" or "genai_bench".
+        name: of the dataset.
         split: of GenAI-Bench, "test" or "test_v1"; the others have one.
 
     Raises:
         RecordsError: the directory is not what `name` says.
     """
-    if name == "genai_bench":
-        return genai_bench.benchmark(source, split)
-    return {"imagereward": imagereward, "hpdv2": hpdv2, "hpdv3": hpdv3}[name].benchmark(source)
+    match name:
+        case "imagereward":
+            return imagereward.benchmark(source)
+        case "hpdv2":
+            return hpdv2.benchmark(source)
+        case "hpdv3":
+            return hpdv3.benchmark(source)
+        case "genai_bench":
+            return genai_bench.benchmark(source, split)

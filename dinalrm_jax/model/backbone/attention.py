@@ -115,7 +115,7 @@ def _grouped_forward(query, key, value):
         return (out / total).astype(value.dtype), (largest + jnp.log(total))[..., 0]
 
     out, log_total = _each(group, (_groups(_scaled(query)), _groups(key), _groups(value)))
-    out = _heads(out)
+    out = _side_by_side(out)
     return out, (query, key, value, out, log_total)
 
 
@@ -136,7 +136,7 @@ def _grouped_backward(saved, gradient):
 
     arrays = [_groups(x) for x in (_scaled(query), key, value, gradient)]
     by_query, by_key, by_value = _each(group, (*arrays, log_total, _groups(shared)))
-    return _scaled(_heads(by_query)), _heads(by_key), _heads(by_value)
+    return _scaled(_side_by_side(by_query)), _side_by_side(by_key), _side_by_side(by_value)
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
@@ -160,7 +160,7 @@ def _groups(x: jax.Array) -> jax.Array:
     return x.reshape(batch, tokens, heads // size, size, dim).transpose(2, 0, 3, 1, 4)
 
 
-def _heads(x: jax.Array) -> jax.Array:
+def _side_by_side(x: jax.Array) -> jax.Array:
     """The inverse of `_groups`."""
     groups, batch, size, tokens, dim = x.shape
     return x.transpose(1, 3, 0, 2, 4).reshape(batch, tokens, groups * size, dim)

@@ -1,0 +1,6 @@
+"""The names of the datasets, as commands and configurations write them; `data.sources.datasets` reads them."""
+
+from typing import Literal
+
+Dataset = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl", "dinalrm"]
+BenchmarkName = Literal["imagereward", "hpdv2", "hpdv3", "genai_bench"]  # those with a published test set
