@@ -18,11 +18,12 @@ import pathlib
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
 from dinalrm_jax.config import ProfileConfig, StageConfig, SweepConfig, TrainConfig
@@ -98,7 +99,8 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
             "reward",
             config.reward,
             objective,
-            place(trainable, np.float32, shardings),
+            trainable,
+            shardings,
             frozen,
             setup,
             held_out=HeldOut(scorer, frozen, levels, NoiseDraw(judged.seed)),
@@ -123,7 +125,8 @@ def train_generator(setup: Setup) -> None:
         "generator",
         config.generator,
         lambda execution: flow_matching_objective(module(execution), config.generator.sigma),
-        place(first, np.float32, trained.shardings(setup.mesh)),
+        first,
+        trained.shardings(setup.mesh),
         {},
         setup,
     )
@@ -137,21 +140,25 @@ def train_stage(
     name: str,
     stage: StageConfig,
     objective: Callable[[ExecutionConfig], Objective],
-    trainable: Params,
+    first: Mapping[str, np.ndarray],
+    shardings: Mapping[str, NamedSharding],
     frozen: Params,
     setup: Setup,
     *,
     held_out: HeldOut | None = None,
     profile: ProfileConfig = ProfileConfig(),
 ) -> tuple[TrainState, BestCheckpoint | None]:
-    """One stage on the run's pairs; see `fit`."""
+    """One stage on the run's pairs, from the parameters `first` on the host; see `fit`."""
     config, mesh = setup.config, setup.mesh
     # Without rematerialisation, whose work is done twice, or loops, whose body XLA counts once.
     plain = dataclasses.replace(config.execution, layers="loop", remat="none", attention="xla")
     return fit(
         name,
         stage,
-        assemble(objective(config.execution), trainable, frozen, stage, mesh, seed=config.seed),
+        # Placed here and not kept: the state has copies of its own.
+        assemble(
+            objective(config.execution), place(first, np.float32, shardings), frozen, stage, mesh, seed=config.seed
+        ),
         PairStream(name, setup.records, stage.batch_size, config.seed, mesh),
         workdir=setup.workdir,
         log=setup.log,

@@ -77,6 +77,7 @@ def fit(
     checkpoints = Checkpoints(workdir / name / "checkpoints")
     best = None if held_out is None else BestCheckpoint(workdir / name / "best")
     if (restored := checkpoints.restore_latest(state)) is not None:
+        jax.tree.map(lambda array: array.delete(), state)  # `assembled` holds it; else the first step frees it
         state, position = restored
         stream.restore(position)
         processes.say(f"{name}: continuing from the checkpoint of step {int(state.step)}")

@@ -68,8 +68,9 @@ class AssembledStep(Generic[B]):
 
     def lower(self, batch: B) -> jax.stages.Lowered:
         """The step for batches like this one, which may be abstract."""
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state, self.frozen, batch)
+            return self.step.lower(state, self.frozen, batch)
 
 
 def assemble(
