@@ -1,4 +1,4 @@
-"""Every snippet of the README runs: Python blocks in one session, commands in a real shell."""
+"""Every snippet of the README and of docs/ runs: Python blocks in one session, commands in a real shell."""
 
 import os
 import re
@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 import dinalrm_jax as dina
-from benchmarks import speed
 from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.noise import nearest_schedule_sigma
 from dinalrm_jax.reward_model import ranks
@@ -23,7 +22,10 @@ from tests.conftest import GOLDEN, ROOT, randomized
 from tests.data.source_files import ranking, write_hpdv2
 from tests.server.serving import running
 
-README = (ROOT / "README.md").read_text()
+# In an order in which a later page may use what an earlier one made: the README, then the pages by their use.
+FIRST = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("training", "scoring", "jax", "server"))]
+PAGES = [*FIRST, *sorted({*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"} - set(FIRST))]
+OWN_PAIRS = "own pairs"  # a block that `test_own_pairs` runs as a whole
 GOLDEN_STAND_INS = {
     "path/to/DiNa-LRM-SD35M-12layers": str(GOLDEN),
     "path/to/stable-diffusion-3.5-medium": str(GOLDEN),
@@ -42,7 +44,12 @@ RUN_ELSEWHERE = (
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    """The blocks of a language, page by page, but for those that a comment before them says are not run, and why."""
+    found = []
+    for page in PAGES:
+        fenced = re.finditer(rf"(?:<!-- ([^\n]*) -->\n)?```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        found += [(page.name, match[1] or "", match[2]) for match in fenced]
+    return [(page, text) for page, comment, text in found if not comment.startswith(("not run: ", OWN_PAIRS))]
 
 
 def with_stand_ins(text, paths):
@@ -79,9 +86,9 @@ def test_python_snippets(published, tmp_path, monkeypatch):
             "http://127.0.0.1:8000": server.url,
             "1024": "64",
         }  # the position table ends at 384 pixels
-        for block in blocks("python"):
-            exec(compile(with_stand_ins(block, stand_ins), "README.md", "exec"), session)
-    # bfloat16 by default: near the float32 scores.
+        for page, block in blocks("python"):
+            exec(compile(with_stand_ins(block, stand_ins), page, "exec"), session)
+    # The last model loaded is of bfloat16, the default: near the float32 scores.
     small = exact.score("a red fox in the snow", ["fox_1.png", "fox_2.png"], (0.2, 0.5, 0.7))
     np.testing.assert_allclose(session["better"], small, atol=0.1)
     assert session["ranks"] == ranks(session["better"])
@@ -140,8 +147,8 @@ PREFERENCES = ("--dataset", "configs/hpdv2.py", ":smoke")
 
 @pytest.mark.parametrize("preferences", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_commands(checkout, published, preferences):
-    """In README order; training commands made short by further overrides."""
-    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    """In the order of the pages; training commands made short by further overrides."""
+    commands = [line for _, block in blocks("bash") for line in block.splitlines()]
     for name in ("fox_1.png", "fox_2.png"):
         Image.new("RGB", (40, 40), (int(name[4]) * 90, 90, 30)).save(checkout / name)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -192,6 +199,25 @@ def test_commands(checkout, published, preferences):
     assert (checkout / "runs" / "quickstart" / "report" / "pairs.png").exists()
 
 
+@pytest.mark.heavy
+def test_own_pairs(checkout):
+    """The block for people's own pairs, on a dozen drawn ones; its training made short."""
+    (block,) = re.findall(
+        rf"<!-- {OWN_PAIRS} -->\n```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL
+    )
+    own, rng = checkout / "own", np.random.default_rng(0)
+    own.mkdir()
+    for number in range(12):
+        (own / f"{number}.txt").write_text(f"a small picture, number {number}")
+        for side, spread in (("chosen", 20), ("rejected", 120)):
+            pixels = np.clip(rng.normal(128, spread, (72, 80, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(own / f"{number}.{side}.png")
+    result = shell(block.replace("--workdir runs/own/run", f"--workdir runs/own/run {SHORT}"), checkout)
+    assert result.returncode == 0, result.stderr
+    assert (checkout / "runs" / "own" / "run" / "report" / "report.md").exists()
+    assert "11.rejected.png" in result.stdout
+
+
 def test_launch_script(checkout):
     """What it would run; the same command runs above."""
     command = "PYTHON=echo CONFIG=configs/quickstart.py WORKDIR=runs/launched launch/one_host.sh --config.seed=1"
@@ -201,14 +227,3 @@ def test_launch_script(checkout):
     result = shell("launch/one_host.sh", checkout)
     assert result.returncode != 0
     assert "set CONFIG to a file under configs/" in result.stderr
-
-
-def test_pictures_exist():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        with Image.open(ROOT / path) as image:
-            assert image.size[0] > 300
-
-
-def test_speed_table_is_that_of_the_results_on_file():
-    assert speed.all_markdown()
-    assert speed.with_section(README, speed.all_markdown()) == README
