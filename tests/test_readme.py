@@ -148,7 +148,7 @@ PREFERENCES = ("--dataset", "configs/hpdv2.py", ":smoke")
 @pytest.mark.parametrize("preferences", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_commands(checkout, published, preferences):
     """In the order of the pages; training commands made short by further overrides."""
-    commands = [line for _, block in blocks("bash") for line in block.splitlines()]
+    commands = dict.fromkeys(line for _, block in blocks("bash") for line in block.splitlines())  # each once
     for name in ("fox_1.png", "fox_2.png"):
         Image.new("RGB", (40, 40), (int(name[4]) * 90, 90, 30)).save(checkout / name)
     with socket.create_server(("127.0.0.1", 0)) as free:
