@@ -16,7 +16,7 @@ from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.timing.work import model_flops
 
-PAIRS = 800_000  # HPDv3 after filtering (method.md)
+PAIRS = 800_000  # HPDv3 after filtering (docs/method.md, Training)
 SIDE, TOKENS = 128, 205  # latents of 1024 x 1024 pixels; 77 of CLIP and 128 of T5
 IMAGE_BYTES, PROMPT_BYTES = 2 * SIDE**2 * 16, 2 * (TOKENS * 4096 + 2048)  # float16
 

@@ -4,7 +4,7 @@
 
 Otherwise configs/hpdv3.py, :smoke included. Nothing is differentiated through the backbone, so a step
 takes less time and far less memory (not measured here). The paper's summary gives 73.52 / 67.09 /
-70.27 for this ablation, without naming its columns (method: numbers to expect).
+70.27 for this ablation, without naming its columns (docs/method.md, Numbers of the paper).
 """
 
 from ml_collections import ConfigDict

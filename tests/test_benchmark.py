@@ -22,7 +22,7 @@ SMALL = Setting(resolution=64, batch=2, tokens=5)
 
 @pytest.mark.parametrize(("side", "tera"), [(128, 6.4), (64, 1.3), (32, 0.4)])
 def test_cost_model(side, tera):
-    """The TFLOP that method.md 8 states for 12 blocks and 205 tokens at 1024, 512 and 256 pixels."""
+    """The TFLOP that docs/method.md, Cost model, states for 12 blocks and 205 tokens at 1024, 512 and 256 pixels."""
     flops = model_flops(RewardModelConfig(), "score", rows=1, side=side, tokens=205)
     assert flops / 1e12 == pytest.approx(tera, rel=0.05)  # they are stated with two digits
     assert model_flops(RewardModelConfig(), "train", 2, side, 205) == 8 * flops

@@ -16,7 +16,7 @@ from dinalrm_jax.preference import LossConfig, pair_loss
 from dinalrm_jax.weights.pretrained import load_backbone
 from tests.conftest import GOLDEN
 
-# The released constants: sigma_0^2 = 0.05, 1e-6 inside both roots (method.md 5).
+# The released constants: sigma_0^2 = 0.05, 1e-6 inside both roots (docs/method.md, Loss).
 RELEASED_LOSSES = {
     "loss_bt": LossConfig(name="bradley_terry"),
     "loss_bt-margin": LossConfig(name="bradley_terry", margin=1.0),

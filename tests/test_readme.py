@@ -215,7 +215,7 @@ def test_own_pairs(checkout):
     result = shell(block.replace("--workdir runs/own/run", f"--workdir runs/own/run {SHORT}"), checkout)
     assert result.returncode == 0, result.stderr
     assert (checkout / "runs" / "own" / "run" / "report" / "report.md").exists()
-    assert "11.rejected.png" in result.stdout
+    assert "0.rejected.png" in result.stdout
 
 
 def test_launch_script(checkout):

@@ -107,7 +107,7 @@ def test_reward_under_shard_map(tiny_model, inputs):
 
 
 def test_bfloat16_keeps_the_order(golden_model, cases, golden_prompt):
-    """Scores well apart keep their order; the deviation itself is measured in the README's table."""
+    """Scores well apart keep their order; the deviation itself is measured in docs/measured.md."""
     half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="bfloat16")
     assert half.params["backbone.context_embedder.weight"].dtype == jnp.bfloat16
     assert half.params["head.head.weight"].dtype == jnp.float32
@@ -126,7 +126,7 @@ def test_logistic_squash():
     plain = dina.RewardModel(TINY, {k: v for k, v in model.params.items() if not k.startswith("eta")})
     latents, eps, prompt = random_inputs(TINY_SD3)
     raw = plain.score_latents(latents, prompt, 0.4, eps)
-    # e1 = 2, e2 = -2, e3 = 0, e4 = 0.15 (method.md 3)
+    # e1 = 2, e2 = -2, e3 = 0, e4 = 0.15 (docs/method.md, Head)
     expected = 4 / (1 + np.exp(-raw / (0.15 + 1e-6))) - 2
     np.testing.assert_allclose(model.score_latents(latents, prompt, 0.4, eps), expected, atol=1e-5)
     learned = dina.RewardModel(config, {**model.params, "eta3": jnp.array(0.2), "eta4": jnp.array(-0.4)})

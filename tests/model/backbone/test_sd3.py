@@ -136,7 +136,7 @@ def test_full_size_has_diffusers_parameters():
 
 
 def test_full_size_parameter_counts():
-    """The published model's counts (method.md 2 and 3)."""
+    """The published model's counts (docs/method.md, Backbone and Head)."""
     shapes = reward_functional(RewardModelConfig(), ExecutionConfig()).shapes
     count = {"lora": 0, "head": 0, "frozen": 0}
     for name, shape in shapes.items():
@@ -144,7 +144,7 @@ def test_full_size_parameter_counts():
         count[part] += 0 if name.endswith("pos_embed.pos_embed") else int(np.prod(shape.shape))
     assert count["lora"] == 28_311_552
     assert abs(count["head"] - 139.3e6) < 0.05e6
-    # Name by name diffusers' (above); with the adapters 1,261M, which method.md rounds to 1,260M.
+    # Name by name diffusers' (above); with the adapters 1,261M, about 1,260M.
     assert count["frozen"] == 1_232_739_840
 
 
