@@ -1,7 +1,7 @@
-"""The speed results of record: measured into `benchmarks/*.json`, shown in README.
+"""The speed results of record: measured into `benchmarks/results/*.json`, shown in docs/measured.md.
 
     python -m benchmarks.speed --measure cpu --reference PATH   # a quarter of an hour on an idle machine
-    python -m benchmarks.speed                                  # README's table and docs/speed.png from the files
+    python -m benchmarks.speed                                  # docs/measured.md and docs/speed.png from the files
 
 PATH is a checkout of HKUST-C4G/diffusion-rm. Each result comes from one process of `python -m dinalrm_jax.benchmark`,
 whose flags are in `SETS`; `--only NAME` measures one again.
@@ -17,7 +17,7 @@ from absl import app, flags
 from dinalrm_jax.evaluation.plots import INK, WORSE, new_figure, save
 
 HERE = pathlib.Path(__file__).parent
-README, PLOT = HERE.parent / "README.md", HERE.parent / "docs" / "speed.png"
+RESULTS, PAGE, PLOT = HERE / "results", HERE.parent / "docs" / "measured.md", HERE.parent / "docs" / "speed.png"
 START, END = "<!-- speed: python -m benchmarks.speed -->", "<!-- end of speed -->"
 
 GPU = ("--dtype=bfloat16", "--attention=cudnn", "--repeats=20")
@@ -59,7 +59,7 @@ def measure(machine: str, only: str | None, reference: str) -> None:
         if only not in (None, name):
             continue
         command = [sys.executable, "-m", "dinalrm_jax.benchmark", "--repeats=4", *options]
-        command += [f"--reference={reference}"] * (name != "load") + [f"--output={HERE / f'{machine}_{name}.json'}"]
+        command += [f"--reference={reference}"] * (name != "load") + [f"--output={RESULTS / f'{machine}_{name}.json'}"]
         print(f"+ {' '.join(command)}", flush=True)
         if subprocess.run(command).returncode:
             failed.append(name)
@@ -69,7 +69,7 @@ def measure(machine: str, only: str | None, reference: str) -> None:
 
 def load(machine: str) -> dict[str, dict]:
     """The results of a set that are on file, in its order."""
-    paths = {name: HERE / f"{machine}_{name}.json" for name in SETS[machine]}
+    paths = {name: RESULTS / f"{machine}_{name}.json" for name in SETS[machine]}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
@@ -137,9 +137,9 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.1f}"
 
 
-def with_section(readme: str, text: str) -> str:
-    """README with `text` between its two marks."""
-    head, rest = readme.split(START)
+def with_section(page: str, text: str) -> str:
+    """The page with `text` between its two marks."""
+    head, rest = page.split(START)
     return f"{head}{START}\n{text}\n{END}{rest.split(END)[1]}"
 
 
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(f"--only is one of {', '.join(SETS[values.measure])}")
         measure(values.measure, values.only, values.reference)
     text = all_markdown()
-    README.write_text(with_section(README.read_text(), text))
+    PAGE.write_text(with_section(PAGE.read_text(), text))
     draw(load("cpu"), PLOT)
     print(text)
 
