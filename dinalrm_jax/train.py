@@ -34,7 +34,7 @@ from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.disk import lock
 from dinalrm_jax.encoders.load import load_image_codec
-from dinalrm_jax.evaluation.pairs import HeldOut, PairScorer, PairScores
+from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScorer, PairScores
 from dinalrm_jax.evaluation.run_report import write_report
 from dinalrm_jax.mapping import ConfigError, from_mapping, keys_below
 from dinalrm_jax.model.backbone.family import transformer_functional
@@ -103,7 +103,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
             shardings,
             frozen,
             setup,
-            held_out=HeldOut(scorer, frozen, levels, NoiseDraw(judged.seed)),
+            held_out=HeldOutPairs(scorer, frozen, levels, NoiseDraw(judged.seed)),
             profile=config.profile,
         )
         params = {**frozen, **state.result}
@@ -145,7 +145,7 @@ def train_stage(
     frozen: Params,
     setup: Setup,
     *,
-    held_out: HeldOut | None = None,
+    held_out: HeldOutPairs | None = None,
     profile: ProfileConfig = ProfileConfig(),
 ) -> tuple[TrainState, BestCheckpoint | None]:
     """One stage on the run's pairs, from the parameters `first` on the host; see `fit`."""
@@ -161,7 +161,7 @@ def train_stage(
         ),
         PairStream(name, setup.records, stage.batch_size, config.seed, mesh),
         workdir=setup.workdir,
-        log=setup.log,
+        open_log=setup.log,
         plain=None if config.execution == plain else objective(plain),
         held_out=held_out,
         profile=profile,

@@ -83,9 +83,9 @@ def _open_training(directory: pathlib.Path, base_model, execution: ExecutionConf
     base_model = base_model or base_model_of(config, workdir)
     if backbone is not None:
         shared = share(backbone, config.model, execution)
-        return PretrainedModel(config.model, execution, base_model, trained, shared, config.loss)
+        return PretrainedModel(config.model, execution, base_model, trained, shared, config.loss, claim.image_sizes)
     arrays = {**frozen_arrays(config, workdir, claim.inputs), **trained}
-    return PretrainedModel(config.model, execution, base_model, arrays, {}, config.loss)
+    return PretrainedModel(config.model, execution, base_model, arrays, {}, config.loss, claim.image_sizes)
 
 
 def _trained(directory: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
