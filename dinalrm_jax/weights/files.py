@@ -114,8 +114,10 @@ def resolve(name: str | pathlib.Path, patterns: tuple[str, ...], revision: str |
             return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             pinned = "" if revision is None else f" at revision {revision!r}"
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise FileNotFoundError(
-                f"{name!r}{pinned} is neither a directory nor a hub repository that can be downloaded: {error}"
+                f"there is no directory {name}; as a hub id, {name!r}{pinned} could not be downloaded either "
+                f"({type(error).__name__}: {reason[:120].rstrip('. ')})"
             ) from error
     raise FileNotFoundError(f"no directory {path}")
 
