@@ -175,16 +175,16 @@ def alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
 
 
 def main(options: TrainOptions) -> int | None:
-    """The run or the sweep that the config describes."""
+    """The run or the sweep that the config describes; a signal's status where one stopped it."""
     quieten_writers()
     enable_compilation_cache()
     values = load_config(options.config, options.overrides, (TrainConfig, SweepConfig))
     config = from_mapping(SweepConfig if "runs" in values else TrainConfig, values)
     workdir = pathlib.Path(options.workdir or f"runs/{config.name}")
     processes.initialize(options.distributed)
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    processes.say(f"{config.name}: jax {jax.__version__} on {devices}{several}, writing to {workdir}")
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}{several}"
+    processes.say(f"{config.name}: jax {jax.__version__} on {devices}, writing to {workdir}")
     try:
         (run_sweep if isinstance(config, SweepConfig) else run)(config, workdir)
     except Stopped as stop:
@@ -195,10 +195,6 @@ def main(options: TrainOptions) -> int | None:
 
 
 if __name__ == "__main__":
-    run_command(
-        main,
-        TrainOptions,
-        errors=(ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, OSError),
-        interrupted="the same command goes on from what is saved",
-        leave=processes.leave,
-    )
+    known = (ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, OSError)
+    saved = "the same command goes on from what is saved"
+    run_command(main, TrainOptions, errors=known, interrupted=saved, leave=processes.leave)

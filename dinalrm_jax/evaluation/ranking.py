@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinalrm_jax.data.images import read_rgb
 from dinalrm_jax.evaluation.plots import new_figure, save
-from dinalrm_jax.evaluation.scoring import ImageScores
+from dinalrm_jax.evaluation.scoring import ImageScores, normalize, ranks
 
 
 @dataclasses.dataclass(frozen=True)
