@@ -17,7 +17,6 @@ from dinalrm_jax.cli.options import BenchmarkOptions
 
 answer_help(__name__, __doc__, BenchmarkOptions)  # before the imports that take a second
 
-
 import dataclasses
 import json
 import os

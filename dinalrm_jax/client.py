@@ -10,7 +10,6 @@ from dinalrm_jax.cli.options import ClientOptions
 
 answer_help(__name__, __doc__, ClientOptions)  # before the imports that take a second
 
-
 import asyncio
 import dataclasses
 import ipaddress

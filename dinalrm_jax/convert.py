@@ -14,7 +14,6 @@ from dinalrm_jax.cli.options import ConvertOptions
 
 answer_help(__name__, __doc__, ConvertOptions)  # before the imports that take a second
 
-
 import pathlib
 
 from dinalrm_jax.mapping import ConfigError

@@ -15,7 +15,6 @@ from dinalrm_jax.cli.options import EvaluateOptions
 
 answer_help(__name__, __doc__, EvaluateOptions)  # before the imports that take a second
 
-
 import contextlib
 import pathlib
 import sys

@@ -14,7 +14,6 @@ from dinalrm_jax.cli.preparation import PreprocessOptions
 
 answer_help(__name__, __doc__, PreprocessOptions)  # before the imports that take a second
 
-
 import signal
 
 from dinalrm_jax.data.preparation import report

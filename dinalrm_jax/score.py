@@ -13,7 +13,6 @@ from dinalrm_jax.cli.options import ScoreOptions
 
 answer_help(__name__, __doc__, ScoreOptions)  # before the imports that take a second
 
-
 import dataclasses
 import json
 import pathlib

@@ -13,7 +13,6 @@ from dinalrm_jax.cli.options import ServeOptions
 
 answer_help(__name__, __doc__, ServeOptions)  # before the imports that take a second
 
-
 import asyncio
 import json
 import logging

@@ -14,7 +14,6 @@ from dinalrm_jax.cli.options import TrainOptions
 
 answer_help(__name__, __doc__, TrainOptions)  # before the imports that take a second
 
-
 import contextlib
 import dataclasses
 import pathlib
@@ -174,7 +173,7 @@ def alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
     return lock(workdir) if processes.is_first() else contextlib.nullcontext()
 
 
-def main(options: TrainOptions) -> int | None:
+def main(options: TrainOptions) -> int:
     """The run or the sweep that the config describes; a signal's status where one stopped it."""
     quieten_writers()
     enable_compilation_cache()
@@ -191,7 +190,7 @@ def main(options: TrainOptions) -> int | None:
         if processes.is_first():
             tell(str(stop))
         return 128 + stop.number
-    return None
+    return 0
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_every_flag_has_a_sentence(cls):
         assert flag.help.endswith("."), flag.name
         assert flag.help[0].isupper() or not flag.help[0].isalpha(), flag.name
         assert flag.help.split()[0] not in ("Of", "That"), flag.name
-        assert flag.metavar in text
+        assert f"--{flag.name}" in text or flag.metavar in text
 
 
 @pytest.mark.parametrize("name", COMMANDS)
