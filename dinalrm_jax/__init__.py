@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinalrm_jax import noise, preference
+    from dinalrm_jax.evaluation.scoring import normalize
     from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
-    from dinalrm_jax.reward_model import RewardModel, normalize
+    from dinalrm_jax.reward_model import RewardModel
 
 __version__ = "0.1.0"
 
@@ -19,7 +20,7 @@ _MODULES = {
     "PreferenceBatch": "dinalrm_jax.model.batch",
     "PromptEmbeds": "dinalrm_jax.model.batch",
     "RewardModel": "dinalrm_jax.reward_model",
-    "normalize": "dinalrm_jax.reward_model",
+    "normalize": "dinalrm_jax.evaluation.scoring",
 }
 
 
