@@ -36,7 +36,8 @@ HOOK = jaxtyping.install_import_hook(
 
 import dinalrm_jax as dina  # noqa: E402
 from dinalrm_jax.model.backbone.sd3.config import SD3Config  # noqa: E402
-from dinalrm_jax.model.config import EncodersConfig, LoRAConfig, RewardModelConfig  # noqa: E402
+from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig  # noqa: E402
+from dinalrm_jax.model.encoding import EncodersConfig  # noqa: E402
 from dinalrm_jax.model.parameters import Params  # noqa: E402
 from dinalrm_jax.scenes import rehearsal  # noqa: E402
 

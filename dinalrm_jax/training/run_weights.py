@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 
 from dinalrm_jax.config import SweepConfig, TrainConfig
@@ -90,6 +89,8 @@ def _open_training(directory: pathlib.Path, base_model, execution: ExecutionConf
 
 def _trained(directory: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """The averaged parameters of a checkpoint, or where no average was taken, the parameters; optimizer unread."""
+    import orbax.checkpoint as ocp  # here, as it takes long to import and most models come from elsewhere
+
     checkpointer = ocp.PyTreeCheckpointer()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # orbax misses a file that a checkpoint of several parts does not have

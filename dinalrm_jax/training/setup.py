@@ -1,5 +1,6 @@
 """What a run stands on: records, mesh, base model, checked and claimed before anything is computed."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from dinalrm_jax.data.records import Records
 from dinalrm_jax.data.sources.datasets import preprocess
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.mesh import make_mesh
+from dinalrm_jax.disk import lock
 from dinalrm_jax.mapping import to_mapping
 from dinalrm_jax.scenes import rehearsal
 from dinalrm_jax.scenes.config import RehearsalConfig
@@ -89,6 +91,11 @@ def trained_sizes(records: Records | Mixture, config: TrainConfig) -> tuple[Size
     firsts = [pairs[rows.start] for rows in records.buckets("train").values()]
     shapes = [records.images[pair.chosen].latents.shape for pair in firsts]
     return tuple(sorted({(unit * height, unit * width) for height, width, _ in shapes}))
+
+
+def alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
+    """The workdir's lock, of all processes of this run together."""
+    return lock(workdir) if processes.is_first() else contextlib.nullcontext()
 
 
 def in_steps(config: TrainConfig, records: Records | Mixture) -> TrainConfig:

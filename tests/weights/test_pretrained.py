@@ -353,7 +353,7 @@ def test_a_revision_pins_a_hub_id(golden_model, tmp_path, monkeypatch, capsys):
 
     assert load(None).digest == load("a" * 40).digest == golden_model.digest
     assert load("v1").digest == load("b" * 40).digest != golden_model.digest
-    with pytest.raises(FileNotFoundError, match=r"'org/reward' at revision 'v2' is neither"):
+    with pytest.raises(FileNotFoundError, match=r"'org/reward' at revision 'v2' could not be downloaded"):
         load("v2")
     with pytest.raises(ConfigError, match="model is a local directory, which has no revision 'v1'; leave it out"):
         dina.RewardModel.from_pretrained(tmp_path / "model", revision="v1")

@@ -17,7 +17,8 @@ from dinalrm_jax.devices.mesh import MeshConfig
 from dinalrm_jax.mapping import ConfigError, from_mapping, keys_below, to_mapping, with_defaults
 from dinalrm_jax.model.backbone.family import BackboneConfig, Family, family_of, register, transformer_functional
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
-from dinalrm_jax.model.config import EncodersConfig, HeadConfig, LoRAConfig, RewardModelConfig
+from dinalrm_jax.model.config import HeadConfig, LoRAConfig, RewardModelConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.reward import reward_functional
 from dinalrm_jax.noise import add_noise, nearest_schedule_sigma
