@@ -30,8 +30,17 @@ class SigmaConfig:
 def add_noise(
     latents: Float[ArrayLike, "*b c"], sigma: Float[ArrayLike, "..."], noise: Float[ArrayLike, "*b c"]
 ) -> Float[Array, "*b c"]:
-    """`(1 - sigma) latents + sigma noise`; sigma (B,) or a scalar, the others (B, H, W, C)."""
+    """`(1 - sigma) latents + sigma noise`; sigma (B,) or a scalar, the others (B, H, W, C).
+
+    Raises:
+        ValueError: shapes that differ, where broadcasting would noise a row with another's.
+    """
     sigma = jnp.asarray(sigma, latents.dtype)
+    if noise.shape != latents.shape or sigma.shape not in ((), latents.shape[:1]):
+        raise ValueError(
+            f"latents {latents.shape} take noise of their own shape and a sigma a row or one for all, got noise "
+            f"{noise.shape} and sigma {sigma.shape}"
+        )
     sigma = sigma.reshape(sigma.shape + (1,) * (latents.ndim - sigma.ndim)) if sigma.ndim else sigma
     return (1 - sigma) * latents + sigma * noise
 

@@ -74,11 +74,11 @@ def probability(chosen: ArrayLike, rejected: ArrayLike, variance: ArrayLike) -> 
 
 
 def preferred(
-    chosen: Float[ArrayLike, "b"],
-    rejected: Float[ArrayLike, "b"],
-    sigma: Float[ArrayLike, ""] | Float[ArrayLike, "b"],
+    chosen: Float[ArrayLike, " b"],
+    rejected: Float[ArrayLike, " b"],
+    sigma: Float[ArrayLike, ""] | Float[ArrayLike, " b"],
     config: LossConfig,
-) -> Float[Array, "b"]:
+) -> Float[Array, " b"]:
     """The probability that `chosen` is preferred, by the likelihood that a model was trained with, (B,) float32.
 
     Thurstone's with the configured variance (without the released code's epsilon), or Bradley and Terry's,
@@ -127,11 +127,11 @@ def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike, margin: float = 0
 
 
 def pair_loss(
-    chosen: Float[ArrayLike, "b"],
-    rejected: Float[ArrayLike, "b"],
-    sigma: Float[ArrayLike, "b"] | Float[ArrayLike, "k b"],
+    chosen: Float[ArrayLike, " b"],
+    rejected: Float[ArrayLike, " b"],
+    sigma: Float[ArrayLike, " b"] | Float[ArrayLike, "k b"],
     config: LossConfig,
-) -> Float[Array, "b"]:
+) -> Float[Array, " b"]:
     """The configured loss of each pair.
 
     Args:
@@ -141,7 +141,15 @@ def pair_loss(
 
     Returns:
         (B,) float32.
+
+    Raises:
+        ValueError: shapes that differ, where broadcasting would compare images of other pairs.
     """
+    if not jnp.shape(chosen) == jnp.shape(rejected) == jnp.shape(sigma)[-1:]:
+        raise ValueError(
+            "chosen, rejected and sigma must have one number a pair, got "
+            f"{jnp.shape(chosen)}, {jnp.shape(rejected)} and {jnp.shape(sigma)}"
+        )
     if config.name == "bradley_terry":
         return bradley_terry_loss(chosen, rejected, config.margin)
     variance = score_variance(sigma, config)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 def euler(
     velocity: Callable[[jax.Array, jax.Array], jax.Array],
     noise: Float[ArrayLike, "b h w c"],
-    sigmas: Float[ArrayLike, "levels"],
+    sigmas: Float[ArrayLike, " levels"],
 ) -> Float[Array, "b h w c"]:
     """Euler's method along a table of noise levels, `x <- x + (sigma' - sigma) v(x, sigma)`, in float32.
 

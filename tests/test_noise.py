@@ -108,3 +108,11 @@ def test_axes_are_checked_in_tests():
         preference.pair_loss(np.zeros(3, np.float32), np.zeros(4, np.float32), np.zeros(3, np.float32), LossConfig())
     with pytest.raises(jaxtyping.TypeCheckError, match="noise"):
         noise.add_noise(np.zeros((2, 4, 4, 3), np.float32), 0.5, np.zeros((2, 4, 4, 2), np.float32))
+
+
+def test_shapes_that_would_broadcast_are_refused_without_the_hook_too():
+    loss, noised = preference.pair_loss.__wrapped__, noise.add_noise.__wrapped__
+    with pytest.raises(ValueError, match=r"one number a pair, got \(3,\), \(1,\) and \(3,\)"):
+        loss(np.zeros(3, np.float32), np.zeros(1, np.float32), np.zeros(3, np.float32), LossConfig())
+    with pytest.raises(ValueError, match="noise of their own shape and a sigma a row"):
+        noised(np.zeros((2, 4, 4, 3), np.float32), np.zeros(1, np.float32), np.zeros((2, 4, 4, 3), np.float32))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from dinalrm_jax.cli.flags import UsageError, flag
+from dinalrm_jax.data.names import BenchmarkName
 from dinalrm_jax.server.config import URL, ServerConfig
 from dinalrm_jax.timing.setting import PASSES, Setting
 
@@ -76,7 +77,7 @@ class EvaluateOptions(ModelOptions):
         elsewhere from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
 
-    benchmark: Literal["imagereward", "hpdv2", "hpdv3", "genai_bench", "records"]
+    benchmark: Literal[BenchmarkName, "records"]
     data: str = flag(metavar="DIR")
     split: str | None = None
     sigma: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)

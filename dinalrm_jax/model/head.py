@@ -176,7 +176,7 @@ class RewardHead(nnx.Module):
         return self.agg_visual(image), self.agg_text(_adapt(self.layer_adapters_text, features.text, features.temb))
 
     @jax.default_matmul_precision("highest")
-    def score(self, image: Float[Array, "b n d"], text: Float[Array, "b t d"] | None) -> Float[Array, "b"]:
+    def score(self, image: Float[Array, "b n d"], text: Float[Array, "b t d"] | None) -> Float[Array, " b"]:
         """(B, Nv, C), (B, Nt, C) -> (B,) float32, its float32 products exact on GPUs and TPUs too.
 
         For an ensemble of K levels the tokens of all levels stand one after another, K Nv and K Nt

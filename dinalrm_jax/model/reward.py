@@ -43,9 +43,9 @@ class RewardModule(nnx.Module):
         self,
         latents: Float[ArrayLike, "b h w c"],
         prompt: PromptEmbeds,
-        sigma: Float[ArrayLike, "b"],
+        sigma: Float[ArrayLike, " b"],
         eps: Float[ArrayLike, "b h w c"],
-    ) -> Float[Array, "b"]:
+    ) -> Float[Array, " b"]:
         """One noise level a row.
 
         Args:
@@ -63,9 +63,9 @@ class RewardModule(nnx.Module):
         self,
         latents: Float[ArrayLike, "b h w c"],
         prompt: PromptEmbeds,
-        sigmas: Float[ArrayLike, "k"] | Float[ArrayLike, "k b"],
+        sigmas: Float[ArrayLike, " k"] | Float[ArrayLike, "k b"],
         eps: Float[ArrayLike, "b h w c"],
-    ) -> Float[Array, "b"]:
+    ) -> Float[Array, " b"]:
         """The token-level ensemble: the levels' tokens one after another, attended to once.
 
         All levels run as one vmapped pass; what does not depend on the level (the context
@@ -86,9 +86,9 @@ class RewardModule(nnx.Module):
         self,
         latents: Float[ArrayLike, "b h w c"],
         prompt: PromptEmbeds,
-        levels: Float[ArrayLike, ""] | Float[ArrayLike, "k"],
+        levels: Float[ArrayLike, ""] | Float[ArrayLike, " k"],
         eps: Float[ArrayLike, "b h w c"],
-    ) -> Float[Array, "b"]:
+    ) -> Float[Array, " b"]:
         """A single level for all rows where `levels` is (), the ensemble where it is (K,)."""
         if levels.ndim == 0:
             return self(latents, prompt, jnp.broadcast_to(levels, latents.shape[0]), eps)

@@ -59,7 +59,7 @@ class TwoLayerEmbedding(nnx.Module):
         self.linear_1 = Linear(in_features, dim, rngs=rngs)
         self.linear_2 = Linear(dim, dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: ArrayLike) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
@@ -123,7 +123,7 @@ class SD3Transformer(nnx.Module):
     def features(
         self,
         latents: Float[ArrayLike, "b h w c"],
-        timestep: Float[ArrayLike, "b"],
+        timestep: Float[ArrayLike, " b"],
         prompt: PromptEmbeds,
         *,
         visual_taps: tuple[int, ...],
@@ -146,7 +146,7 @@ class SD3Transformer(nnx.Module):
         return Features(temb, tuple(visual[tap] for tap in visual_taps), tuple(textual[tap] for tap in text_taps))
 
     def velocity(
-        self, latents: Float[ArrayLike, "b h w c"], timestep: Float[ArrayLike, "b"], prompt: PromptEmbeds
+        self, latents: Float[ArrayLike, "b h w c"], timestep: Float[ArrayLike, " b"], prompt: PromptEmbeds
     ) -> Float[Array, "b h w out"]:
         """The flow-matching velocity `eps - x0` predicted by the whole model.
 
