@@ -1,7 +1,7 @@
 """The speed results of record: measured into `benchmarks/results/*.json`, shown in docs/measured.md.
 
     python -m benchmarks.speed --measure cpu --reference PATH   # a quarter of an hour on an idle machine
-    python -m benchmarks.speed                                  # docs/measured.md and docs/speed.png from the files
+    python -m benchmarks.speed
 
 PATH is a checkout of HKUST-C4G/diffusion-rm. Each result comes from one process of `python -m dinalrm_jax.benchmark`,
 whose flags are in `SETS`; `--only NAME` measures one again.
@@ -17,7 +17,8 @@ from absl import app, flags
 from dinalrm_jax.evaluation.plots import INK, WORSE, new_figure, save
 
 HERE = pathlib.Path(__file__).parent
-RESULTS, PAGE, PLOT = HERE / "results", HERE.parent / "docs" / "measured.md", HERE.parent / "docs" / "speed.png"
+RESULTS = HERE / "results"
+DOCUMENT, PLOT = HERE.parent / "docs" / "measured.md", HERE.parent / "docs" / "speed.png"
 START, END = "<!-- speed: python -m benchmarks.speed -->", "<!-- end of speed -->"
 
 GPU = ("--dtype=bfloat16", "--attention=cudnn", "--repeats=20")
@@ -137,9 +138,9 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.1f}"
 
 
-def with_section(page: str, text: str) -> str:
-    """The page with `text` between its two marks."""
-    head, rest = page.split(START)
+def with_section(document: str, text: str) -> str:
+    """The document with `text` between its two marks."""
+    head, rest = document.split(START)
     return f"{head}{START}\n{text}\n{END}{rest.split(END)[1]}"
 
 
@@ -184,7 +185,7 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(f"--only is one of {', '.join(SETS[values.measure])}")
         measure(values.measure, values.only, values.reference)
     text = all_markdown()
-    PAGE.write_text(with_section(PAGE.read_text(), text))
+    DOCUMENT.write_text(with_section(DOCUMENT.read_text(), text))
     draw(load("cpu"), PLOT)
     print(text)
 

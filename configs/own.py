@@ -1,26 +1,21 @@
-"""Your own pairs, as few as a dozen, with nothing downloaded: the quickstart's tiny codec, text and backbone.
+"""A few dozen pairs of your own, on the tiny codec and backbone: no weights, two cores. See docs/training.md.
 
-    python -m dinalrm_jax.preprocess --dataset jsonl --source DIR --output runs/own/data --holdout 3 \\
-        --encoders tiny --text-length 32 --buckets 128x128 --fit crop --min-area 0
-    python -m dinalrm_jax.train --config configs/own.py --config.data runs/own/data
-
-DIR holds `pairs.jsonl` and the images that it names (docs/training.md). It shows that a set trains and evaluates;
-what a backbone this small learns from so few pairs is nearly nothing. `configs/own.py:8` takes batches of 8 pairs.
+    python -m dinalrm_jax.preprocess --dataset jsonl --source own --output runs/own/data \\
+        --encoders tiny --text-length 32 --buckets 128x128 --fit crop --min-area 0 --holdout 3
+    python -m dinalrm_jax.train --config configs/own.py --config.data runs/own/data --workdir runs/own/run
 """
 
 from ml_collections import ConfigDict
 
-import configs.quickstart as quickstart
+import configs.hpdv2 as hpdv2
 
 
-def get_config(batch_size: str = "4") -> ConfigDict:
-    config = quickstart.get_config()
+def get_config() -> ConfigDict:
+    config = hpdv2.get_config()
     config.name = "own"
-    config.scenes = None
-    config.model.encoders.text_length = 32
     for stage in (config.generator, config.reward):
-        stage.batch_size = int(batch_size)
-        stage.steps = 60
-    config.reward.evaluate_every = 20
+        stage.steps, stage.batch_size, stage.checkpoint_every = 100, 8, 50
+        stage.optimizer.warmup_steps = 10
+    config.reward.evaluate_every = 50
     config.evaluation.batch_size = 8
     return config
