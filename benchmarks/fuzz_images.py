@@ -27,7 +27,7 @@ from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.images import FORMATS
 from dinalrm_jax.data.latents import EncodedImages
 from dinalrm_jax.encoders.load import TinyCodec
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 
 CONFIG = PreparationConfig(
     "hpdv3", EncodersConfig("tiny", 8), buckets=("64x64",), fit="crop", min_area=0, batch_size=1, threads=1

@@ -32,7 +32,8 @@ import dinalrm_jax as dina
 from benchmarks.rehearsal import same
 from dinalrm_jax.client import ClientConfig, RewardClient
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
-from dinalrm_jax.model.config import EncodersConfig, LoRAConfig, RewardModelConfig
+from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.scenes.config import ScenesConfig
 from dinalrm_jax.scenes.records import write_scene_records
 

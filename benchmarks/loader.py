@@ -20,7 +20,7 @@ from dinalrm_jax.data import records
 from dinalrm_jax.data.loader import TrainingBatches
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, Records
 from dinalrm_jax.devices.peaks import PEAK_FLOPS
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 
 IMAGES, PROMPTS, PAIRS, BATCH = 256, 128, 512, 32
 LATENTS, WIDTH, POOLED = (SIDE, SIDE, 16), 4096, 2048

@@ -1,7 +1,7 @@
 """The speed results of record: measured into `benchmarks/results/*.json`, shown in docs/measured.md.
 
     python -m benchmarks.speed --measure cpu --reference PATH   # a quarter of an hour on an idle machine
-    python -m benchmarks.speed                                  # docs/measured.md and docs/speed.png from the files
+    python -m benchmarks.speed
 
 PATH is a checkout of HKUST-C4G/diffusion-rm. Each result comes from one process of `python -m dinalrm_jax.benchmark`,
 whose flags are in `SETS`; `--only NAME` measures one again.

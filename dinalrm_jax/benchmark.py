@@ -12,6 +12,11 @@ on a pair), text and image (the encoders; T5-XXL takes 10 GB in bfloat16), load 
 written to --scratch first). Of a loop's body (--layers=scan) XLA counts the FLOPs of one pass.
 """
 
+from dinalrm_jax.cli.command import answer_help, run_command
+from dinalrm_jax.cli.options import BenchmarkOptions
+
+answer_help(__name__, __doc__, BenchmarkOptions)  # before the imports that take a second
+
 import dataclasses
 import json
 import os
@@ -27,16 +32,15 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jaxlib
-from absl import app, flags, logging
 from tqdm import tqdm
 
 from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.disk import check_writable, write_json
-from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.timing import loading
 from dinalrm_jax.timing.costs import top_costs
 from dinalrm_jax.timing.memory import forget_peak, peak_bytes
-from dinalrm_jax.timing.work import MODES, PASSES, Setting, gemm_peak, make_work, model_flops
+from dinalrm_jax.timing.setting import PASSES, Setting
+from dinalrm_jax.timing.work import gemm_peak, make_work, model_flops, model_of
 
 FROM_ENVIRONMENT = ("XLA_FLAGS", "OMP_NUM_THREADS", "JAX_PLATFORMS")
 
@@ -83,7 +87,7 @@ def run(
 ) -> dict:
     """Everything that is measured of one mode, as JSON values."""
     work = make_work(setting)
-    config = setting.model
+    config = model_of(setting)
     spec = config.transformer.latents
     side = setting.resolution // spec.downsampling
     rows = setting.batch * (spec.tokens(side, side) + setting.tokens)
@@ -129,7 +133,7 @@ def run_load(setting: Setting, repeats: int, scratch: str | None) -> dict:
     """Loading a float32 checkpoint, in turn with reading its bytes; the files are in the page cache."""
     directory = pathlib.Path(tempfile.mkdtemp(prefix="dinalrm_load_", dir=scratch))
     try:
-        loading.write_checkpoint(directory / "native", setting.model)
+        loading.write_checkpoint(directory / "native", model_of(setting))
         reads, loads = [], []
         for number in tqdm(range(repeats + 1), desc="load", unit="call"):
             read_seconds, file_bytes = loading.read(directory / "native")
@@ -232,54 +236,20 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    values = flags.FLAGS
-    if values.cache:
+def main(options: BenchmarkOptions) -> None:
+    """Times what the options name."""
+    if options.cache:
         enable_compilation_cache()
-    try:
-        setting = Setting(**{field.name: values[field.name].value for field in dataclasses.fields(Setting)})
-        if values.output is not None:
-            check_writable(values.output)
-        if setting.mode == "load" and values.reference is not None:
-            raise ConfigError("--reference has no load mode")
-        if setting.mode not in PASSES and values["compile-reference"].value:
-            raise ConfigError("--compile-reference compiles the original's backbone, which this mode has not")
-        if setting.mode == "load":
-            result = run_load(setting, values.repeats, values.scratch)
-        else:
-            result = run(setting, values.repeats, values.reference, values["compile-reference"].value, values.profile)
-        print(as_text(result))
-        if values.output is not None:
-            write_json(pathlib.Path(values.output), result, indent=1)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if options.output is not None:
+        check_writable(options.output)
+    if options.setting.mode == "load":
+        result = run_load(options.setting, options.repeats, options.scratch)
+    else:
+        result = run(options.setting, options.repeats, options.reference, options.compile_reference, options.profile)
+    print(as_text(result))
+    if options.output is not None:
+        write_json(pathlib.Path(options.output), result, indent=1)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("mode", "score", MODES, "What to time.")
-    flags.DEFINE_integer("resolution", 256, "Image side in pixels.", 16)
-    flags.DEFINE_integer("batch", 1, "Images, pairs for train, prompts for text.", 1)
-    flags.DEFINE_integer("tokens", 205, "Text tokens: 77 of CLIP, the rest T5's.", 1)
-    flags.DEFINE_integer("blocks", 12, "Blocks of the backbone.", 1, 24)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; of load, what is loaded to.")
-    flags.DEFINE_enum("attention", "auto", ["auto", "xla", "cudnn", "grouped"], "Its implementation.")
-    flags.DEFINE_enum("layers", "loop", ["loop", "scan"], "How the blocks are run.")
-    flags.DEFINE_enum("remat", "none", ["none", "dots", "block"], "What a block keeps for its backward pass.")
-    flags.DEFINE_bool("merged", False, "Add LoRA into the weights first (not for train).")
-    flags.DEFINE_integer(
-        "data", 1, "Devices that split the batch (XLA_FLAGS=--xla_force_host_platform_device_count=8).", 1
-    )
-    flags.DEFINE_integer("fsdp", 1, "Devices that split the batch and hold a part of the parameters each.", 1)
-    flags.DEFINE_integer("tensor", 1, "Devices that split heads and hidden units.", 1)
-    flags.DEFINE_integer("repeats", 5, "Timed calls after one warm-up.", 1)
-    flags.DEFINE_string("reference", None, "A checkout of HKUST-C4G/diffusion-rm to time in turn.")
-    flags.DEFINE_bool("compile-reference", False, "torch.compile its backbone.")
-    flags.DEFINE_bool("profile", False, "Profile one more call and name the costliest operations.")
-    flags.DEFINE_string("scratch", None, "Where load writes its checkpoint, 5.6 GB; the system's temporary directory.")
-    flags.DEFINE_bool("cache", False, "Use the compilation cache.")
-    flags.DEFINE_string("output", None, "Save the result to this JSON file.")
-    app.run(main)
+    run_command(main, BenchmarkOptions, errors=(ValueError, OSError, RuntimeError), interrupted="nothing was written")

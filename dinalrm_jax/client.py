@@ -5,21 +5,25 @@
 says whether a server is ready, and times a score.
 """
 
+from dinalrm_jax.cli.command import answer_help, run_command
+from dinalrm_jax.cli.options import ClientOptions
+
+answer_help(__name__, __doc__, ClientOptions)  # before the imports that take a second
+
 import asyncio
 import dataclasses
 import ipaddress
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
 import numpy as np
-from absl import app, flags, logging
 
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.server import protocol
+from dinalrm_jax.server.config import URL
 from dinalrm_jax.server.protocol import RowShape, read_api_key
 
 RETRIED = (408, 429, 500, 502, 503, 504)
@@ -43,7 +47,7 @@ class ClientConfig:
     rows_per_request: larger batches go in several requests.
     """
 
-    url: str = "http://127.0.0.1:8000"
+    url: str = URL
     api_key: str | None = None
     timeout: float = 120.0
     max_retries: int = 8
@@ -248,32 +252,24 @@ def _join(parts) -> np.ndarray:
     return np.array([score for part in parts for score in part], np.float32)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # httpx tells every request
-    values = flags.FLAGS
-    try:
-        config = ClientConfig(values.url, read_api_key(values["api-key-env"].value))
-        with RewardClient(config) as client:
-            client.wait_until_ready(values.wait)
-            info = client.info()
-            shape, limits = RowShape.parse(info["shapes"][0]), info["limits"]
-            rng = np.random.default_rng(0)
-            latents = rng.standard_normal((1, shape.height, shape.width, limits["channels"]), np.float32)
-            prompt = PromptEmbeds(
-                rng.standard_normal((1, shape.tokens, limits["width"]), np.float32),
-                rng.standard_normal((1, limits["pooled_width"]), np.float32),
-            )
-            seconds = []
-            for _ in range(values.repeat):
-                started = time.perf_counter()
-                score = client.score_latents(latents, prompt)[0]
-                seconds.append(time.perf_counter() - started)
-    except (RewardServerError, ValueError, httpx.InvalidURL) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{values.url} is ready: {info['model']} in {info['dtype']} on {info['device']}")
+def main(options: ClientOptions) -> None:
+    """Times a random row of the server's first shape."""
+    with RewardClient(ClientConfig(options.url, read_api_key(options.api_key_env))) as client:
+        client.wait_until_ready(options.wait)
+        info = client.info()
+        shape, limits = RowShape.parse(info["shapes"][0]), info["limits"]
+        rng = np.random.default_rng(0)
+        latents = rng.standard_normal((1, shape.height, shape.width, limits["channels"]), np.float32)
+        prompt = PromptEmbeds(
+            rng.standard_normal((1, shape.tokens, limits["width"]), np.float32),
+            rng.standard_normal((1, limits["pooled_width"]), np.float32),
+        )
+        seconds = []
+        for _ in range(options.repeat):
+            started = time.perf_counter()
+            score = client.score_latents(latents, prompt)[0]
+            seconds.append(time.perf_counter() - started)
+    print(f"{options.url} is ready: {info['model']} in {info['dtype']} on {info['device']}")
     median = 1000 * np.median(seconds)
     print(
         f"a random row of {shape} scores {score:+.4f}; {median:.1f} ms from request to answer, median of {len(seconds)}"
@@ -281,8 +277,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("url", ClientConfig.url, "The server, without a path.")
-    flags.DEFINE_string("api-key-env", None, "Environment variable with the key that the server wants.")
-    flags.DEFINE_float("wait", 0.0, "Seconds to wait for it to be ready.", 0)
-    flags.DEFINE_integer("repeat", 5, "Scores to time.", 1)
-    app.run(main)
+    run_command(
+        main,
+        ClientOptions,
+        errors=(RewardServerError, ValueError, httpx.InvalidURL, OSError),
+        interrupted="the server goes on",
+    )

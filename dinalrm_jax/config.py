@@ -6,6 +6,7 @@ from typing import Literal
 from dinalrm_jax.data.config import MixedConfig
 from dinalrm_jax.devices.mesh import MeshConfig
 from dinalrm_jax.mapping import ConfigError, refuse_ignored
+from dinalrm_jax.model.backbone.sd3.config import SD3Config
 from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.noise import SigmaConfig
@@ -177,6 +178,11 @@ class TrainConfig:
     profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self):
+        if self.rehearsal is not None and not isinstance(self.model.transformer, SD3Config):
+            raise ConfigError(
+                f"a rehearsal makes an SD3 pipeline, and model.transformer is of family "
+                f"{self.model.transformer.family!r}; leave rehearsal out"
+            )
         if self.rehearsal is not None and (self.scenes is not None or self.data or self.base_model):
             raise ConfigError("a rehearsal makes its own data and base model; leave scenes, data and base_model out")
         if self.generator is not None:

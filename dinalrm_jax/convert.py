@@ -9,10 +9,12 @@ D is a released checkpoint, B a base model in diffusers layout (directories or h
 checkpoint or backbone, WORKDIR that of a training run. An output that exists is never overwritten.
 """
 
-import pathlib
-import sys
+from dinalrm_jax.cli.command import answer_help, run_command
+from dinalrm_jax.cli.options import ConvertOptions
 
-from absl import app, flags, logging
+answer_help(__name__, __doc__, ConvertOptions)  # before the imports that take a second
+
+import pathlib
 
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.execution import ExecutionConfig
@@ -22,13 +24,6 @@ from dinalrm_jax.training.run_weights import open_checkpoint
 from dinalrm_jax.weights import pretrained
 from dinalrm_jax.weights.torch_file import TorchFileError
 from dinalrm_jax.weights.verify import VerificationError, check_torch, verify_against_released
-
-NEEDED = {
-    "released": ("checkpoint", "base-model", "output"),
-    "native": ("checkpoint", "output"),
-    "export": ("checkpoint", "output"),
-    "diffusers": ("base-model", "output"),
-}
 
 
 def convert(
@@ -73,38 +68,23 @@ def convert(
     print(f"wrote {output}")
 
 
-def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    values = flags.FLAGS
-    if len(argv) != 2 or argv[1] not in NEEDED:
-        raise app.UsageError(f"expected one of {', '.join(NEEDED)}, got {argv[1:]}")
-    missing = [name for name in NEEDED[argv[1]] if values[name].value is None]
-    if missing:
-        raise app.UsageError(f"{argv[1]} needs {', '.join('--' + name for name in missing)}")
-    if values.verify and argv[1] != "released":
-        raise app.UsageError("--verify goes with `released`: it compares with the released files")
-    if values.verify and values.dtype != "float32":
-        raise app.UsageError("--verify compares in float32; convert with --dtype float32, bfloat16 rounds the weights")
-    try:
-        convert(
-            argv[1],
-            checkpoint=values.checkpoint,
-            base_model=values["base-model"].value,
-            output=values.output,
-            dtype=values.dtype,
-            verify=values.verify,
-            revision=values.revision,
-        )
-    except (ConfigError, WeightsError, TorchFileError, VerificationError, FileNotFoundError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(options: ConvertOptions) -> None:
+    """The conversion that the options name."""
+    convert(
+        options.direction,
+        checkpoint=options.checkpoint,
+        base_model=options.base_model,
+        output=options.output,
+        dtype=options.dtype,
+        verify=options.verify,
+        revision=options.revision,
+    )
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "Checkpoint, released, native or of a training run: a directory or hub id.")
-    flags.DEFINE_string("base-model", None, "Base model in diffusers layout: a directory or hub id.")
-    flags.DEFINE_string("revision", None, "Commit, tag or branch of what is converted, where that is a hub id.")
-    flags.DEFINE_string("output", None, "Directory to write; must not exist.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Stored dtype of the frozen weights.")
-    flags.DEFINE_bool("verify", False, "Score with PyTorch from the released files too, and compare.")
-    app.run(main)
+    run_command(
+        main,
+        ConvertOptions,
+        errors=(ConfigError, WeightsError, TorchFileError, VerificationError, OSError),
+        interrupted="nothing was written",
+    )

@@ -34,6 +34,11 @@ class Variants:
         """
         raise NotImplementedError
 
+    @classmethod
+    def kinds(cls) -> tuple[type, ...]:
+        """All of them."""
+        raise NotImplementedError
+
     def marks(self) -> dict[str, Any]:
         """What a mapping of this kind has beside its fields."""
         raise NotImplementedError
@@ -51,7 +56,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config")
         ConfigError: an unknown key (the nearest valid one is named), a missing one, or a value of
             the wrong type.
     """
-    cls, values = _kind(cls, values)
+    cls, values = _kind(cls, values, where)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = [key for key in values if key not in fields]
     if unknown:
@@ -82,7 +87,7 @@ def with_defaults(cls: type, values: Mapping[str, Any]) -> "ConfigDict":
     from ml_collections import ConfigDict, config_dict
 
     out = ConfigDict()
-    cls, _ = _kind(cls, values)
+    cls, _ = _kind(cls, values, "config")
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
@@ -122,7 +127,7 @@ def refuse_ignored(config: Any, names: Sequence[str], reason: str) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Raises ConfigError where a field of a dataclass, however it was made, has not the type it is declared with."""
+    """Raises ConfigError where a field of a dataclass is nothing that `from_mapping` would take."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         _convert(hints[field.name], getattr(config, field.name), field.name)
@@ -130,11 +135,13 @@ def check_types(config: Any) -> None:
 
 def keys_below(cls: type) -> set[str]:
     """Every key of a configuration and of those in it, for "did you mean"."""
+    if not dataclasses.is_dataclass(cls):
+        return set().union(*map(keys_below, cls.kinds()))
     found = set()
     for name, hint in typing.get_type_hints(cls).items():
         found.add(name)
         for kind in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(kind):
+            if _is_config(kind):
                 found |= keys_below(kind)
     return found
 
@@ -143,8 +150,13 @@ def _is_config(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Variants))
 
 
-def _kind(cls: type, values: Mapping[str, Any]) -> tuple[type, Mapping[str, Any]]:
-    return (cls, values) if dataclasses.is_dataclass(cls) else cls.variant(values)
+def _kind(cls: type, values: Mapping[str, Any], where: str) -> tuple[type, Mapping[str, Any]]:
+    if dataclasses.is_dataclass(cls):
+        return cls, values
+    try:
+        return cls.variant(values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _plain(value: Any) -> Any:

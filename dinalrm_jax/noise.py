@@ -12,6 +12,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from dinalrm_jax.mapping import ConfigError
 
@@ -24,14 +27,25 @@ class SigmaConfig:
     parameters: tuple[float, ...] = ()
 
 
-def add_noise(latents: jax.Array, sigma: jax.Array, noise: jax.Array) -> jax.Array:
-    """`(1 - sigma) latents + sigma noise`; sigma (B,) or a scalar, the others (B, H, W, C)."""
+def add_noise(
+    latents: Float[ArrayLike, "*b c"], sigma: Float[ArrayLike, "..."], noise: Float[ArrayLike, "*b c"]
+) -> Float[Array, "*b c"]:
+    """`(1 - sigma) latents + sigma noise`; sigma (B,) or a scalar, the others (B, H, W, C).
+
+    Raises:
+        ValueError: shapes that differ, where broadcasting would noise a row with another's.
+    """
     sigma = jnp.asarray(sigma, latents.dtype)
+    if noise.shape != latents.shape or sigma.shape not in ((), latents.shape[:1]):
+        raise ValueError(
+            f"latents {latents.shape} take noise of their own shape and a sigma a row or one for all, got noise "
+            f"{noise.shape} and sigma {sigma.shape}"
+        )
     sigma = sigma.reshape(sigma.shape + (1,) * (latents.ndim - sigma.ndim)) if sigma.ndim else sigma
     return (1 - sigma) * latents + sigma * noise
 
 
-def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def draw_noise(key: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws."""
     if not hasattr(key, "dtype"):
         raise TypeError(f"key must be a random key, got {key!r}; make one of a seed with jax.random.key(seed)")
@@ -79,7 +93,7 @@ class NoiseDraw:
         return np.array([np.frombuffer(digest.digest()[:8], "<u4") for digest in digests], np.uint32)
 
 
-def timestep(sigma: jax.Array) -> jax.Array:
+def timestep(sigma: Float[ArrayLike, "*b"]) -> Float[Array, "*b"]:
     """What the transformer is fed for a level: 1000 sigma, float32."""
     return 1000.0 * jnp.asarray(sigma, jnp.float32)
 
@@ -90,7 +104,17 @@ def schedule_sigmas(shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.
     return shift * t / (1 + (shift - 1) * t)
 
 
-def nearest_schedule_sigma(sigma: jax.Array, shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.Array:
+def sampling_sigmas(steps: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.Array:
+    """FlowMatchEuler's levels for so many sampling steps, from 1 down to 0: (steps + 1,).
+
+    As diffusers has it, evenly spread between the ends of the training table and shifted once more.
+    """
+    table = schedule_sigmas(shift, num_train_timesteps)
+    t = jnp.linspace(table[0], table[-1], steps)
+    return jnp.append(shift * t / (1 + (shift - 1) * t), 0.0)
+
+
+def nearest_schedule_sigma(sigma: ArrayLike, shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.Array:
     """The released code's level: the nearest of `schedule_sigmas`.
 
     It moves a level by less than 1.6e-3 and is not part of the method; it is here to reproduce

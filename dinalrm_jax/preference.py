@@ -10,7 +10,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.scipy.special import log_ndtr
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from dinalrm_jax.mapping import ConfigError, refuse_ignored
 
@@ -51,7 +54,7 @@ class LossConfig:
             raise ConfigError(f"epsilon is {self.epsilon}, but it belongs to the fidelity loss; leave it at 0")
 
 
-def calibrated_variance(sigma: jax.Array, k: float = 2.0, sigma_0: float = 0.1) -> jax.Array:
+def calibrated_variance(sigma: Float[ArrayLike, "*k"], k: float = 2.0, sigma_0: float = 0.1) -> Float[Array, "*k"]:
     """`sigma_u^2 = k sigma^2 + sigma_0^2`, the score's variance at noise level `sigma`.
 
     Paper: k = 2, sigma_0 = 0.1. Released code: k = 2, sigma_0^2 = 0.05.
@@ -59,18 +62,23 @@ def calibrated_variance(sigma: jax.Array, k: float = 2.0, sigma_0: float = 0.1) 
     return k * jnp.square(jnp.asarray(sigma, jnp.float32)) + sigma_0**2
 
 
-def standardized_margin(chosen: jax.Array, rejected: jax.Array, variance: jax.Array, epsilon: float = 0.0) -> jax.Array:
+def standardized_margin(chosen: ArrayLike, rejected: ArrayLike, variance: ArrayLike, epsilon: float = 0.0) -> jax.Array:
     """`z = (r+ - r-) / sqrt(2 sigma_u^2 + epsilon)`, float32; inputs broadcast."""
     difference = jnp.asarray(chosen, jnp.float32) - jnp.asarray(rejected, jnp.float32)
     return difference / jnp.sqrt(2 * jnp.asarray(variance, jnp.float32) + epsilon)
 
 
-def probability(chosen: jax.Array, rejected: jax.Array, variance: jax.Array) -> jax.Array:
+def probability(chosen: ArrayLike, rejected: ArrayLike, variance: ArrayLike) -> jax.Array:
     """Thurstone's probability that `chosen` is preferred, `Phi(z)`."""
     return jax.scipy.special.ndtr(standardized_margin(chosen, rejected, variance))
 
 
-def preferred(chosen: jax.Array, rejected: jax.Array, sigma: jax.Array, config: LossConfig) -> jax.Array:
+def preferred(
+    chosen: Float[ArrayLike, " b"],
+    rejected: Float[ArrayLike, " b"],
+    sigma: Float[ArrayLike, ""] | Float[ArrayLike, " b"],
+    config: LossConfig,
+) -> Float[Array, " b"]:
     """The probability that `chosen` is preferred, by the likelihood that a model was trained with, (B,) float32.
 
     Thurstone's with the configured variance (without the released code's epsilon), or Bradley and Terry's,
@@ -81,14 +89,14 @@ def preferred(chosen: jax.Array, rejected: jax.Array, sigma: jax.Array, config: 
     return probability(chosen, rejected, score_variance(sigma, config))
 
 
-def score_variance(sigma: jax.Array, config: LossConfig) -> jax.Array:
+def score_variance(sigma: Float[ArrayLike, "*k"], config: LossConfig) -> Float[Array, "*k"]:
     """The configured `sigma_u^2` at noise levels `sigma`."""
     if config.variance == "constant":
         return jnp.full(jnp.shape(sigma), config.constant_variance, jnp.float32)
     return calibrated_variance(sigma, config.k, config.sigma_0)
 
 
-def fidelity_loss(z: jax.Array, label: jax.Array | float = 1.0, epsilon: float = 0.0) -> jax.Array:
+def fidelity_loss(z: ArrayLike, label: ArrayLike | float = 1.0, epsilon: float = 0.0) -> jax.Array:
     """FRank's fidelity loss `1 - sqrt(y p) - sqrt((1 - y)(1 - p))` with `p = Phi(z)`.
 
     Args:
@@ -108,17 +116,22 @@ def fidelity_loss(z: jax.Array, label: jax.Array | float = 1.0, epsilon: float =
     return 1 - jnp.sqrt(label) * first - jnp.sqrt(1 - jnp.asarray(label)) * second
 
 
-def nll_loss(z: jax.Array) -> jax.Array:
+def nll_loss(z: Float[ArrayLike, "*b"]) -> Float[Array, "*b"]:
     """`-log Phi(z)`."""
     return -log_ndtr(z)
 
 
-def bradley_terry_loss(chosen: jax.Array, rejected: jax.Array, margin: float = 0.0) -> jax.Array:
+def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike, margin: float = 0.0) -> jax.Array:
     """`-log sigmoid(r+ - r- - margin)`."""
     return jax.nn.softplus(margin - (jnp.asarray(chosen, jnp.float32) - jnp.asarray(rejected, jnp.float32)))
 
 
-def pair_loss(chosen: jax.Array, rejected: jax.Array, sigma: jax.Array, config: LossConfig) -> jax.Array:
+def pair_loss(
+    chosen: Float[ArrayLike, " b"],
+    rejected: Float[ArrayLike, " b"],
+    sigma: Float[ArrayLike, " b"] | Float[ArrayLike, "k b"],
+    config: LossConfig,
+) -> Float[Array, " b"]:
     """The configured loss of each pair.
 
     Args:
@@ -128,7 +141,15 @@ def pair_loss(chosen: jax.Array, rejected: jax.Array, sigma: jax.Array, config: 
 
     Returns:
         (B,) float32.
+
+    Raises:
+        ValueError: shapes that differ, where broadcasting would compare images of other pairs.
     """
+    if not jnp.shape(chosen) == jnp.shape(rejected) == jnp.shape(sigma)[-1:]:
+        raise ValueError(
+            "chosen, rejected and sigma must have one number a pair, got "
+            f"{jnp.shape(chosen)}, {jnp.shape(rejected)} and {jnp.shape(sigma)}"
+        )
     if config.name == "bradley_terry":
         return bradley_terry_loss(chosen, rejected, config.margin)
     variance = score_variance(sigma, config)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinalrm_jax.data.images import ImageSource, read_rgb
 from dinalrm_jax.encoders.load import ImageCodec, load_image_codec, load_prompt_encoder
-from dinalrm_jax.evaluation.scoring import score_images
+from dinalrm_jax.evaluation.scoring import ranks, score_images
 from dinalrm_jax.model import lora
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import RewardModelConfig
@@ -330,16 +330,6 @@ class RewardModel:
 # Encoders are several times the size of the model, so there is one of each, shared by the models that use it.
 _prompt_encoder = functools.lru_cache(maxsize=1)(load_prompt_encoder)
 _image_codec = functools.lru_cache(maxsize=1)(load_image_codec)
-
-
-def normalize(raw):
-    """The score as the published model's users show it: `(raw + 10) / 10`; of a number, an array or a list."""
-    return ((np.asarray(raw) if isinstance(raw, (list, tuple)) else raw) + 10) / 10
-
-
-def ranks(scores: Sequence[float]) -> list[int]:
-    """1 for the highest score; equal scores share the better rank."""
-    return [1 + int(np.sum(np.asarray(scores) > score)) for score in scores]
 
 
 def _check_prompt(prompt: PromptEmbeds) -> None:

@@ -4,12 +4,19 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 
-def euler(velocity: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, sigmas: jax.Array) -> jax.Array:
+def euler(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    noise: Float[ArrayLike, "b h w c"],
+    sigmas: Float[ArrayLike, " levels"],
+) -> Float[Array, "b h w c"]:
     """Euler's method along a table of noise levels, `x <- x + (sigma' - sigma) v(x, sigma)`, in float32.
 
-    It is diffusers' FlowMatchEuler without its schedule: SD3.5's levels are `noise.schedule_sigmas`, followed by 0.
+    It is diffusers' FlowMatchEuler without its schedule: SD3.5's levels are `noise.sampling_sigmas`.
 
     Args:
         velocity: of latents (B, H, W, C) and their levels (B,): `eps - x0`.

@@ -22,9 +22,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_default_matmul_precision", "highest")
 
+import jaxtyping  # noqa: E402
+
+# The annotated axes are checked, here and only here: jaxtyping's of every array, in every function of these modules.
+HOOK = jaxtyping.install_import_hook(
+    [
+        f"dinalrm_jax.{name}"
+        for name in ("noise", "preference", "sampling", "model.reward", "model.head", "model.backbone.attention",
+                     "model.backbone.mmdit", "model.backbone.sd3.transformer")
+    ],
+    "beartype.beartype",
+)  # fmt: skip
+
 import dinalrm_jax as dina  # noqa: E402
 from dinalrm_jax.model.backbone.sd3.config import SD3Config  # noqa: E402
-from dinalrm_jax.model.config import EncodersConfig, LoRAConfig, RewardModelConfig  # noqa: E402
+from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig  # noqa: E402
+from dinalrm_jax.model.encoding import EncodersConfig  # noqa: E402
 from dinalrm_jax.model.parameters import Params  # noqa: E402
 from dinalrm_jax.scenes import rehearsal  # noqa: E402
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.sources.datasets import preprocess
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from tests.conftest import ROOT
 from tests.data.test_preparation import same_files
 

@@ -2,14 +2,16 @@ import hashlib
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
-from dinalrm_jax import noise
+from dinalrm_jax import noise, preference
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.noise import NoiseDraw, SigmaConfig
+from dinalrm_jax.preference import LossConfig
 
 DRAWS = 20_000
 
@@ -98,3 +100,19 @@ def test_seeds_have_sixty_four_bits():
     np.testing.assert_array_equal(noise.seed_key(7), jax.random.key_data(jax.random.key(7)))
     with pytest.raises(ValueError, match="a seed is an integer of 64 bits, got 9223372036854775808"):
         noise.seed_key(2**63)
+
+
+def test_axes_are_checked_in_tests():
+    """The import hook of tests/conftest.py is alive."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="rejected"):
+        preference.pair_loss(np.zeros(3, np.float32), np.zeros(4, np.float32), np.zeros(3, np.float32), LossConfig())
+    with pytest.raises(jaxtyping.TypeCheckError, match="noise"):
+        noise.add_noise(np.zeros((2, 4, 4, 3), np.float32), 0.5, np.zeros((2, 4, 4, 2), np.float32))
+
+
+def test_shapes_that_would_broadcast_are_refused_without_the_hook_too():
+    loss, noised = preference.pair_loss.__wrapped__, noise.add_noise.__wrapped__
+    with pytest.raises(ValueError, match=r"one number a pair, got \(3,\), \(1,\) and \(3,\)"):
+        loss(np.zeros(3, np.float32), np.zeros(1, np.float32), np.zeros(3, np.float32), LossConfig())
+    with pytest.raises(ValueError, match="noise of their own shape and a sigma a row"):
+        noised(np.zeros((2, 4, 4, 3), np.float32), np.zeros(1, np.float32), np.zeros((2, 4, 4, 3), np.float32))

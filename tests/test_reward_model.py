@@ -216,7 +216,7 @@ def test_scan_and_remat_do_what_they_say():
     for layers, remat in (("loop", "none"), ("loop", "block"), ("scan", "none"), ("scan", "block")):
         module = reward_functional(config, ExecutionConfig(layers=layers, remat=remat))
         gradient = jax.grad(lambda x, params, *rest, module=module: module.bind(params)(x, *rest).sum())
-        traced = jax.jit(gradient).trace(latents, module.shapes, prompt, jnp.zeros(1), eps)
+        traced = jax.jit(gradient).trace(latents, module.shapes, prompt, jnp.zeros(len(latents)), eps)
         compiled = traced.lower().compile()
         scans[layers, remat] = len(re.findall(r"= scan\[", str(traced.jaxpr)))
         flops[layers, remat] = compiled.cost_analysis()["flops"]

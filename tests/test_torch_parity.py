@@ -5,6 +5,7 @@ Scores, ensembles and all trainable gradients, for geometries that the golden mo
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ def both(request, tmp_path_factory):
     model.export_released(directory / "released")
     again = dina.RewardModel.from_pretrained(directory / "released", directory / "base", dtype="float32")
     assert again.config == config
-    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+    chex.assert_trees_all_equal(again.params, params)
     return model, ReleasedInTorch(str(directory / "released"), str(directory / "base"), config)
 
 

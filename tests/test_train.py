@@ -123,6 +123,7 @@ def test_the_saved_model_scores_what_the_report_says(finished):
     last = dina.RewardModel.from_pretrained(workdir / "reward" / "checkpoints" / "150", dtype="float32")
     for name, array in model.params.items():
         np.testing.assert_array_equal(array, last.params[name], err_msg=name)
+    assert model.image_sizes == last.image_sizes == ((tiny_run.get_config().scenes.image_size,) * 2,)
     saved = ocp.PyTreeCheckpointer().restore(workdir / "reward" / "checkpoints" / "150" / "state")
     name = "head.ff.0.weight"
     np.testing.assert_array_equal(model.params[name], saved["ema"][name])

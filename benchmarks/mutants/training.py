@@ -70,7 +70,7 @@ MUTANTS = [
            f"{OF_RUNS} -k longer"),
     Mutant("init_from is not read", TRAIN, "first = draw(module, config.seed) if setup.start is None else setup.start",
            "first = draw(module, config.seed)", f"{OF_RUNS} -k goes_on"),
-    Mutant("two processes train in one workdir", TRAIN,
+    Mutant("two processes train in one workdir", "dinalrm_jax/training/setup.py",
            "return lock(workdir) if processes.is_first() else contextlib.nullcontext()",
            "return contextlib.nullcontext()", f"{OF_RUNS} -k two_processes"),
     Mutant("a workdir accepts another dtype", WORKDIR, "execution\\.(attention|layers|remat)", "execution\\..*",

@@ -6,7 +6,7 @@ from typing import Literal
 from dinalrm_jax.data.buckets import BUCKETS, bucket_name, parse_bucket
 from dinalrm_jax.data.names import Dataset
 from dinalrm_jax.mapping import ConfigError
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -321,3 +321,25 @@ def _embedded(prompts: Sequence[str], encoder: PromptEncoder, batch_size: int, b
         for row, prompt in enumerate(batch):
             yield PromptRecord(prompt, embeds.prompt_embeds[row], embeds.pooled_prompt_embeds[row])
         bar.update(len(batch))
+
+
+def report(manifest: dict) -> str:
+    """What was written and what was left out, as lines for people."""
+    lines = []
+    for split, by_bucket in sorted(manifest["pairs"].items()):
+        sizes = ", ".join(f"{bucket}: {count}" for bucket, count in by_bucket.items())
+        lines.append(f"{sum(by_bucket.values()):>9} {split} pairs ({sizes})")
+    images, error = manifest["images"], manifest["images"]["float16_error"]
+    stored = f"float16 changes latents by {error['largest']:.1e} at most, {error['root_mean_square']:.1e} rms"
+    lines.append(f"{images['count']:>9} images ({stored})")
+    lines.append(f"{manifest['prompts']:>9} prompts")
+    notes = {name: count for name, count in manifest["left_out"].items() if name.startswith("note: ")}
+    left_out = {name: count for name, count in manifest["left_out"].items() if name not in notes and count}
+    lines.append("left out:" if left_out else "nothing was left out")
+    for name, count in left_out.items():
+        examples = manifest["examples"].get(name.removeprefix("image "), [])
+        lines.append(f"{count:>9} {name}" + (f" ({', '.join(examples)}{', ...' * (count > 3)})" if examples else ""))
+    if notes:
+        lines.append("of note, and kept:")
+        lines += [f"{count:>9} {name.removeprefix('note: ')}" for name, count in notes.items()]
+    return "\n".join(lines)

@@ -22,7 +22,7 @@ import numpy as np
 
 from dinalrm_jax.disk import publish, whole_directory
 from dinalrm_jax.mapping import from_mapping, to_mapping
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 
 FORMAT = "dinalrm_jax/records/2"
 

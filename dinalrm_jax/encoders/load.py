@@ -27,7 +27,7 @@ from dinalrm_jax.encoders.pipeline import (
 from dinalrm_jax.encoders.prompt import SD3PromptEncoder
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 
 PRECISION = "highest"  # of the VAE's products: by default TPUs and GPUs round what they multiply
 PromptEncoder = Callable[[Sequence[str]], PromptEmbeds]

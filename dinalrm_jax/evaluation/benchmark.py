@@ -25,7 +25,7 @@ from dinalrm_jax.devices.mesh import MeshConfig, make_mesh, row_devices
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.evaluation.accuracy import PairCounts, count_pairs
 from dinalrm_jax.evaluation.pairs import PairScorer
-from dinalrm_jax.evaluation.scoring import ImageModel, Level, check_finite, score_images
+from dinalrm_jax.evaluation.scoring import ImageModel, Level, score_images
 from dinalrm_jax.model.parameters import Params, split
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.noise import NoiseDraw
@@ -117,7 +117,9 @@ def evaluate_records(
     """
     mesh = make_mesh(MeshConfig())
     module, devices = reward_functional(model.config, model.execution), row_devices(mesh)
-    params = _on_mesh(model, module.shardings(mesh))
+    if not len(draws):
+        raise ValueError("at least one noise draw is needed to score with")
+    params = dict(model.params) if mesh.size == 1 else _on_mesh(model, module.shardings(mesh))
     scorer = PairScorer(module, records, split_name, mesh, batch_size=devices * math.ceil(batch_size / devices))
     scorer.compile(params, levels)
     total = scorer.row_count() * len(levels) * len(draws)
@@ -125,7 +127,6 @@ def evaluate_records(
         found = [scorer.run(params, levels, draw, bar.update) for draw in draws]
     # (pairs, images of a pair, levels, draws)
     scores = np.stack([np.stack([one.chosen, one.rejected]) for one in found], axis=-1).transpose(2, 0, 1, 3)
-    check_finite(scores)
     rankings = [Ranking(str(pair.prompt), (str(pair.chosen), str(pair.rejected)), (1, 2)) for pair in scorer.pairs]
     name = f"{records.directory} {split_name}"
     return Evaluation(name, tuple(levels), tuple(draws), rankings, list(scores), {}, model.likelihood, model.digest)

@@ -13,11 +13,11 @@ from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import compile_if_it_fits, fits_beside
 from dinalrm_jax.devices.mesh import row_devices
 from dinalrm_jax.devices.sharding import WHOLE, local_rows, put_rows
-from dinalrm_jax.evaluation.scoring import Level, level_name
+from dinalrm_jax.evaluation.scoring import Level, check_finite, level_name
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.parameters import Functional, Params
-from dinalrm_jax.model.reward import RewardModule
+from dinalrm_jax.model.reward import RewardModule, check_levels
 from dinalrm_jax.noise import NoiseDraw, draw_noise
 
 
@@ -112,7 +112,12 @@ class PairScorer:
 
         Raises:
             ConfigError: not even one row a device fits.
+            ValueError: a level outside [0, 1], or none.
         """
+        if not levels:
+            raise ValueError("at least one noise level is needed to score at")
+        for level in levels:
+            check_levels(level)
         for bucket in np.unique(self._bucket):
             for level in levels:
                 key = self._key(bucket, level)
@@ -133,6 +138,9 @@ class PairScorer:
             levels: single levels and tuples (ensembles).
             draw: of the noise; by the images' names in the records.
             progress: called with the number of rows after every batch.
+
+        Raises:
+            ValueError: a score that is not finite.
         """
         scores = np.stack([self._score_rows(params, level, draw, progress) for level in levels])
         return PairScores(
@@ -165,11 +173,11 @@ class PairScorer:
             what = f"evaluation at {level_name(level)} of {size} latents {inputs[0].shape[1:]}"
             if size == devices:
                 raise ConfigError(
-                    f"{what} does not fit the devices' memory beside the training state, and is one row a device "
-                    "already; split the parameters (mesh.fsdp), or evaluate smaller images"
+                    f"{what} does not fit the devices' memory beside what they hold, and is one row a device "
+                    "already; evaluate smaller images, or, in training, split the parameters (mesh.fsdp)"
                 )
             size = devices * (size // devices // 2)
-            processes.say(f"{what} does not fit beside the training state; trying {size}")
+            processes.say(f"{what} does not fit beside what the devices hold; trying {size}")
 
     def _score_rows(self, params: Params, level: Level, draw: NoiseDraw, progress) -> np.ndarray:
         scores = np.empty(len(self._rows), np.float32)
@@ -182,6 +190,7 @@ class PairScorer:
                 with jax.set_mesh(self._mesh):
                     scored = program(params, *inputs)
                 scores[rows] = np.asarray(scored)[: len(rows)]
+                check_finite(scores[rows])
                 progress(len(rows))
         return scores
 
@@ -200,7 +209,7 @@ class PairScorer:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOut:
+class HeldOutPairs:
     """What a reward stage is judged by while it trains.
 
     Attributes:

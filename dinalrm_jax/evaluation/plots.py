@@ -6,6 +6,7 @@ Figures are matplotlib's own objects, which need no display and no pyplot.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,7 @@ def plot_accuracy_by_sigma(path: pathlib.Path, title: str, curves: Sequence[Accu
     figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
     lowest = 50.0
-    for curve, color in zip(curves, (INK, WORSE, BETTER, ENSEMBLE)):
+    for curve, color in zip(curves, itertools.cycle((INK, WORSE, BETTER, ENSEMBLE, "#8a5aa0", "#a07d2c"))):
         sigmas = sorted(curve.singles)
         axes.plot(
             sigmas, [curve.singles[sigma] for sigma in sigmas], "o-", color=color, label=curve.label, markersize=4

@@ -37,6 +37,16 @@ def level_name(level: Level) -> str:
     return "ensemble " + " ".join(f"{sigma:g}" for sigma in level) if isinstance(level, tuple) else f"{level:g}"
 
 
+def normalize(raw):
+    """The score as the published model's users show it: `(raw + 10) / 10`; of a number, an array or a list."""
+    return ((np.asarray(raw) if isinstance(raw, (list, tuple)) else raw) + 10) / 10
+
+
+def ranks(scores: Sequence[float]) -> list[int]:
+    """1 for the highest score; equal scores share the better rank."""
+    return [1 + int(np.sum(np.asarray(scores) > score)) for score in scores]
+
+
 class ImageModel(Protocol):
     """What scores images: `RewardModel`, as far as it is needed here."""
 

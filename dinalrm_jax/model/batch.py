@@ -1,13 +1,16 @@
 """What flows between the stages: frozen pytree dataclasses that validate themselves.
 
-Axes: B rows, H x W latent height and width, C latent channels, T text tokens, D embedding width.
-Arrays are channels last.
+Arrays are channels last. The axes of annotations, here and everywhere (`Float[Array, "b h w c"]`, by jaxtyping, which
+the tests check): b rows, k noise levels, n image tokens, t text tokens, d width of a token, h and w sides of a latent,
+c its channels, p width of a pooled prompt, q queries, heads and e of an attention. In prose: B, H x W, C, T, D.
 """
 
 import dataclasses
 
 import jax
 import jax.export
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 
 def _pytree(cls):
@@ -23,8 +26,8 @@ class PromptEmbeds:
         pooled_prompt_embeds: (B, P) pooled embeddings (SD3.5: CLIP-L, then CLIP-G; P = 2048).
     """
 
-    prompt_embeds: jax.Array
-    pooled_prompt_embeds: jax.Array
+    prompt_embeds: Float[ArrayLike, "b t d"]
+    pooled_prompt_embeds: Float[ArrayLike, "b p"]
 
     def __getitem__(self, rows) -> "PromptEmbeds":
         return jax.tree.map(lambda array: array[rows], self)
@@ -61,6 +64,6 @@ class PreferenceBatch:
         prompt: the B prompts.
     """
 
-    chosen: jax.Array
-    rejected: jax.Array
+    chosen: Float[ArrayLike, "b h w c"]
+    rejected: Float[ArrayLike, "b h w c"]
     prompt: PromptEmbeds

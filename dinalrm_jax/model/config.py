@@ -1,29 +1,13 @@
 """What a reward model is: backbone, taps, adapters, head and the encoders that its inputs come from."""
 
 import dataclasses
-from typing import Literal
 
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.backbone.family import BackboneConfig
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.head import HeadConfig
 from dinalrm_jax.model.lora import LoRAConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodersConfig:
-    """What makes a model's latents and prompt embeddings (`dinalrm_jax.encoders`).
-
-    kind: "sd3" for the VAE and text encoders of an SD3 pipeline, "tiny" for the built-in formulas.
-    text_length: T5 tokens (DiNa-LRM: 128; diffusers' own default is 256); words for "tiny".
-    """
-
-    kind: Literal["sd3", "tiny"] = "sd3"
-    text_length: int = 128
-
-    def __post_init__(self):
-        if self.text_length < 1:
-            raise ConfigError(f"text_length must be at least 1, got {self.text_length}")
 
 
 @dataclasses.dataclass(frozen=True)

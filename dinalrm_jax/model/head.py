@@ -8,7 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from dinalrm_jax.devices.sharding import WHOLE, Rules
 from dinalrm_jax.mapping import ConfigError
@@ -72,7 +74,7 @@ class FiLMAdapter(nnx.Module):
         self.cond_mlp = MLP(token_dim, 2 * width, 2 * width, rngs=rngs, zero_init_last=True)
         self.proj = Linear(width, out_dim, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, temb: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Float[Array, "b n d"], temb: Float[Array, "b d"]) -> Float[Array, "b n e"]:
         """(B, N, token_dim), (B, token_dim) -> (B, N, out_dim)."""
         hidden = tokens if self.proj_in is None else self.proj_in(tokens)
         style = self.cond_mlp[2](jax.nn.silu(self.cond_mlp[0](temb)))
@@ -102,7 +104,12 @@ class CrossAttention(nnx.Module):
             self.gate_text = MLP(width, width, 1, rngs=rngs, zero_init_last=True) if use_gates else None
         self.to_out = nnx.List([Linear(width, width, rngs=rngs)])
 
-    def __call__(self, queries: jax.Array, image: jax.Array, text: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        queries: Float[Array, "b q d"],
+        image: Float[Array, "b n d"],
+        text: Float[Array, "b t d"] | None = None,
+    ) -> Float[Array, "b q d"]:
         """(B, Q, C), (B, Nv, C), (B, Nt, C) -> (B, Q, C), residual included."""
         query = self.to_q(self.norm_q(queries))
         image = self.norm_v(image)
@@ -169,7 +176,7 @@ class RewardHead(nnx.Module):
         return self.agg_visual(image), self.agg_text(_adapt(self.layer_adapters_text, features.text, features.temb))
 
     @jax.default_matmul_precision("highest")
-    def score(self, image: jax.Array, text: jax.Array | None) -> jax.Array:
+    def score(self, image: Float[Array, "b n d"], text: Float[Array, "b t d"] | None) -> Float[Array, " b"]:
         """(B, Nv, C), (B, Nt, C) -> (B,) float32, its float32 products exact on GPUs and TPUs too.
 
         For an ensemble of K levels the tokens of all levels stand one after another, K Nv and K Nt

@@ -84,7 +84,7 @@ def functional(build: Callable[[nnx.Rngs], M], rules: Rules = ()) -> Functional[
     return Functional(build, graphdef, tuple(nnx.to_flat_state(state)), rules)
 
 
-class _OneKey:
+class _OneKey(nnx.Rngs):
     """Stands in for `nnx.Rngs` where only shapes matter: its counters, traced, take seconds at full size."""
 
     def __init__(self):

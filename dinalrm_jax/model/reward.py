@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from dinalrm_jax.devices.sharding import WHOLE, Rules, under
 from dinalrm_jax.model.backbone.family import Features, family_of
@@ -36,7 +39,13 @@ class RewardModule(nnx.Module):
             self.eta3 = nnx.Param(jnp.zeros(()))
             self.eta4 = nnx.Param(jnp.full((), 0.15))
 
-    def __call__(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        latents: Float[ArrayLike, "b h w c"],
+        prompt: PromptEmbeds,
+        sigma: Float[ArrayLike, " b"],
+        eps: Float[ArrayLike, "b h w c"],
+    ) -> Float[Array, " b"]:
         """One noise level a row.
 
         Args:
@@ -50,7 +59,13 @@ class RewardModule(nnx.Module):
         """
         return self._squash(self.head.score(*self._tokens(latents, prompt, sigma, eps)))
 
-    def ensemble(self, latents: jax.Array, prompt: PromptEmbeds, sigmas: jax.Array, eps: jax.Array) -> jax.Array:
+    def ensemble(
+        self,
+        latents: Float[ArrayLike, "b h w c"],
+        prompt: PromptEmbeds,
+        sigmas: Float[ArrayLike, " k"] | Float[ArrayLike, "k b"],
+        eps: Float[ArrayLike, "b h w c"],
+    ) -> Float[Array, " b"]:
         """The token-level ensemble: the levels' tokens one after another, attended to once.
 
         All levels run as one vmapped pass; what does not depend on the level (the context
@@ -67,13 +82,19 @@ class RewardModule(nnx.Module):
         image, text = jax.vmap(lambda sigma: self._tokens(latents, prompt, sigma, eps))(sigmas)
         return self._squash(self.head.score(_join_levels(image), None if text is None else _join_levels(text)))
 
-    def score(self, latents: jax.Array, prompt: PromptEmbeds, levels: jax.Array, eps: jax.Array) -> jax.Array:
+    def score(
+        self,
+        latents: Float[ArrayLike, "b h w c"],
+        prompt: PromptEmbeds,
+        levels: Float[ArrayLike, ""] | Float[ArrayLike, " k"],
+        eps: Float[ArrayLike, "b h w c"],
+    ) -> Float[Array, " b"]:
         """A single level for all rows where `levels` is (), the ensemble where it is (K,)."""
         if levels.ndim == 0:
             return self(latents, prompt, jnp.broadcast_to(levels, latents.shape[0]), eps)
         return self.ensemble(latents, prompt, levels, eps)
 
-    def features(self, latents: jax.Array, prompt: PromptEmbeds, sigma: jax.Array, eps: jax.Array) -> Features:
+    def features(self, latents: ArrayLike, prompt: PromptEmbeds, sigma: ArrayLike, eps: ArrayLike) -> Features:
         """What the head sees of the noised latents; arguments as for a single level."""
         noisy = add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
         config = self.config

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from dinalrm_jax.data import records
 from dinalrm_jax.encoders import tiny
 from dinalrm_jax.mapping import ConfigError, to_mapping
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.scenes import draw
 from dinalrm_jax.scenes.config import ScenesConfig
 

@@ -24,12 +24,12 @@ from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server import protocol
 from dinalrm_jax.server.batcher import DEAD, READY, Batcher
 from dinalrm_jax.server.bodies import Bodies, Hold, is_small
-from dinalrm_jax.server.config import MAX_ROWS, ServerConfig, warmup_shapes
+from dinalrm_jax.server.config import MAX_ROWS, ServerConfig
 from dinalrm_jax.server.connections import Connections, raise_open_files_limit
 from dinalrm_jax.server.engine import Engine, Row
 from dinalrm_jax.server.metrics import Metrics
 from dinalrm_jax.server.protocol import Limits, RequestError, ScoreRequest, printable
-from dinalrm_jax.server.shapes import MAX_NEW_SHAPES
+from dinalrm_jax.server.shapes import MAX_NEW_SHAPES, warmup_shapes
 from dinalrm_jax.weights.pretrained import PretrainedModel
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,35 @@
-"""Shapes that a server did not compile at its start: compiled when they first come, beside the work."""
+"""The shapes that a server compiles: at its start, or when they first come, beside the work."""
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable
 
-from dinalrm_jax.server.protocol import RequestError, RowShape
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.server.config import ServerConfig
+from dinalrm_jax.server.protocol import Limits, RequestError, RowShape
+from dinalrm_jax.weights.pretrained import PretrainedModel
 
 MAX_NEW_SHAPES = 16  # a server compiles, whatever comes of them; each costs memory for good
 MAX_PENDING = 2  # at a time; a compilation takes minutes and all cores
+
+
+def warmup_shapes(config: ServerConfig, model: RewardModel | PretrainedModel, limits: Limits) -> list[RowShape]:
+    """What is compiled at start; where nothing is said, 512 x 512 pixels, and 77 CLIP and 256 T5 tokens as the
+    recipe has.
+
+    Raises:
+        ConfigError: a shape that this model cannot have.
+    """
+    shapes = [RowShape.parse(text) for text in config.warmup]
+    for shape in shapes:
+        if problems := limits.problems(*dataclasses.astuple(shape)):
+            raise ConfigError(f"--warmup {shape}: {'; '.join(problems)}")
+    if shapes:
+        return shapes
+    side, encoders = min(64, limits.max_side), model.config.encoders
+    return [RowShape(side, side, encoders.text_length if encoders.kind == "tiny" else 77 + 256)]
 
 
 class NewShapes:

@@ -3,7 +3,7 @@
     python dinalrm_jax/timing/reference.py PATH '{"mode": "score", "resolution": 256, ...}' [--compile]
 
 PATH is a checkout of HKUST-C4G/diffusion-rm, which is run as it is, with random weights; the second argument holds
-the fields of `dinalrm_jax.timing.work.Setting`. The encoders are those that its pipelines use, of transformers and
+the fields of `dinalrm_jax.timing.setting.Setting`. The encoders are those that its pipelines use, of transformers and
 diffusers. Prints a line of JSON when it is ready, and one with the seconds and the peak memory after each line on
 standard input. Needs torch, diffusers, peft and what that code imports, and imports nothing of ours, whose memory
 would count as its own.

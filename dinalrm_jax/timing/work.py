@@ -29,13 +29,10 @@ from dinalrm_jax.model.reward import is_trainable, reward_functional, stored_sha
 from dinalrm_jax.noise import SigmaConfig
 from dinalrm_jax.preference import LossConfig
 from dinalrm_jax.reward_model import RewardModel
+from dinalrm_jax.timing.setting import PASSES, Setting
 from dinalrm_jax.training.objectives import reward_objective
 from dinalrm_jax.training.step import assemble
 
-# How often the blocks' forward FLOPs are done for one image or pair: a backward pass takes as many as a forward.
-PASSES = {"score": 1, "ensemble": 3, "gradient": 2, "train": 4}
-MODES = (*PASSES, "text", "image", "load")
-MODEL_OPTIONS = ("attention", "layers", "remat", "merged", "data", "fsdp", "tensor")
 SIGMA, ENSEMBLE = 0.4, (0.2, 0.5, 0.7)
 # SD3.5's text encoders beside T5-XXL: CLIP ViT-L/14 and ViT-bigG/14.
 CLIP_L = CLIPTextConfig(
@@ -51,59 +48,10 @@ CLIP_G = CLIPTextConfig(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is timed.
-
-    Attributes:
-        mode: score, ensemble: scores of images; gradient: that of their summed score in the latents; train: one
-            optimizer step on pairs, both images in one batch, LoRA and head; text: prompts to embeddings; image:
-            pixels to latents; load: a checkpoint from disk (`timing.loading`).
-        resolution: image side in pixels.
-        batch: images, for train pairs, for text prompts.
-        tokens: of a prompt, 77 of CLIP and the rest T5's.
-        blocks: of the backbone.
-        dtype, attention, layers, remat: see `ExecutionConfig`.
-        merged: add LoRA into the weights first; not for train.
-        data, fsdp, tensor: the mesh.
-    """
-
-    mode: str = "score"
-    resolution: int = 256
-    batch: int = 1
-    tokens: int = 205
-    blocks: int = 12
-    dtype: str = "float32"
-    attention: str = "auto"
-    layers: str = "loop"
-    remat: str = "none"
-    merged: bool = False
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self):
-        if self.mode not in PASSES:
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            ignored = [name for name in MODEL_OPTIONS if getattr(self, name) != defaults[name]]
-            if ignored:
-                raise ConfigError(f"mode {self.mode} does not take {', '.join(ignored)}, of the reward model")
-        if self.resolution % 16:
-            raise ConfigError(f"resolution must be a multiple of 16 pixels, got {self.resolution}")
-        if self.mode == "text" and self.tokens <= CLIP_TOKENS:
-            raise ConfigError(f"text tokens are {CLIP_TOKENS} of CLIP and T5's, got {self.tokens} in all")
-        if self.merged and self.mode == "train":
-            raise ConfigError("merged: LoRA is what train trains")
-
-    @property
-    def execution(self) -> ExecutionConfig:
-        return ExecutionConfig(self.dtype, self.attention, self.layers, self.remat)
-
-    @property
-    def model(self) -> RewardModelConfig:
-        """SD3.5-Medium's width, with the released taps as far as the blocks go."""
-        taps = tuple(range(4, self.blocks + 1, 4)) or (self.blocks,)
-        return RewardModelConfig(num_blocks=self.blocks, visual_taps=taps, text_taps=taps)
+def model_of(setting: Setting) -> RewardModelConfig:
+    """SD3.5-Medium's width, with the released taps as far as the blocks go."""
+    taps = tuple(range(4, setting.blocks + 1, 4)) or (setting.blocks,)
+    return RewardModelConfig(num_blocks=setting.blocks, visual_taps=taps, text_taps=taps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +96,7 @@ def make_work(setting: Setting, config: RewardModelConfig | None = None) -> Work
         return _text(setting)
     if setting.mode == "image":
         return _image(setting)
-    config = config or setting.model
+    config = config or model_of(setting)
     mesh = make_mesh(MeshConfig(setting.data, setting.fsdp, setting.tensor))
     check_batch_size("batch", setting.batch, 1, mesh)
     rng = np.random.default_rng(1)
@@ -201,6 +149,8 @@ def _train(setting: Setting, config: RewardModelConfig, mesh: Mesh, latents, pro
 
 def _text(setting: Setting) -> Work:
     """All three encoders on random ids."""
+    if setting.tokens <= CLIP_TOKENS:
+        raise ConfigError(f"text tokens are {CLIP_TOKENS} of CLIP and T5's, got {setting.tokens} in all")
     modules = {
         "clip_l": functional(lambda rngs: CLIPTextModel(CLIP_L, rngs=rngs)),
         "clip_g": functional(lambda rngs: CLIPTextModel(CLIP_G, rngs=rngs)),

@@ -50,7 +50,7 @@ def fit(
     stream: Stream[B],
     *,
     workdir: pathlib.Path,
-    log: Callable[[str], MetricsLog],
+    open_log: Callable[[str], MetricsLog],
     held_out: HeldOut | None = None,
     plain: Objective[B] | None = None,
     profile: ProfileConfig = ProfileConfig(),
@@ -63,7 +63,7 @@ def fit(
         assembled: the step, with the state to begin with.
         stream: the batches.
         workdir: of the run.
-        log: opens the log of a stage.
+        open_log: opens the log of a stage.
         held_out: evaluates; the state with the highest headline is kept too.
         plain: see `compile_ahead`.
         profile: which steps are recorded.
@@ -91,7 +91,7 @@ def fit(
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save that was started is finished
         contextlib.closing(best) if best else contextlib.nullcontext(),
-        contextlib.closing(log(name)) as log,
+        contextlib.closing(open_log(name)) as log,
         contextlib.closing(ProfileWindow(workdir / "profile", profile)) as window,
         StopSignals() as stop,
     ):

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 
 from dinalrm_jax.config import SweepConfig, TrainConfig
@@ -83,13 +82,15 @@ def _open_training(directory: pathlib.Path, base_model, execution: ExecutionConf
     base_model = base_model or base_model_of(config, workdir)
     if backbone is not None:
         shared = share(backbone, config.model, execution)
-        return PretrainedModel(config.model, execution, base_model, trained, shared, config.loss)
+        return PretrainedModel(config.model, execution, base_model, trained, shared, config.loss, claim.image_sizes)
     arrays = {**frozen_arrays(config, workdir, claim.inputs), **trained}
-    return PretrainedModel(config.model, execution, base_model, arrays, {}, config.loss)
+    return PretrainedModel(config.model, execution, base_model, arrays, {}, config.loss, claim.image_sizes)
 
 
 def _trained(directory: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """The averaged parameters of a checkpoint, or where no average was taken, the parameters; optimizer unread."""
+    import orbax.checkpoint as ocp  # here, as it takes long to import and most models come from elsewhere
+
     checkpointer = ocp.PyTreeCheckpointer()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # orbax misses a file that a checkpoint of several parts does not have

@@ -1,5 +1,6 @@
 """What a run stands on: records, mesh, base model, checked and claimed before anything is computed."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping
@@ -8,12 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dinalrm_jax.config import TrainConfig
+from dinalrm_jax.data.buckets import Size
 from dinalrm_jax.data.loader import Schedule
 from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.data.sources.datasets import preprocess
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.mesh import make_mesh
+from dinalrm_jax.disk import lock
 from dinalrm_jax.mapping import to_mapping
 from dinalrm_jax.scenes import rehearsal
 from dinalrm_jax.scenes.config import RehearsalConfig
@@ -38,6 +41,7 @@ class Setup:
         start: the model's arrays that `config.init_from` names; None: it names none.
         inputs: fingerprints of what is read.
         run: the workdir's own name.
+        image_sizes: (height, width) in pixels of the images trained on.
     """
 
     config: TrainConfig
@@ -48,14 +52,7 @@ class Setup:
     start: Mapping[str, np.ndarray] | None
     inputs: Mapping[str, str]
     run: str
-
-    @property
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) in pixels of the images trained on."""
-        pairs, unit = self.records.pairs("train"), self.config.model.transformer.latents.downsampling
-        firsts = [pairs[rows.start] for rows in self.records.buckets("train").values()]
-        shapes = [self.records.images[pair.chosen].latents.shape for pair in firsts]
-        return sorted({(unit * height, unit * width) for height, width, _ in shapes})
+    image_sizes: tuple[Size, ...]
 
     def log(self, stage: str) -> MetricsLog:
         """The log of a stage."""
@@ -83,8 +80,22 @@ def set_up(given: TrainConfig, workdir: pathlib.Path) -> Setup:
         inputs["base_model"] = fingerprint(open_base(config.base_model, config))
     if start is not None:
         inputs["init_from"] = fingerprint(start)
-    run = claim_workdir(workdir, given, inputs)
-    return Setup(config, workdir, mesh, records, base_model, start, inputs, run)
+    sizes = trained_sizes(records, config)
+    run = claim_workdir(workdir, given, inputs, sizes)
+    return Setup(config, workdir, mesh, records, base_model, start, inputs, run, sizes)
+
+
+def trained_sizes(records: Records | Mixture, config: TrainConfig) -> tuple[Size, ...]:
+    """(height, width) in pixels of the images in the training split."""
+    pairs, unit = records.pairs("train"), config.model.transformer.latents.downsampling
+    firsts = [pairs[rows.start] for rows in records.buckets("train").values()]
+    shapes = [records.images[pair.chosen].latents.shape for pair in firsts]
+    return tuple(sorted({(unit * height, unit * width) for height, width, _ in shapes}))
+
+
+def alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
+    """The workdir's lock, of all processes of this run together."""
+    return lock(workdir) if processes.is_first() else contextlib.nullcontext()
 
 
 def in_steps(config: TrainConfig, records: Records | Mixture) -> TrainConfig:

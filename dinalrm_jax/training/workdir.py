@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dinalrm_jax.config import SweepConfig, TrainConfig
@@ -44,11 +44,13 @@ class Claim:
         run: a name of its own, which no other run has.
         config: its configuration.
         inputs: fingerprints of records and weights, by what they are.
+        image_sizes: (height, width) in pixels of the images it trains on; none where an earlier version began it.
     """
 
     run: str
     config: TrainConfig | SweepConfig
     inputs: Mapping[str, str]
+    image_sizes: tuple[tuple[int, int], ...] = ()
 
 
 def read_claim(workdir: pathlib.Path) -> Claim | None:
@@ -63,7 +65,8 @@ def read_claim(workdir: pathlib.Path) -> Claim | None:
     try:
         found = json.loads(path.read_text())
         kind = SweepConfig if "runs" in found["config"] else TrainConfig
-        return Claim(found["run"], from_mapping(kind, found["config"]), found["inputs"])
+        sizes = tuple((height, width) for height, width in found.get("image_sizes", ()))
+        return Claim(found["run"], from_mapping(kind, found["config"]), found["inputs"], sizes)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is not the configuration of a run that this version can continue; choose another --workdir "
@@ -92,7 +95,12 @@ def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig, inpu
         )
 
 
-def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig, inputs: Mapping[str, str]) -> str:
+def claim_workdir(
+    workdir: pathlib.Path,
+    config: TrainConfig | SweepConfig,
+    inputs: Mapping[str, str],
+    image_sizes: Sequence[tuple[int, int]] = (),
+) -> str:
     """Makes the run's directory and writes there whose it is, see `check_workdir`.
 
     Returns:
@@ -109,6 +117,7 @@ def claim_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig, inpu
                 lock.unlink()  # of a process that was killed: the workdir is this one's
         known = {} if claim is None else claim.inputs
         values = {"run": run, "config": to_mapping(config), "inputs": {**known, **inputs}}
+        values["image_sizes"] = [list(size) for size in image_sizes]
         write_json(workdir / "config.json", values, indent=1)
     return run
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import textwrap
 from collections.abc import Iterator, Mapping
 
 import ml_dtypes
@@ -114,8 +115,10 @@ def resolve(name: str | pathlib.Path, patterns: tuple[str, ...], revision: str |
             return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             pinned = "" if revision is None else f" at revision {revision!r}"
+            first = next((line for line in str(error).splitlines() if line.strip()), "")  # the hub's are ten lines
+            reason = textwrap.shorten(f"{type(error).__name__}: {first}", 160, placeholder=" ...").rstrip(".")
             raise FileNotFoundError(
-                f"{name!r}{pinned} is neither a directory nor a hub repository that can be downloaded: {error}"
+                f"there is no directory {name}; as a hub id, {name!r}{pinned} could not be downloaded either ({reason})"
             ) from error
     raise FileNotFoundError(f"no directory {path}")
 

@@ -235,7 +235,7 @@ def export_diffusers(config: BackboneConfig, params: Params, output: str | pathl
     """Writes a whole transformer as a diffusers `transformer/` directory."""
     with whole_directory(output) as directory:
         layout = _diffusers(config)
-        geometry = {"_class_name": layout.class_name, **to_mapping(config)}
+        geometry = {"_class_name": layout.class_name, **layout.write_config(config)}
         (directory / "config.json").write_text(json.dumps(geometry, indent=1))
         weights = tables.dump(params, layout.table(config, ""))
         save_safetensors(directory / "diffusion_pytorch_model.safetensors", weights)

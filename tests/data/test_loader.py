@@ -9,7 +9,7 @@ import pytest
 from dinalrm_jax.data import records
 from dinalrm_jax.data.loader import Schedule, TrainingBatches
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, Records, RecordsError
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 
 
 @pytest.fixture(scope="module")

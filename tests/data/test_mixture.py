@@ -11,7 +11,7 @@ from dinalrm_jax.data.config import MixedConfig
 from dinalrm_jax.data.loader import TrainingBatches
 from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, RecordsError
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 
 
 def write(directory, first, count, length=3, **manifest):

@@ -20,13 +20,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from dinalrm_jax.data import files, records
 from dinalrm_jax.data.config import PreparationConfig
+from dinalrm_jax.data.preparation import report
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.sources.datasets import preprocess
 from dinalrm_jax.disk import Locked, lock
 from dinalrm_jax.encoders import tiny
 from dinalrm_jax.encoders.load import SD3Codec
-from dinalrm_jax.model.config import EncodersConfig
-from dinalrm_jax.preprocess import report
+from dinalrm_jax.model.encoding import EncodersConfig
 from tests.conftest import ROOT
 from tests.data.source_files import ranking, write_hpdv2
 from tests.data.sources.test_sources import write_hpdv3

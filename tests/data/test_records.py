@@ -7,7 +7,7 @@ from dinalrm_jax.data import records
 from dinalrm_jax.data.loader import JoinedPairs, distinct_rows
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, Records, RecordsError
 from dinalrm_jax.mapping import ConfigError
-from dinalrm_jax.model.config import EncodersConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.scenes.config import ScenesConfig
 from dinalrm_jax.scenes.records import write_scene_records
 

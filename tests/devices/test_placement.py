@@ -2,6 +2,7 @@
 
 import os
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -64,7 +65,7 @@ def test_a_loaded_model_does_not_change_with_its_file(golden_model, tmp_path):
         size = path.stat().st_size
         with path.open("r+b") as file:  # in place, as `cp` over it does
             file.write(os.urandom(size))
-    jax.tree.map(np.testing.assert_array_equal, model.params, golden_model.params)
+    chex.assert_trees_all_equal(model.params, golden_model.params)
 
 
 def test_an_open_model_is_read_when_it_is_used(golden_model, tmp_path):

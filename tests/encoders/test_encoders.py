@@ -23,7 +23,8 @@ from dinalrm_jax.encoders.prompt import SD3PromptEncoder
 from dinalrm_jax.encoders.t5 import T5Config, T5Encoder, relative_position_buckets
 from dinalrm_jax.encoders.vae import AutoencoderKL, VAEConfig
 from dinalrm_jax.mapping import ConfigError
-from dinalrm_jax.model.config import EncodersConfig, LoRAConfig, RewardModelConfig
+from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.parameters import functional
 from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.scenes import rehearsal

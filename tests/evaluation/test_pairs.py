@@ -1,5 +1,7 @@
 """The scorer of records against the public scores, level by level, and its batches against the memory there is."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -104,3 +106,16 @@ def test_a_batch_is_as_large_as_the_memory_allows(scene_model, records, capsys):
     assert asked == [12, 4], "whole rows on every device"
     with pytest.raises(ConfigError, match=r"of 4 latents \(4, 4, 16\) does not fit .*mesh.fsdp"):
         make_scorer(scene_model, records, mesh=MeshConfig(data=4), fits=lambda program: False, levels=(0.2,))
+
+
+def test_levels_that_do_not_exist_are_refused(scene_model, records):
+    for levels, message in (((0.2, 4.0), r"sigma must lie in \[0, 1\]"), ((), "at least one noise level")):
+        with pytest.raises(ValueError, match=message):
+            make_scorer(scene_model, records, levels=levels)
+
+
+def test_a_broken_model_is_noticed_at_its_first_batch(scene_model, records):
+    broken = dataclasses.replace(scene_model, params={k: v * np.nan for k, v in scene_model.params.items()})
+    scorer, params = make_scorer(broken, records, levels=(0.2,))
+    with pytest.raises(ValueError, match="the model scores NaN"):
+        scorer.run(params, (0.2,), DRAW)

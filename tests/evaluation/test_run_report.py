@@ -8,7 +8,7 @@ import pytest
 
 from dinalrm_jax.data.records import ImageRecord
 from dinalrm_jax.evaluation.benchmark_report import short_name
-from dinalrm_jax.evaluation.pairs import HeldOut, PairScores
+from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScores
 from dinalrm_jax.evaluation.run_report import accuracy_table, file_size_accuracy, kind_table, write_report
 from dinalrm_jax.noise import NoiseDraw
 
@@ -58,7 +58,7 @@ def test_what_is_written(tmp_path):
 
 def test_every_level_that_is_logged_is_its_own():
     scorer = types.SimpleNamespace(run=lambda params, levels, draw: SCORES)
-    values = HeldOut(scorer, {}, (0.2, 0.4), NoiseDraw(0))({})
+    values = HeldOutPairs(scorer, {}, (0.2, 0.4), NoiseDraw(0))({})
     assert values == pytest.approx({"eval_accuracy": 0.75, "eval_sigma": 0.2, "eval_accuracy/0.4": 0.25})
 
 

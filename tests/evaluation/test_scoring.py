@@ -16,6 +16,7 @@ import dinalrm_jax as dina
 from dinalrm_jax import score
 from dinalrm_jax.data import files
 from dinalrm_jax.data.images import scoring_size, trained_size
+from dinalrm_jax.evaluation import ranking
 from dinalrm_jax.evaluation.scoring import score_images
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.noise import NoiseDraw
@@ -270,7 +271,7 @@ def test_score_command(scene_model, checkpoint, pictures, tmp_path):
 
 def test_score_table(scene_model, pictures):
     found = score_images(scene_model, 3 * ["two dogs"], pictures[:3], [0.4], [NoiseDraw(0, shared=True)])
-    text = score.as_table(score.table_rows(3 * ["two dogs"], ["a.png", "b.png", "c.png"], found))
+    text = ranking.as_table(ranking.table_rows(3 * ["two dogs"], ["a.png", "b.png", "c.png"], found))
     header, *lines = [line.split() for line in text.splitlines()]
     assert header == ["rank", "score", "normalized", "image"]
     best = np.argsort(-found.scores[:, 0, 0])
@@ -281,10 +282,10 @@ def test_score_table(scene_model, pictures):
 def test_contact_sheets_of_any_text(pictures, tmp_path):
     name = tmp_path / ("狐" * 40 + " $^$.png")
     pictures[0].save(name)
-    rows = [score.ScoredImage(1, 0.5, None, 1.05, str(name), prompt) for prompt in ("' $^$ '", "狐" * 200)]
-    score.draw_sheet(tmp_path / "sheet.png", rows)
+    rows = [ranking.ScoredImage(1, 0.5, None, 1.05, str(name), prompt) for prompt in ("' $^$ '", "狐" * 200)]
+    ranking.draw_sheet(tmp_path / "sheet.png", rows)
     assert (tmp_path / "sheet.png").stat().st_size > 0
-    assert score.shortened("狐" * 200, 100).startswith("狐" * 97)
+    assert ranking.shortened("狐" * 200, 100).startswith("狐" * 97)
 
 
 def test_score_command_inputs(tmp_path):

@@ -82,7 +82,7 @@ def run(workdir, *, steps=STEPS, held_out=None, seed=0, **stage):
         assemble(objective, trainable, frozen, stage, mesh, seed=seed),
         stream,
         workdir=workdir,
-        log=lambda name: MetricsLog(workdir, name),
+        open_log=lambda name: MetricsLog(workdir, name),
         held_out=held_out,
     )
     return jax.device_get(state), best, stream

@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jaxtyping import Float
 
 from dinalrm_jax.devices.mesh import platform
 from dinalrm_jax.model.layers import Linear, RMSNorm
@@ -55,7 +57,9 @@ class Attention(nnx.Module):
             return None, None
         return RMSNorm(dim // self.heads, eps=1e-6), RMSNorm(dim // self.heads, eps=1e-6)
 
-    def __call__(self, image: jax.Array, text: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, image: Float[Array, "b n d"], text: Float[Array, "b t d"] | None = None
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b t d"] | None]:
         """(B, Nv, D) and, where joint, (B, Nt, D) -> the updates of both (None for an unused text)."""
         query = self._heads(self.to_q(image), self.norm_q)
         key = self._heads(self.to_k(image), self.norm_k)
@@ -76,7 +80,12 @@ class Attention(nnx.Module):
         return x if norm is None else norm(x)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, implementation: str) -> jax.Array:
+def attend(
+    query: Float[Array, "b n heads e"],
+    key: Float[Array, "b n heads e"],
+    value: Float[Array, "b n heads e"],
+    implementation: str,
+) -> Float[Array, "b n heads e"]:
     """`softmax(q k^T / sqrt(d)) v` over all tokens.
 
     Args:

@@ -113,6 +113,10 @@ class BackboneConfig(Variants, abc.ABC):
             raise ConfigError(f"there is no backbone family {name!r}; known: {', '.join(_FAMILIES)}")
         return _FAMILIES[name].config, {key: values[key] for key in values if key != "family"}
 
+    @classmethod
+    def kinds(cls) -> tuple[type, ...]:
+        return tuple(family.config for family in _FAMILIES.values())
+
     def marks(self) -> dict[str, Any]:
         return {} if self.family == DEFAULT else {"family": self.family}
 
@@ -167,12 +171,14 @@ class DiffusersLayout:
     Attributes:
         class_name: in its `config.json`.
         read_config: the geometry that such a file describes, with diffusers' own defaults.
+        write_config: the inverse, without the class's name.
         table: (config, prefix) -> names and layouts there and here; `prefix` stands before each of ours.
         unused: number of blocks -> pattern of the file's names that a model of the first blocks leaves alone.
     """
 
     class_name: str
     read_config: Callable[[Mapping[str, Any], str], BackboneConfig]
+    write_config: Callable[[Any], dict[str, Any]]
     table: Callable[[Any, str], Table]
     unused: Callable[[int], str]
 

@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jaxtyping import Float
 
 from dinalrm_jax.model.backbone.attention import Attention
 from dinalrm_jax.model.layers import Linear, layer_norm
@@ -80,7 +82,9 @@ class JointTransformerBlock(nnx.Module):
         self.ff = FeedForward(dim, rngs=rngs)
         self.ff_context = None if context_pre_only else FeedForward(dim, rngs=rngs)
 
-    def __call__(self, image: jax.Array, text: jax.Array, temb: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, image: Float[Array, "b n d"], text: Float[Array, "b t d"], temb: Float[Array, "b d"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b t d"] | None]:
         """(B, Nv, D), (B, Nt, D), (B, D) -> both streams updated; text None after context_pre_only."""
         normed = layer_norm(image)
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = self.norm1(temb)

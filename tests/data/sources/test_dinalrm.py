@@ -22,7 +22,8 @@ from dinalrm_jax.data.sources import dinalrm
 from dinalrm_jax.data.sources.datasets import preprocess, read_source
 from dinalrm_jax.encoders.pipeline import vae_fingerprint
 from dinalrm_jax.mapping import ConfigError
-from dinalrm_jax.model.config import EncodersConfig, RewardModelConfig
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.scenes import rehearsal
 from dinalrm_jax.training.preflight import check_fit
 from tests.conftest import ROOT

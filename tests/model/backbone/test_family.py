@@ -14,14 +14,15 @@ from dinalrm_jax.config import EvaluationConfig, OptimizerConfig, StageConfig, T
 from dinalrm_jax.convert import convert
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.devices.mesh import MeshConfig
-from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping, with_defaults
+from dinalrm_jax.mapping import ConfigError, from_mapping, keys_below, to_mapping, with_defaults
 from dinalrm_jax.model.backbone.family import BackboneConfig, Family, family_of, register, transformer_functional
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
-from dinalrm_jax.model.config import EncodersConfig, HeadConfig, LoRAConfig, RewardModelConfig
+from dinalrm_jax.model.config import HeadConfig, LoRAConfig, RewardModelConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.reward import reward_functional
 from dinalrm_jax.noise import add_noise, nearest_schedule_sigma
-from dinalrm_jax.scenes.config import ScenesConfig
+from dinalrm_jax.scenes.config import RehearsalConfig, ScenesConfig
 from dinalrm_jax.server.protocol import serialize
 from dinalrm_jax.weights.pretrained import export_diffusers, load_backbone
 from tests.conftest import random_inputs
@@ -121,6 +122,11 @@ def test_a_family_is_told_apart_by_its_name():
         from_mapping(RewardModelConfig, {"transformer": {"family": "toi"}})
     with pytest.raises(ConfigError, match="no text stream; leave it empty"):
         RewardModelConfig(transformer=toy.ToyConfig(), num_blocks=2, visual_taps=(1,), text_taps=(1,))
+    assert {"num_layers", "dual_attention_layers", "head"} <= keys_below(TrainConfig), "of every family, for hints"
+    with pytest.raises(ConfigError, match="config.transformer: there is no"):
+        from_mapping(RewardModelConfig, {"transformer": {"family": "toi"}})
+    with pytest.raises(ConfigError, match="a rehearsal makes an SD3 pipeline, .* family 'toy'"):
+        TrainConfig("x", TOY, StageConfig(1, 1), rehearsal=RehearsalConfig())
     register(toy.FAMILY)  # the same again
     with pytest.raises(ValueError, match="a backbone family 'toy' already"):
         register(Family(toy.ToyConfig, toy.Toy, lambda *_: [], ()))

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from dinalrm_jax.devices.mesh import split_rows
 from dinalrm_jax.model.backbone.family import Features
@@ -34,7 +37,7 @@ class PatchEmbed(nnx.Module):
         table = sincos_table(config.pos_embed_max_size, config.inner_dim // 2, config.sample_size // config.patch_size)
         self.pos_embed = nnx.Param(jnp.asarray(np.stack([table, table])))
 
-    def __call__(self, latents: jax.Array) -> jax.Array:
+    def __call__(self, latents: ArrayLike) -> jax.Array:
         """(B, H, W, C) -> (B, H/p W/p, D)."""
         batch, height, width, channels = latents.shape
         p = self.patch_size
@@ -56,7 +59,7 @@ class TwoLayerEmbedding(nnx.Module):
         self.linear_1 = Linear(in_features, dim, rngs=rngs)
         self.linear_2 = Linear(dim, dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: ArrayLike) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
@@ -67,7 +70,7 @@ class TimeTextEmbed(nnx.Module):
         self.timestep_embedder = TwoLayerEmbedding(256, config.inner_dim, rngs=rngs)
         self.text_embedder = TwoLayerEmbedding(config.pooled_projection_dim, config.inner_dim, rngs=rngs)
 
-    def __call__(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:
+    def __call__(self, timestep: ArrayLike, pooled: ArrayLike) -> jax.Array:
         """(B,) in [0, 1000], (B, P) -> (B, D)."""
         sinusoids = timestep_sinusoids(timestep, 256).astype(pooled.dtype)
         return self.timestep_embedder(sinusoids) + self.text_embedder(pooled)
@@ -119,8 +122,8 @@ class SD3Transformer(nnx.Module):
 
     def features(
         self,
-        latents: jax.Array,
-        timestep: jax.Array,
+        latents: Float[ArrayLike, "b h w c"],
+        timestep: Float[ArrayLike, " b"],
         prompt: PromptEmbeds,
         *,
         visual_taps: tuple[int, ...],
@@ -142,7 +145,9 @@ class SD3Transformer(nnx.Module):
             visual[stop], textual[stop] = image, text
         return Features(temb, tuple(visual[tap] for tap in visual_taps), tuple(textual[tap] for tap in text_taps))
 
-    def velocity(self, latents: jax.Array, timestep: jax.Array, prompt: PromptEmbeds) -> jax.Array:
+    def velocity(
+        self, latents: Float[ArrayLike, "b h w c"], timestep: Float[ArrayLike, " b"], prompt: PromptEmbeds
+    ) -> Float[Array, "b h w out"]:
         """The flow-matching velocity `eps - x0` predicted by the whole model.
 
         Args:
@@ -168,7 +173,7 @@ class SD3Transformer(nnx.Module):
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
 
     def _embed(
-        self, latents: jax.Array, timestep: jax.Array, prompt: PromptEmbeds
+        self, latents: ArrayLike, timestep: ArrayLike, prompt: PromptEmbeds
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         dtype = jnp.dtype(self.execution.dtype)
         image = self.pos_embed(latents.astype(dtype))
@@ -177,7 +182,7 @@ class SD3Transformer(nnx.Module):
 
     def _run_blocks(
         self, start: int, stop: int, image: jax.Array, text: jax.Array, temb: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Blocks start..stop-1, unrolled or, run by run of equal structure, scanned."""
         blocks = [nnx.split(block) for block in self.transformer_blocks[start:stop]]
         if self.execution.layers == "loop":
@@ -217,7 +222,7 @@ def sincos_table(size: int, dim: int, base_size: int) -> np.ndarray:
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
 
-def timestep_sinusoids(timestep: jax.Array, dim: int) -> jax.Array:
+def timestep_sinusoids(timestep: ArrayLike, dim: int) -> jax.Array:
     """diffusers' `Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=0)`: (B,) -> (B, dim) float32."""
     half = dim // 2
     frequency = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)

@@ -1,0 +1,249 @@
+"""What each command is told: one frozen dataclass a command, from which `cli.flags` makes its flags and its help.
+
+Only modules that need no JAX are imported here, so that help and mistyped flags are answered at once. What `preprocess`
+is told stands in `cli.preparation`: its config needs the model's.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from dinalrm_jax.cli.flags import UsageError, flag
+from dinalrm_jax.data.names import BenchmarkName
+from dinalrm_jax.server.config import URL, ServerConfig
+from dinalrm_jax.timing.setting import PASSES, Setting
+
+
+def at_least(options: Any, least: float, names: Sequence[str]) -> None:
+    """Raises UsageError where one of these options is below `least`."""
+    for name in names:
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """A model to score with.
+
+    checkpoint: The checkpoint: released, native or of a training run; a directory or hub id.
+    revision: Commit, tag or branch of a checkpoint that is a hub id.
+    base_model: The SD3 pipeline, with VAE and text encoders where images and prompts are scored; a directory or
+        hub id. A checkpoint in the released layout needs it for the backbone.
+    dtype: Compute dtype.
+    """
+
+    checkpoint: str = flag(metavar="CHECKPOINT")
+    revision: str | None = flag(None, metavar="REVISION")
+    base_model: str | None = flag(None, metavar="BASE_MODEL")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What `train` is told.
+
+    config: The experiment's file, for instance configs/quickstart.py; a packaged config where there is no such file.
+    workdir: Directory of everything the run writes; runs/NAME, with the config's name, where it is not given.
+    distributed: Join the other processes of this job, which are found by themselves on TPU pods, Slurm and Open MPI,
+        elsewhere from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    overrides: Change one value of the config, for instance --config.seed=1 or --config.reward.steps=100; None turns
+        off what may be None, a whole section among it (--config.generator=None).
+    """
+
+    config: str = flag(metavar="FILE")
+    workdir: str | None = flag(None, metavar="DIR")
+    distributed: bool = False
+    overrides: tuple[str, ...] = flag((), metavar="KEY=VALUE", prefix="config.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions):
+    """What `evaluate` is told.
+
+    benchmark: Format of the data.
+    data: Directory of the benchmark.
+    split: The part to score: of GenAI-Bench test (which is taken where none is given) or test_v1, of records train
+        or eval (which is taken where none is given).
+    sigma: Single noise levels to score at.
+    ensemble: Levels of the token-level ensemble; empty (--ensemble=) for none.
+    seed: Seed of the first noise draw.
+    seeds: Number of noise draws, with the seeds seed, seed + 1 and so on; the table has their spread.
+    shared_noise: Also score with one noise for all images, which takes twice the time.
+    size: HEIGHTxWIDTH to resize all images to; where it is not given, they keep their own and large ones are
+        scaled down.
+    batch_size: Images in one program.
+    output: Directory to write, which must not exist; runs/evaluation/BENCHMARK where it is not given.
+    distributed: Join the other processes of this job, which are found by themselves on TPU pods, Slurm and Open MPI,
+        elsewhere from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+
+    benchmark: Literal[BenchmarkName, "records"]
+    data: str = flag(metavar="DIR")
+    split: str | None = None
+    sigma: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    ensemble: tuple[float, ...] = (0.2, 0.5, 0.7)
+    seed: int = 0
+    seeds: int = 1
+    shared_noise: bool = True
+    size: str | None = flag(None, metavar="HEIGHTxWIDTH")
+    batch_size: int = 8
+    output: str | None = flag(None, metavar="DIR")
+    distributed: bool = False
+
+    def __post_init__(self):
+        at_least(self, 1, ("seeds", "batch_size"))
+        if self.split is not None and self.benchmark not in ("genai_bench", "records"):
+            raise UsageError(f"--split goes with genai_bench and records; {self.benchmark} has one test set")
+        if self.size is not None and self.benchmark == "records":
+            raise UsageError("--size goes with images; records have the sizes they were made with")
+
+    @property
+    def levels(self) -> list[float | tuple[float, ...]]:
+        return [*self.sigma, *([self.ensemble] if self.ensemble else [])]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What `convert` is told.
+
+    direction: What to convert, as above.
+    checkpoint: The checkpoint: released, native or of a training run; a directory or hub id.
+    base_model: The base model in diffusers layout; a directory or hub id.
+    revision: Commit, tag or branch of what is converted, where that is a hub id.
+    output: Directory to write, which must not exist.
+    dtype: Stored dtype of the frozen weights.
+    verify: Score with PyTorch from the released files too, and compare.
+    """
+
+    direction: Literal["released", "native", "export", "diffusers"] = flag(
+        metavar="released|native|export|diffusers", positional=True
+    )
+    checkpoint: str | None = flag(None, metavar="CHECKPOINT")
+    base_model: str | None = flag(None, metavar="BASE_MODEL")
+    revision: str | None = flag(None, metavar="REVISION")
+    output: str = flag(metavar="DIR")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    verify: bool = False
+
+    def __post_init__(self):
+        needed = {"released": ("checkpoint", "base_model"), "diffusers": ("base_model",)}
+        missing = [name for name in needed.get(self.direction, ("checkpoint",)) if getattr(self, name) is None]
+        if missing:
+            flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+            raise UsageError(f"{self.direction} needs {flags}")
+        if self.verify and self.direction != "released":
+            raise UsageError("--verify goes with `released`: it compares with the released files")
+        if self.verify and self.dtype != "float32":
+            raise UsageError("--verify compares in float32; convert with --dtype float32, bfloat16 rounds the weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreOptions(ModelOptions):
+    """What `score` is told.
+
+    images: Image files, and directories whose images are scored in the order of their names.
+    prompt: The prompt of all images.
+    prompt_file: A text file with one line for all images, or one line for each.
+    sigma: Noise level in [0, 1], 0.4 where none is given; several between commas are the token-level ensemble.
+    ensemble: Levels of the token-level ensemble, for instance 0.2,0.5,0.7; in the place of --sigma.
+    seed: Seed of the noise, which all images share.
+    samples: Number of noise draws to average over; above 1 the standard error is told too.
+    size: HEIGHTxWIDTH to resize all images to; where it is not given, they keep their own and large ones are
+        scaled down.
+    batch_size: Images in one program.
+    json: File to write JSON to; - for standard output.
+    csv: File to write CSV to; - for standard output.
+    sheet: Image file to draw a contact sheet to, in rank order.
+    """
+
+    images: tuple[str, ...] = flag((), metavar="IMAGE...", positional=True)
+    prompt: str | None = None
+    prompt_file: str | None = flag(None, metavar="FILE")
+    sigma: tuple[float, ...] = ()
+    ensemble: tuple[float, ...] = ()
+    seed: int = 0
+    samples: int = 1
+    size: str | None = flag(None, metavar="HEIGHTxWIDTH")
+    batch_size: int = 8
+    json: str | None = flag(None, metavar="FILE")
+    csv: str | None = flag(None, metavar="FILE")
+    sheet: str | None = flag(None, metavar="FILE")
+
+    def __post_init__(self):
+        at_least(self, 1, ("samples", "batch_size"))
+        if self.sigma and self.ensemble:
+            raise UsageError("give either --sigma or --ensemble: --sigma with several levels is the ensemble")
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise UsageError("give either --prompt or --prompt-file")
+
+    @property
+    def level(self) -> float | tuple[float, ...]:
+        if self.ensemble:
+            return self.ensemble
+        return self.sigma if len(self.sigma) > 1 else (*self.sigma, 0.4)[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeOptions(ModelOptions):
+    """What `serve` is told.
+
+    base_model: The base model in diffusers layout, a directory or hub id; the released layout needs it.
+    api_key_env: Environment variable that holds a key which clients must send.
+    log_json: Write the log as lines of JSON.
+    """
+
+    checkpoint: str = flag(metavar="CHECKPOINT", aliases=("model-path",))
+    base_model: str | None = flag(None, metavar="BASE_MODEL", aliases=("base-model-path",))
+    server: ServerConfig = ServerConfig()
+    api_key_env: str | None = flag(None, metavar="NAME")
+    log_json: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """What `benchmark` is told.
+
+    repeats: Timed calls, after one to warm up.
+    reference: Checkout of HKUST-C4G/diffusion-rm, whose code is timed in turn.
+    compile_reference: Compile the backbone of the reference with torch.compile.
+    profile: Profile one more call and name the costliest operations.
+    scratch: Directory for the checkpoint that load writes, 5.6 GB; the system's temporary one where it is not given.
+    cache: Use the compilation cache.
+    output: JSON file to save the result to.
+    """
+
+    setting: Setting = Setting()
+    repeats: int = 5
+    reference: str | None = flag(None, metavar="DIR")
+    compile_reference: bool = False
+    profile: bool = False
+    scratch: str | None = flag(None, metavar="DIR")
+    cache: bool = False
+    output: str | None = flag(None, metavar="FILE")
+
+    def __post_init__(self):
+        at_least(self, 1, ("repeats",))
+        if self.setting.mode == "load" and self.reference is not None:
+            raise UsageError("--reference has no load mode")
+        if self.setting.mode not in PASSES and self.compile_reference:
+            raise UsageError("--compile-reference compiles the original's backbone, which this mode has not")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientOptions:
+    """What `client` is told.
+
+    url: The server, without a path.
+    api_key_env: Environment variable that holds the key which the server wants.
+    wait: Seconds to wait for the server to be ready.
+    repeat: Scores to time.
+    """
+
+    url: str = flag(URL, metavar="URL")
+    api_key_env: str | None = flag(None, metavar="NAME")
+    wait: float = 0.0
+    repeat: int = 5
+
+    def __post_init__(self):
+        at_least(self, 0, ("wait",))
+        at_least(self, 1, ("repeat",))

@@ -1,0 +1,107 @@
+"""Scored images in their ranking: as rows, a table, CSV and a contact sheet."""
+
+import csv
+import dataclasses
+import io
+import pathlib
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from dinalrm_jax.data.images import read_rgb
+from dinalrm_jax.evaluation.plots import new_figure, save
+from dinalrm_jax.evaluation.scoring import ImageScores, normalize, ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredImage:
+    """An image's place among those of its prompt; `standard_error` is of the score's mean over noise draws."""
+
+    rank: int
+    score: float
+    standard_error: float | None
+    normalized: float
+    image: str
+    prompt: str
+
+
+def table_rows(prompts: Sequence[str], images: Sequence[str], found: ImageScores) -> list[ScoredImage]:
+    """The scored images, ranked within their prompt, prompts in their order, best image first."""
+    scores = found.scores[:, 0]
+    mean, draws = scores.mean(axis=1), scores.shape[1]
+    error = scores.std(axis=1, ddof=1) / np.sqrt(draws) if draws > 1 else np.full(len(scores), np.nan)
+    rows = []
+    for prompt in dict.fromkeys(prompts):
+        members = [i for i in range(len(images)) if prompts[i] == prompt and i not in found.problems]
+        placed = zip(ranks([mean[i] for i in members]), members)
+        rows += [
+            ScoredImage(
+                rank,
+                float(mean[i]),
+                float(error[i]) if draws > 1 else None,
+                float(normalize(mean[i])),
+                images[i],
+                prompt,
+            )
+            for rank, i in sorted(placed)
+        ]
+    return rows
+
+
+def as_table(rows: Sequence[ScoredImage]) -> str:
+    """For the terminal; a heading for every prompt where there are several."""
+    several = len({row.prompt for row in rows}) > 1
+    lines = []
+    for prompt in dict.fromkeys(row.prompt for row in rows):
+        lines += [shortened(prompt, 100)] if several else []
+        lines.append(
+            f"{'rank':>4}  {'score':>8}{'  ± s.e.' if rows[0].standard_error is not None else ''}  normalized  image"
+        )
+        for row in rows:
+            if row.prompt == prompt:
+                error = "" if row.standard_error is None else f"  {row.standard_error:6.3f}"
+                lines.append(f"{row.rank:>4}  {row.score:>+8.3f}{error}  {row.normalized:>10.3f}  {row.image}")
+        lines += [""] if several else []
+    return "\n".join(lines).rstrip()
+
+
+def shortened(text: str, length: int) -> str:
+    """On one line, cut where it is longer."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def as_csv(rows: Sequence[ScoredImage]) -> str:
+    """A header and a line an image."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(ScoredImage)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(dataclasses.asdict, rows))
+    return text.getvalue()
+
+
+def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5) -> None:
+    """A contact sheet: images in rank order with their scores, prompt by prompt."""
+    groups = [[row for row in rows if row.prompt == prompt] for prompt in dict.fromkeys(row.prompt for row in rows)]
+    heights = [-(-len(group) // columns) for group in groups]
+    wide = min(columns, max(map(len, groups)))
+    figure = new_figure(2.3 * max(wide, 2), 2.6 * sum(heights) + 0.5 * len(groups))
+    parts = np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=[2.6 * height + 0.5 for height in heights]))
+    for part, group, height in zip(parts, groups, heights):
+        title = textwrap.fill(shortened(group[0].prompt, 60 * max(wide, 2)), 32 * max(wide, 2))
+        part.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)
+        for place, axis in enumerate(part.subplots(height, wide, squeeze=False).flat):
+            axis.set_axis_off()
+            if place < len(group):
+                row = group[place]
+                thumbnail = Image.fromarray(read_rgb(row.image))
+                thumbnail.thumbnail((320, 320))
+                axis.imshow(thumbnail)
+                error = "" if row.standard_error is None else f" ± {row.standard_error:.2f}"
+                axis.set_title(f"{row.rank}.  {row.score:+.2f}{error}", fontsize=11)
+                name = shortened(pathlib.Path(row.image).name, 34)
+                place = {"ha": "center", "va": "top", "transform": axis.transAxes}
+                axis.text(0.5, -0.03, name, fontsize=7, parse_math=False, **place)
+    save(figure, path)

@@ -1,0 +1,64 @@
+"""What a run leaves when it is through: its model, and its report."""
+
+import pathlib
+
+from dinalrm_jax.devices import processes
+from dinalrm_jax.devices.sharding import gather
+from dinalrm_jax.encoders.load import load_image_codec
+from dinalrm_jax.evaluation.pairs import PairScorer, PairScores
+from dinalrm_jax.evaluation.run_report import write_report
+from dinalrm_jax.model.parameters import Params
+from dinalrm_jax.noise import NoiseDraw
+from dinalrm_jax.training.checkpoint import BestCheckpoint
+from dinalrm_jax.training.metrics import read_metrics
+from dinalrm_jax.training.setup import Setup
+from dinalrm_jax.weights.files import read_json
+from dinalrm_jax.weights.pretrained import save_reward_model
+
+REPORT_SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+def save_model(setup: Setup, params: Params, step: int) -> None:
+    """Writes the model of a finished run, unless it is there; that of a shorter run keeps its step in its name."""
+    directory = setup.workdir / "model"
+    found = read_json(directory / "config.json").get("step") if (directory / "config.json").exists() else None
+    processes.barrier("model looked for")  # before the first process moves it
+    if found == step:
+        return
+    if found is not None:
+        if processes.is_first():
+            directory.rename(directory.with_name(f"{directory.name}_step_{found}"))
+        processes.barrier("shorter model renamed")
+    whole = gather(params)
+    if processes.is_first():
+        save_reward_model(directory, setup.config.model, whole, setup.config.loss, setup.image_sizes, step)
+
+
+def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoint) -> PairScores:
+    """Scores the held-out pairs at many levels, and writes what the run leaves for people."""
+    config, workdir = setup.config, setup.workdir
+    singles = sorted({*REPORT_SIGMAS, config.evaluation.sigma, *config.evaluation.levels})
+    levels = (*singles, config.evaluation.ensemble)
+    scorer.compile(params, levels)
+    with processes.progress(total=2 * len(levels) * scorer.row_count(), desc="held-out pairs", unit="image") as bar:
+        own, same = (NoiseDraw(config.evaluation.seed, shared) for shared in (False, True))
+        scores = scorer.run(params, levels, own, bar.update)
+        shared = scorer.run(params, levels, same, bar.update)
+    if processes.is_first():
+        encoders, pipeline = setup.records.encoders, setup.base_model
+        # An SD3 VAE draws the records' images; without one there is no contact sheet.
+        drawn = encoders.kind != "sd3" or (pipeline is not None and (pathlib.Path(pipeline) / "vae").is_dir())
+        text = write_report(
+            workdir / "report",
+            setup.records,
+            scores,
+            shared,
+            history=read_metrics(workdir, "reward"),
+            codec=load_image_codec(encoders, pipeline) if drawn else None,
+            weights=read_json(workdir / "model" / "config.json")["weights"],
+            best=(best.step, best.accuracy),
+            note="rehearsal: the base model's weights are noise, its VAE's too" if config.rehearsal else None,
+        )
+        print(f"\n{text}\nmodel: {workdir / 'model'}   report and plots: {workdir / 'report'}")
+    processes.barrier("report")
+    return scores
