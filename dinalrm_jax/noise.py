@@ -7,7 +7,7 @@ released code's u). Everything here is a pure function of arrays.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,11 @@ def add_noise(
     return (1 - sigma) * latents + sigma * noise
 
 
-def draw_noise(key: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws."""
+def draw_noise(key: ArrayLike, shape: tuple[Any, ...]) -> jax.Array:
+    """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws.
+
+    (A size may be a symbol of jax.export's.)
+    """
     if not hasattr(key, "dtype"):
         raise TypeError(f"key must be a random key, got {key!r}; make one of a seed with jax.random.key(seed)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -79,7 +82,7 @@ class NoiseDraw:
 
     seed: an integer of 64 bits.
     shared: every image has the same noise, which cancels in comparisons; else each its own, by its name, as the
-        paper evaluates (method: noise).
+        paper evaluates (docs/method.md, noise).
     """
 
     seed: int

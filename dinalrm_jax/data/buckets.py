@@ -37,7 +37,7 @@ def nearest(size: Size, buckets: Sequence[Size], aspect_tolerance: float) -> Siz
     """The bucket of nearest area among those of the image's shape, or None.
 
     A bucket has the image's shape if `|ln(h/w) - ln(H/W)|` is at most `aspect_tolerance`; nearest is
-    meant in log area (method: training).
+    meant in log area (docs/method.md, training).
     """
     height, width = size
     aspect, area = math.log(height / width), math.log(height * width)

@@ -35,7 +35,7 @@ class Objective(Protocol[B]):
 def reward_objective(
     module: Functional[RewardModule], loss: LossConfig, sigma: SigmaConfig, ensemble: EnsembleTermConfig | None = None
 ) -> Objective[PreferenceBatch]:
-    """`reward_losses`, each pair noised with one sigma and one eps of its own (method: training).
+    """`reward_losses`, each pair noised with one sigma and one eps of its own (docs/method.md, training).
 
     With an `ensemble` term the loss is a weighted mean of that and of the loss of the ensemble's scores, at further
     levels with the same eps.
