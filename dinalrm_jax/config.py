@@ -5,7 +5,7 @@ from typing import Literal
 
 from dinalrm_jax.data.config import MixedConfig
 from dinalrm_jax.devices.mesh import MeshConfig
-from dinalrm_jax.mapping import ConfigError, refuse_ignored
+from dinalrm_jax.mapping import ConfigError, at_least, refuse_ignored
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
 from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig
@@ -79,9 +79,8 @@ class StageConfig:
     evaluate_every: int = 1000
 
     def __post_init__(self):
-        for name in ("batch_size", "steps", "micro_batches", "checkpoint_every", "log_every", "evaluate_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        names = ("batch_size", "steps", "micro_batches", "checkpoint_every", "log_every", "evaluate_every")
+        at_least(self, 1, names)
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(
                 f"a stage is so many steps or so many epochs long, got steps {self.steps} and epochs {self.epochs}; "

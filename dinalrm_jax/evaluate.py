@@ -7,7 +7,7 @@ dataset. Every image has noise of its own, as in the paper; a last column has th
 Prints a table by noise level and for the ensemble, by all four accuracy rules, and writes
 report.md, results.json, scores.csv (every image at every level and seed) and plots to --output. Images
 that cannot be read are left out with their pairs, and counted. On several hosts (--distributed) each
-process scores its share; all of them see the files.
+process scores its share of the rows; all of them see the files.
 """
 
 from dinalrm_jax.cli.command import answer_help, run_command
@@ -16,8 +16,10 @@ from dinalrm_jax.cli.options import EvaluateOptions
 answer_help(__name__, __doc__, EvaluateOptions)  # before the imports that take a second
 
 import contextlib
+import functools
 import pathlib
 import sys
+from collections.abc import Callable
 
 from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.records import Records
@@ -38,11 +40,12 @@ def main(options: EvaluateOptions) -> None:
     output = pathlib.Path(options.output or f"runs/evaluation/{options.benchmark}")
     if output.exists():
         raise FileExistsError(f"{output} exists already; choose another --output or remove it first")
-    check_writable(output)
     processes.initialize(options.distributed)
+    score = opened(options)
+    check_writable(output)
     # The output is this command's from here on, before it has computed for hours.
     with whole_directory(output) if processes.is_first() else contextlib.nullcontext() as partial:
-        found = evaluate(options)
+        found = score()
         text = write_evaluation(partial, found) if processes.is_first() else ""
     if processes.is_first():
         for name, problem in sorted(found.problems.items())[:10]:
@@ -52,8 +55,8 @@ def main(options: EvaluateOptions) -> None:
         print(f"{text}\nwrote {output}")
 
 
-def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Scores what the options name."""
+def opened(options: EvaluateOptions) -> Callable[[], Evaluation]:
+    """What scores the data that the options name; data and model are looked at here, before anything is written."""
     kinds = (False, True) if options.shared_noise else (False,)
     draws = [NoiseDraw(options.seed + number, shared) for shared in kinds for number in range(options.seeds)]
     size = parse_bucket(options.size) if options.size is not None else None
@@ -68,8 +71,10 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     )
     if on_records:
         check_fit(records, model.config, options.base_model, [split])
-        return evaluate_records(model, records, split, options.levels, draws, batch_size=options.batch_size)
-    return evaluate_images(model, benchmark, options.levels, draws, size=size, batch_size=options.batch_size)
+        arguments = (model, records, split, options.levels, draws)
+        return functools.partial(evaluate_records, *arguments, batch_size=options.batch_size)
+    arguments = (model, benchmark, options.levels, draws)
+    return functools.partial(evaluate_images, *arguments, size=size, batch_size=options.batch_size)
 
 
 if __name__ == "__main__":

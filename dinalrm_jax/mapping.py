@@ -5,6 +5,7 @@ line text; all pass through `from_mapping`, which checks every key and type and 
 one is unknown.
 """
 
+import abc
 import dataclasses
 import difflib
 import types
@@ -22,26 +23,26 @@ class ConfigError(ValueError):
     """A configuration that cannot be used as it stands."""
 
 
-class Variants:
+class Variants(abc.ABC):
     """Base of configurations that come in several kinds, each a dataclass of its own."""
 
     @classmethod
+    @abc.abstractmethod
     def variant(cls, values: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
         """The kind that a mapping describes, and the mapping without what tells the kinds apart.
 
         Raises:
             ConfigError: a kind that there is not.
         """
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def kinds(cls) -> tuple[type, ...]:
         """All of them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def marks(self) -> dict[str, Any]:
         """What a mapping of this kind has beside its fields."""
-        raise NotImplementedError
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
@@ -113,6 +114,14 @@ def to_mapping(config: Any) -> dict[str, Any]:
     """The inverse of `from_mapping`: nested plain dicts, tuples as lists, ready for JSON."""
     marks = config.marks() if isinstance(config, Variants) else {}
     return marks | {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def at_least(config: Any, least: float, names: Sequence[str]) -> None:
+    """Raises ConfigError where one of these fields, None left aside, is below `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
 def refuse_ignored(config: Any, names: Sequence[str], reason: str) -> None:

@@ -28,8 +28,10 @@ class SigmaConfig:
 
 
 def add_noise(
-    latents: Float[ArrayLike, "*b c"], sigma: Float[ArrayLike, "..."], noise: Float[ArrayLike, "*b c"]
-) -> Float[Array, "*b c"]:
+    latents: Float[ArrayLike, "b h w c"],
+    sigma: Float[ArrayLike, " b"] | Float[ArrayLike, ""],
+    noise: Float[ArrayLike, "b h w c"],
+) -> Float[Array, "b h w c"]:
     """`(1 - sigma) latents + sigma noise`; sigma (B,) or a scalar, the others (B, H, W, C).
 
     Raises:

@@ -10,7 +10,7 @@ share; all of them see one file system.
 """
 
 from dinalrm_jax.cli.command import answer_help, run_command
-from dinalrm_jax.cli.preparation import PreprocessOptions
+from dinalrm_jax.cli.options import PreprocessOptions
 
 answer_help(__name__, __doc__, PreprocessOptions)  # before the imports that take a second
 

@@ -58,10 +58,8 @@ def read_prompts(prompt: str | None, file: str | None, count: int) -> list[str]:
     """One prompt an image.
 
     Raises:
-        ConfigError: not exactly one source of prompts, or a file whose lines do not match the images.
+        ConfigError: a file whose lines do not match the images.
     """
-    if (prompt is None) == (file is None):
-        raise ConfigError("give either --prompt or --prompt-file")
     if prompt is not None:
         return count * [prompt]
     lines = pathlib.Path(file).read_text().splitlines()

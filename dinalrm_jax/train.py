@@ -30,6 +30,7 @@ from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScorer, PairScores
+from dinalrm_jax.evaluation.scoring import NonFiniteScores
 from dinalrm_jax.mapping import ConfigError, from_mapping
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.execution import ExecutionConfig
@@ -58,7 +59,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         ConfigError, RecordsError, WeightsError: before anything is computed.
         Locked: another process is at work in the directory.
         Stopped: on SIGTERM or Ctrl-C, after saving.
-        NonFiniteLoss: with the step; the last good checkpoint is kept.
+        NonFiniteLoss, NonFiniteScores: the last good checkpoint is kept.
         CheckpointError, OSError: a full disk, above all; the last whole checkpoint is kept.
     """
     with alone(workdir):
@@ -194,6 +195,6 @@ def main(options: TrainOptions) -> int:
 
 
 if __name__ == "__main__":
-    known = (ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, OSError)
+    known = (ConfigError, RecordsError, WeightsError, CheckpointError, NonFiniteLoss, NonFiniteScores, OSError)
     saved = "the same command goes on from what is saved"
     run_command(main, TrainOptions, errors=known, interrupted=saved, leave=processes.leave)

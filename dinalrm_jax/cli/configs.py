@@ -61,13 +61,13 @@ def load_config(file: str, overrides: Sequence[str], kinds: Sequence[type]) -> C
 
     Raises:
         FileNotFoundError: there is no such file.
-        UsageError: an override that `config_flags` refuses.
+        UsageError: a variant that the file refuses, or an override that `config_flags` does.
     """
     nothing = [argument for argument in overrides if re.fullmatch(r"--config\.[\w.]+=None", argument)]
     argv = ["", f"--config={find_config(file)}", *(argument for argument in overrides if argument not in nothing)]
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
+        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
         values(argv)
         config = holder.value
         for argument in nothing:

@@ -1,7 +1,6 @@
 """What each command is told: one frozen dataclass a command, from which `cli.flags` makes its flags and its help.
 
-Only modules that need no JAX are imported here, so that help and mistyped flags are answered at once. What `preprocess`
-is told stands in `cli.preparation`: its config needs the model's.
+Only modules that need no JAX are imported here, so that help and mistyped flags are answered at once.
 """
 
 import dataclasses
@@ -9,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from dinalrm_jax.cli.flags import UsageError, flag
+from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.names import BenchmarkName
+from dinalrm_jax.model.execution import Dtype
 from dinalrm_jax.server.config import URL, ServerConfig
 from dinalrm_jax.timing.setting import PASSES, Setting
 
@@ -19,6 +20,13 @@ def at_least(options: Any, least: float, names: Sequence[str]) -> None:
     for name in names:
         if getattr(options, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+
+
+def are_levels(options: Any, names: Sequence[str]) -> None:
+    """Raises UsageError where one of these options holds a number that is no noise level."""
+    for name in names:
+        if not all(0 <= level <= 1 for level in getattr(options, name)):
+            raise UsageError(f"--{name} takes levels in [0, 1] (0 clean, 1 pure noise), got {getattr(options, name)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,29 +43,37 @@ class ModelOptions:
     checkpoint: str = flag(metavar="CHECKPOINT")
     revision: str | None = flag(None, metavar="REVISION")
     base_model: str | None = flag(None, metavar="BASE_MODEL")
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class JobOptions:
+    """One process or several.
+
+    distributed: Join the other processes of this job, which are found by themselves on TPU pods, Slurm and Open MPI,
+        elsewhere from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+
+    distributed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(JobOptions):
     """What `train` is told.
 
     config: The experiment's file, for instance configs/quickstart.py; a packaged config where there is no such file.
     workdir: Directory of everything the run writes; runs/NAME, with the config's name, where it is not given.
-    distributed: Join the other processes of this job, which are found by themselves on TPU pods, Slurm and Open MPI,
-        elsewhere from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     overrides: Change one value of the config, for instance --config.seed=1 or --config.reward.steps=100; None turns
         off what may be None, a whole section among it (--config.generator=None).
     """
 
     config: str = flag(metavar="FILE")
     workdir: str | None = flag(None, metavar="DIR")
-    distributed: bool = False
     overrides: tuple[str, ...] = flag((), metavar="KEY=VALUE", prefix="config.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ModelOptions):
+class EvaluateOptions(ModelOptions, JobOptions):
     """What `evaluate` is told.
 
     benchmark: Format of the data.
@@ -73,8 +89,6 @@ class EvaluateOptions(ModelOptions):
         scaled down.
     batch_size: Images in one program.
     output: Directory to write, which must not exist; runs/evaluation/BENCHMARK where it is not given.
-    distributed: Join the other processes of this job, which are found by themselves on TPU pods, Slurm and Open MPI,
-        elsewhere from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
 
     benchmark: Literal[BenchmarkName, "records"]
@@ -88,10 +102,12 @@ class EvaluateOptions(ModelOptions):
     size: str | None = flag(None, metavar="HEIGHTxWIDTH")
     batch_size: int = 8
     output: str | None = flag(None, metavar="DIR")
-    distributed: bool = False
 
     def __post_init__(self):
         at_least(self, 1, ("seeds", "batch_size"))
+        are_levels(self, ("sigma", "ensemble"))
+        if not self.levels:
+            raise UsageError("give at least one level: --sigma and --ensemble are both empty")
         if self.split is not None and self.benchmark not in ("genai_bench", "records"):
             raise UsageError(f"--split goes with genai_bench and records; {self.benchmark} has one test set")
         if self.size is not None and self.benchmark == "records":
@@ -103,10 +119,25 @@ class EvaluateOptions(ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PreprocessOptions(JobOptions):
+    """What `preprocess` is told.
+
+    source: Directory of the dataset.
+    output: Record directory to write, which must not exist.
+    base_model: The SD3 pipeline with VAE and text encoders; a directory or hub id.
+    """
+
+    source: str = flag(metavar="DIR")
+    output: str = flag(metavar="DIR")
+    base_model: str | None = flag(None, metavar="BASE_MODEL")
+    preparation: PreparationConfig = flag(names={"encoders.kind": "encoders"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """What `convert` is told.
 
-    direction: What to convert, as above.
+    direction: What to convert into what, as above: released, native, export or diffusers.
     checkpoint: The checkpoint: released, native or of a training run; a directory or hub id.
     base_model: The base model in diffusers layout; a directory or hub id.
     revision: Commit, tag or branch of what is converted, where that is a hub id.
@@ -115,14 +146,12 @@ class ConvertOptions:
     verify: Score with PyTorch from the released files too, and compare.
     """
 
-    direction: Literal["released", "native", "export", "diffusers"] = flag(
-        metavar="released|native|export|diffusers", positional=True
-    )
+    direction: Literal["released", "native", "export", "diffusers"] = flag(metavar="DIRECTION", positional=True)
     checkpoint: str | None = flag(None, metavar="CHECKPOINT")
     base_model: str | None = flag(None, metavar="BASE_MODEL")
     revision: str | None = flag(None, metavar="REVISION")
     output: str = flag(metavar="DIR")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     verify: bool = False
 
     def __post_init__(self):
@@ -171,6 +200,7 @@ class ScoreOptions(ModelOptions):
 
     def __post_init__(self):
         at_least(self, 1, ("samples", "batch_size"))
+        are_levels(self, ("sigma", "ensemble"))
         if self.sigma and self.ensemble:
             raise UsageError("give either --sigma or --ensemble: --sigma with several levels is the ensemble")
         if (self.prompt is None) == (self.prompt_file is None):

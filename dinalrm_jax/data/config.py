@@ -5,35 +5,40 @@ from typing import Literal
 
 from dinalrm_jax.data.buckets import BUCKETS, bucket_name, parse_bucket
 from dinalrm_jax.data.names import Dataset
-from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.mapping import ConfigError, at_least
 from dinalrm_jax.model.encoding import EncodersConfig
+from dinalrm_jax.model.execution import Dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparationConfig:
     """How a preference dataset becomes records (`dinalrm_jax.data.preparation`).
 
-    dataset: the source's format; "dinalrm" holds latents, the others images.
-    encoders: what makes latents and embeddings.
-    text_dtype: compute dtype of the text encoders; the VAE computes in float32, on every backend.
-    buckets: image sizes, height x width in pixels; the defaults are the paper's.
-    fit: "stretch" resizes an image to a bucket whose log aspect is within `aspect_tolerance` and
-        drops it where there is none (the paper's way); "crop" cuts it at the centre to the nearest.
-    min_area: pixels below which an image is dropped.
-    min_vote_share, min_confidence: `data.preferences.select`.
-    max_rows_per_prompt: keep at most so many training rows of one prompt (released: 8); 0: all.
-    holdout: prompts to hold out where the source has no split of its own.
-    benchmark_split: of GenAI-Bench, "test" or "test_v1".
-    eval_pairs: keep at most so many held-out pairs; 0: all.
-    seed: of what is picked at random.
-    images_per_shard, prompts_per_shard: what a killed run can lose of each process's work.
-    batch_size, prompt_batch_size: of the encoders.
-    threads: that read and decode images; changes no byte.
+    dataset: Format of the source; dinalrm holds latents, the others hold images.
+    encoders: What makes latents and embeddings: the base model (sd3), or built-in formulas without weights (tiny).
+    text_dtype: Compute dtype of the text encoders; the VAE always computes in float32.
+    buckets: Image sizes, HEIGHTxWIDTH in pixels; the defaults are the paper's.
+    fit: How an image is brought to its bucket: stretch resizes it, and drops it where no bucket has its shape
+        (the paper's way); crop cuts it at the centre.
+    aspect_tolerance: How far the logarithm of an image's aspect may be from its bucket's, where it is stretched.
+    min_area: Drop images of fewer pixels.
+    min_vote_share: Keep only rows whose winner has more than this share of the votes (`data.preferences.select`).
+    min_confidence: Keep only rows of at least this confidence.
+    max_rows_per_prompt: Keep at most so many training rows of one prompt (8 in the released code); 0 keeps all.
+    holdout: Prompts to hold out where the source has no split of its own.
+    benchmark_split: Which test set of GenAI-Bench to take.
+    eval_pairs: Keep at most so many held-out pairs; 0 keeps all.
+    seed: Seed of what is picked at random.
+    images_per_shard: Images in a shard, which is what a killed run can lose of each process's work.
+    prompts_per_shard: Prompts in a shard, which is what a killed run can lose of each process's work.
+    batch_size: Images in a call of the VAE.
+    prompt_batch_size: Prompts in a call of the text encoders.
+    threads: Threads that read and decode images; their number changes no byte of the output.
     """
 
     dataset: Dataset
     encoders: EncodersConfig = EncodersConfig()
-    text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    text_dtype: Dtype = "bfloat16"
     buckets: tuple[str, ...] = tuple(map(bucket_name, BUCKETS))
     fit: Literal["stretch", "crop"] = "stretch"
     aspect_tolerance: float = 0.03
@@ -52,9 +57,7 @@ class PreparationConfig:
     threads: int = 8
 
     def __post_init__(self):
-        for name in ("images_per_shard", "prompts_per_shard", "batch_size", "prompt_batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, ("images_per_shard", "prompts_per_shard", "batch_size", "prompt_batch_size", "threads"))
         for name in ("min_area", "max_rows_per_prompt", "eval_pairs", "aspect_tolerance"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")

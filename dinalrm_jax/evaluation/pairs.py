@@ -140,7 +140,7 @@ class PairScorer:
             progress: called with the number of rows after every batch.
 
         Raises:
-            ValueError: a score that is not finite.
+            NonFiniteScores: a score that is not finite.
         """
         scores = np.stack([self._score_rows(params, level, draw, progress) for level in levels])
         return PairScores(

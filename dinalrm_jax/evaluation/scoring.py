@@ -106,10 +106,14 @@ class LatentScorer:
         return found
 
 
+class NonFiniteScores(ValueError):
+    """A model that scores NaN or infinity."""
+
+
 def check_finite(scores: np.ndarray) -> None:
-    """Raises ValueError unless all scores are finite."""
+    """Raises NonFiniteScores unless all scores are finite."""
     if not np.isfinite(scores).all():
-        raise ValueError(
+        raise NonFiniteScores(
             "the model scores NaN or infinity; its weights are broken, or the compute dtype overflows (try float32)"
         )
 

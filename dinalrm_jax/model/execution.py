@@ -5,6 +5,11 @@ from typing import Literal
 
 from dinalrm_jax.mapping import check_types
 
+Dtype = Literal["float32", "bfloat16"]
+AttentionImplementation = Literal["auto", "xla", "cudnn", "grouped"]
+Layers = Literal["loop", "scan"]
+Remat = Literal["none", "dots", "block"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
@@ -19,10 +24,10 @@ class ExecutionConfig:
         CPUs without forward-mode differentiation).
     """
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["auto", "xla", "cudnn", "grouped"] = "auto"
-    layers: Literal["loop", "scan"] = "loop"
-    remat: Literal["none", "dots", "block"] = "none"
+    dtype: Dtype = "float32"
+    attention: AttentionImplementation = "auto"
+    layers: Layers = "loop"
+    remat: Remat = "none"
 
     def __post_init__(self):
         check_types(self)

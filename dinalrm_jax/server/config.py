@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.mapping import ConfigError, at_least
 
 if TYPE_CHECKING:  # `serve --help` needs the fields below, and no JAX
     from dinalrm_jax.server.protocol import Limits, RowShape
@@ -50,9 +50,7 @@ class ServerConfig:
     def __post_init__(self):
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must lie in 0..65535, got {self.port}")
-        for name in ("max_batch_size", "max_queue", "max_body_mb", "max_held_mb", "max_connections"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, ("max_batch_size", "max_queue", "max_body_mb", "max_held_mb", "max_connections"))
         for name in ("max_wait_ms", "drain_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")

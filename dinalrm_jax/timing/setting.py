@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from dinalrm_jax.mapping import ConfigError
-from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.mapping import ConfigError, at_least
+from dinalrm_jax.model.execution import AttentionImplementation, Dtype, ExecutionConfig, Layers, Remat
 
 # How often the blocks' forward FLOPs are done for one image or pair: a backward pass takes as many as a forward.
 PASSES = {"score": 1, "ensemble": 3, "gradient": 2, "train": 4}
@@ -37,19 +37,17 @@ class Setting:
     batch: int = 1
     tokens: int = 205
     blocks: int = 12
-    dtype: Literal["float32", "bfloat16"] = ExecutionConfig.dtype
-    attention: Literal["auto", "xla", "cudnn", "grouped"] = ExecutionConfig.attention
-    layers: Literal["loop", "scan"] = ExecutionConfig.layers
-    remat: Literal["none", "dots", "block"] = ExecutionConfig.remat
+    dtype: Dtype = ExecutionConfig.dtype
+    attention: AttentionImplementation = ExecutionConfig.attention
+    layers: Layers = ExecutionConfig.layers
+    remat: Remat = ExecutionConfig.remat
     merged: bool = False
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
 
     def __post_init__(self):
-        for name in ("batch", "tokens", "blocks", "data", "fsdp", "tensor"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, ("batch", "tokens", "blocks", "data", "fsdp", "tensor"))
         if self.blocks > 24:
             raise ConfigError(f"the backbone has 24 blocks, got blocks {self.blocks}")
         if self.mode not in PASSES:

@@ -7,21 +7,24 @@ import sys
 import pytest
 
 from dinalrm_jax.__main__ import COMMANDS
-from dinalrm_jax.cli import configs, options
+from dinalrm_jax.cli import command, configs, options
 from dinalrm_jax.cli.flags import UsageError, flags_of, help_text, parse
-from dinalrm_jax.cli.preparation import PreprocessOptions
+from dinalrm_jax.mapping import ConfigError
 from tests.conftest import ROOT
 
 OPTIONS = [
-    options.TrainOptions, options.EvaluateOptions, PreprocessOptions, options.ConvertOptions, options.ScoreOptions,
-    options.ServeOptions, options.BenchmarkOptions, options.ClientOptions,
+    options.TrainOptions, options.EvaluateOptions, options.PreprocessOptions, options.ConvertOptions,
+    options.ScoreOptions, options.ServeOptions, options.BenchmarkOptions, options.ClientOptions,
 ]  # fmt: skip
 SCORE = ["--checkpoint=c", "--prompt=a"]
+DATA = ["--checkpoint=c", "--benchmark=records", "--data=d"]
+RECORDS = ["--dataset=hpdv3", "--source=s", "--output=o"]
 
 
 def run(*arguments, cwd=ROOT):
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("cls", OPTIONS, ids=lambda cls: cls.__name__)
@@ -68,8 +71,12 @@ def test_kinds_of_values():
         (options.ScoreOptions, [*SCORE, "--seed"], "--seed needs a value: a whole number"),
         (options.ScoreOptions, ["--prompt=a"], r"this command needs --checkpoint \("),
         (options.ScoreOptions, ["--checkpoint=c"], "give either --prompt or --prompt-file"),
-        (options.ScoreOptions, [*SCORE, "--dtype=bfloat"], "takes one of bfloat16, float32.*did you mean bfloat16"),
+        (options.ScoreOptions, [*SCORE, "--dtype=bfloat"], "takes one of float32, bfloat16.*did you mean bfloat16"),
         (options.ServeOptions, ["--checkpoint=c", "--port=70000"], "port must lie in 0..65535, got 70000"),
+        (options.ScoreOptions, [*SCORE, "--sigma=1.5"], r"--sigma takes levels in \[0, 1\].*got \(1.5,\)"),
+        (options.EvaluateOptions, [*DATA, "--ensemble=0.2,2"], r"--ensemble takes levels in \[0, 1\]"),
+        (options.EvaluateOptions, [*DATA, "--sigma=", "--ensemble="], "--sigma and --ensemble are both empty"),
+        (options.PreprocessOptions, [*RECORDS, "--threads=0"], "threads must be at least 1, got 0"),
         (options.ClientOptions, ["8000"], "unexpected argument '8000'"),
         (options.ConvertOptions, ["released", "--output=o", "--checkpoint=c"], "released needs --base-model"),
         (options.ConvertOptions, ["releas", "--output=o"], "did you mean released"),
@@ -97,3 +104,39 @@ def test_a_packaged_config_from_elsewhere(tmp_path, monkeypatch, capsys):
     assert "taking the packaged" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"no config file configs/no.py; the packaged .* configs/quickstart.py"):
         configs.find_config("configs/no.py")
+
+
+def test_a_variant_that_a_config_refuses_is_one_line():
+    with pytest.raises(UsageError, match="this config knows the variant :ensemble, not :foo"):
+        configs.load_config("configs/quickstart.py:foo", [], ())
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "told"),
+    [
+        (ConfigError("no such thing"), 2, "error: no such thing\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted; it is kept\n"),
+        (None, 1, ""),
+    ],
+)
+def test_how_a_command_ends(monkeypatch, capsys, raised, status, told):
+    """After an error in one line, after Ctrl-C on a line of its own, and with what it returns."""
+    monkeypatch.setattr(command, "quieten_libraries", lambda: None)  # of the whole process
+    monkeypatch.setattr(sys, "argv", ["score", *SCORE])
+
+    def main(options):
+        assert options.prompt == "a"
+        if raised is not None:
+            raise raised
+        return 1
+
+    with pytest.raises(SystemExit) as end:
+        command.run_command(main, options.ScoreOptions, errors=(ConfigError,), interrupted="it is kept")
+    assert (end.value.code, capsys.readouterr().err) == (status, told)
+
+
+def test_a_bug_that_ends_a_command_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(command, "quieten_libraries", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["score", *SCORE])
+    with pytest.raises(ZeroDivisionError):
+        command.run_command(lambda options: 1 / 0, options.ScoreOptions, errors=(ConfigError,), interrupted="")

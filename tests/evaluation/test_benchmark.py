@@ -246,6 +246,9 @@ def test_evaluate_on_records_and_what_it_refuses(scene_model, checkpoint, source
     result = evaluate(*flags, "--benchmark=records", f"--data={tmp_path / 'data'}")
     assert result.returncode == 2
     assert "out exists already" in result.stderr
+    result = evaluate(*flags[:-1], f"--output={tmp_path / 'a' / 'b'}", "--benchmark=records", "--data=nowhere")
+    assert result.returncode == 2
+    assert not (tmp_path / "a").exists(), "nothing is written where the inputs will not do"
 
 
 def test_a_benchmark_without_its_images_is_an_error(scene_model, source, tmp_path):

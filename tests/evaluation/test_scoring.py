@@ -293,8 +293,6 @@ def test_score_command_inputs(tmp_path):
         score.find_images([str(tmp_path)])
     with pytest.raises(ConfigError, match="name at least one image"):
         score.find_images([])
-    with pytest.raises(ConfigError, match="either --prompt or --prompt-file"):
-        score.read_prompts(None, None, 2)
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     with pytest.raises(ConfigError, match="2 lines for 3 images"):
         score.read_prompts(None, str(tmp_path / "prompts.txt"), 3)

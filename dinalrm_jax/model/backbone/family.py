@@ -81,7 +81,7 @@ class LatentSpec:
         prompt.validate(latents.shape[0], self.text_width, self.pooled_width)
 
 
-class BackboneConfig(Variants, abc.ABC):
+class BackboneConfig(Variants):
     """A backbone's geometry: the base of the families' frozen configurations."""
 
     family: ClassVar[str]
@@ -160,7 +160,7 @@ class Backbone(Protocol):
         ...
 
     def velocity(self, latents: jax.Array, timestep: jax.Array, prompt: PromptEmbeds) -> jax.Array:
-        """The flow-matching velocity `eps - x0` by the whole transformer, (B, H, W, C)."""
+        """The flow-matching velocity `eps - x0` by the whole transformer, (B, H, W, C); arguments as for `features`."""
         ...
 
 

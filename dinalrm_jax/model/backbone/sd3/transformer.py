@@ -129,14 +129,7 @@ class SD3Transformer(nnx.Module):
         visual_taps: tuple[int, ...],
         text_taps: tuple[int, ...],
     ) -> Features:
-        """The streams after the tapped blocks (0: the embedded input).
-
-        Args:
-            latents: (B, H, W, C) noisy latents.
-            timestep: (B,) 1000 sigma.
-            prompt: B prompts.
-            visual_taps, text_taps: increasing block counts.
-        """
+        """The streams after the tapped blocks; see `Backbone.features`."""
         image, text, temb = self._embed(latents, timestep, prompt)
         visual, textual = {0: image}, {0: text}
         stops = sorted({0, *visual_taps, *text_taps})
@@ -148,15 +141,10 @@ class SD3Transformer(nnx.Module):
     def velocity(
         self, latents: Float[ArrayLike, "b h w c"], timestep: Float[ArrayLike, " b"], prompt: PromptEmbeds
     ) -> Float[Array, "b h w out"]:
-        """The flow-matching velocity `eps - x0` predicted by the whole model.
+        """The velocity, (B, H, W, out_channels) in the compute dtype; see `Backbone.velocity`.
 
-        Args:
-            latents: (B, H, W, C) noisy latents.
-            timestep: (B,) 1000 sigma.
-            prompt: B prompts.
-
-        Returns:
-            (B, H, W, out_channels) in the compute dtype.
+        Raises:
+            ValueError: a truncated transformer.
         """
         if not self.whole:
             raise ValueError(
