@@ -177,7 +177,7 @@ def as_text(result: dict) -> str:
     """The lines for people."""
     machine, setting = result["machine"], Setting(**result["setting"])
     size = f"{setting.resolution} x {setting.resolution} pixels, batch {setting.batch}, {setting.tokens} text tokens"
-    how = [setting.dtype]
+    how: list[str] = [setting.dtype]
     if setting.mode in PASSES:
         size += f", blocks: {setting.blocks}"
         how += [f"attention {setting.attention}", setting.layers, f"remat {setting.remat}"]

@@ -17,7 +17,7 @@ answer_help(__name__, __doc__, ConvertOptions)  # before the imports that take a
 import pathlib
 
 from dinalrm_jax.mapping import ConfigError
-from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.execution import Dtype, ExecutionConfig
 from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.training.run_weights import open_checkpoint
@@ -32,7 +32,7 @@ def convert(
     checkpoint: str | None,
     base_model: str | None,
     output: str,
-    dtype: str,
+    dtype: Dtype,
     verify: bool,
     revision: str | None = None,
 ) -> None:
@@ -51,9 +51,9 @@ def convert(
         check_torch()
     execution = ExecutionConfig(dtype=dtype)
     if direction == "diffusers":
-        base_model = pretrained.resolve(base_model, pretrained.TRANSFORMER_FILES, revision)
+        base_model = str(pretrained.resolve(base_model, pretrained.TRANSFORMER_FILES, revision))
     else:
-        checkpoint = pretrained.resolve(checkpoint, pretrained.CHECKPOINT_FILES, revision)
+        checkpoint = str(pretrained.resolve(checkpoint, pretrained.CHECKPOINT_FILES, revision))
     if direction == "released":
         model = RewardModel.loaded(pretrained.open_reward_model(checkpoint, base_model, execution))
         if verify:

@@ -16,12 +16,13 @@ from dinalrm_jax.cli.options import EvaluateOptions
 answer_help(__name__, __doc__, EvaluateOptions)  # before the imports that take a second
 
 import contextlib
-import functools
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import cast
 
 from dinalrm_jax.data.buckets import parse_bucket
+from dinalrm_jax.data.names import BenchmarkName
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.data.sources.datasets import read_benchmark
 from dinalrm_jax.devices import processes
@@ -65,16 +66,14 @@ def opened(options: EvaluateOptions) -> Callable[[], Evaluation]:
     # What is to be scored is looked at before weights are loaded.
     data = pathlib.Path(options.data)
     records = Records(data) if on_records else None
-    benchmark = None if on_records else read_benchmark(data, options.benchmark, split)
+    benchmark = None if on_records else read_benchmark(data, cast(BenchmarkName, options.benchmark), split)
     model = RewardModel.from_pretrained(
         options.checkpoint, options.base_model, options.dtype, revision=options.revision
     )
     if on_records:
         check_fit(records, model.config, options.base_model, [split])
-        arguments = (model, records, split, options.levels, draws)
-        return functools.partial(evaluate_records, *arguments, batch_size=options.batch_size)
-    arguments = (model, benchmark, options.levels, draws)
-    return functools.partial(evaluate_images, *arguments, size=size, batch_size=options.batch_size)
+        return lambda: evaluate_records(model, records, split, options.levels, draws, batch_size=options.batch_size)
+    return lambda: evaluate_images(model, benchmark, options.levels, draws, size=size, batch_size=options.batch_size)
 
 
 if __name__ == "__main__":

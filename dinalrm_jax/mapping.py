@@ -57,8 +57,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config")
         ConfigError: an unknown key (the nearest valid one is named), a missing one, or a value of
             the wrong type.
     """
-    cls, values = _kind(cls, values, where)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    kind, values = _kind(cls, values, where)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = [key for key in values if key not in fields]
     if unknown:
         raise ConfigError("; ".join(_unknown_key(f"{where}.{key}", key, fields) for key in unknown))
@@ -68,10 +68,10 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config")
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)} (needed by {cls.__name__})")
-    hints = typing.get_type_hints(cls)
+        raise ConfigError(f"{where} lacks {', '.join(missing)} (needed by {kind.__name__})")
+    hints = typing.get_type_hints(kind)
     try:
-        return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+        return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
     except ConfigError as error:
         # A dataclass's own check knows its fields but not where it stands; say it once.
         if str(error).startswith("config") or str(error).startswith(where):
@@ -142,7 +142,7 @@ def check_types(config: Any) -> None:
         _convert(hints[field.name], getattr(config, field.name), field.name)
 
 
-def keys_below(cls: type) -> set[str]:
+def keys_below(cls: Any) -> set[str]:
     """Every key of a configuration and of those in it, for "did you mean"."""
     if not dataclasses.is_dataclass(cls):
         return set().union(*map(keys_below, cls.kinds()))
@@ -159,7 +159,7 @@ def _is_config(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Variants))
 
 
-def _kind(cls: type, values: Mapping[str, Any], where: str) -> tuple[type, Mapping[str, Any]]:
+def _kind(cls: Any, values: Mapping[str, Any], where: str) -> tuple[Any, Mapping[str, Any]]:
     if dataclasses.is_dataclass(cls):
         return cls, values
     try:

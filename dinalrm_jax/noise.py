@@ -18,6 +18,8 @@ from jaxtyping import Float
 
 from dinalrm_jax.mapping import ConfigError
 
+AnyArray = jax.Array | np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class SigmaConfig:
@@ -28,9 +30,9 @@ class SigmaConfig:
 
 
 def add_noise(
-    latents: Float[ArrayLike, "b h w c"],
+    latents: Float[AnyArray, "b h w c"],
     sigma: Float[ArrayLike, " b"] | Float[ArrayLike, ""],
-    noise: Float[ArrayLike, "b h w c"],
+    noise: Float[AnyArray, "b h w c"],
 ) -> Float[Array, "b h w c"]:
     """`(1 - sigma) latents + sigma noise`; sigma (B,) or a scalar, the others (B, H, W, C).
 
@@ -47,7 +49,7 @@ def add_noise(
     return (1 - sigma) * latents + sigma * noise
 
 
-def draw_noise(key: ArrayLike, shape: tuple[Any, ...]) -> jax.Array:
+def draw_noise(key: AnyArray, shape: tuple[Any, ...]) -> jax.Array:
     """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws.
 
     (A size may be a symbol of jax.export's.)

@@ -111,6 +111,7 @@ def fidelity_loss(z: ArrayLike, label: ArrayLike | float = 1.0, epsilon: float =
         first = jnp.where(y == 0, 0.0, jnp.sqrt(y * p + epsilon))
         second = jnp.where(y == 1, 0.0, jnp.sqrt((1 - y) * (1 - p) + epsilon))
         return 1 - first - second
+    z = jnp.asarray(z)
     # sqrt(Phi(z)) through its logarithm: sqrt's own derivative is infinite where Phi underflows.
     first, second = jnp.exp(0.5 * log_ndtr(z)), jnp.exp(0.5 * log_ndtr(-z))
     return 1 - jnp.sqrt(label) * first - jnp.sqrt(1 - jnp.asarray(label)) * second

@@ -5,6 +5,7 @@ import functools
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,11 @@ from PIL import Image
 
 from dinalrm_jax.data.images import ImageSource, read_rgb
 from dinalrm_jax.encoders.load import ImageCodec, load_image_codec, load_prompt_encoder
-from dinalrm_jax.evaluation.scoring import ranks, score_images
+from dinalrm_jax.evaluation.scoring import Level, ranks, score_images
 from dinalrm_jax.model import lora
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import RewardModelConfig
-from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.execution import Dtype, ExecutionConfig
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.model.reward import check_levels, is_trainable, jitted_score, reward_functional, store
 from dinalrm_jax.noise import NoiseDraw, draw_noise, seed_key
@@ -65,7 +66,7 @@ class RewardModel:
         cls,
         checkpoint: str | pathlib.Path,
         base_model: str | pathlib.Path | None = None,
-        dtype: str = "bfloat16",
+        dtype: Dtype = "bfloat16",
         backbone: Params | None = None,
         revision: str | None = None,
     ) -> "RewardModel":
@@ -175,7 +176,7 @@ class RewardModel:
         _check_prompt(prompt)
         latents, prompt = jnp.asarray(latents), jax.tree.map(jnp.asarray, prompt)
         self.config.transformer.latents.validate_rows(latents, prompt)
-        self._warn_of_size(latents.shape[1:3])
+        self._warn_of_size((latents.shape[1], latents.shape[2]))
         if noise is not None and np.shape(noise) != latents.shape:
             raise ValueError(f"noise must have the latents' shape {latents.shape}, got {np.shape(noise)}")
         arrays = {"latents": latents, "prompt_embeds": prompt.prompt_embeds, "noise": noise}
@@ -184,8 +185,8 @@ class RewardModel:
             if array is not None and not np.isfinite(bad := np.asarray(array, np.float32)).all():
                 rows = np.flatnonzero(~np.isfinite(bad).reshape(len(bad), -1).all(axis=1))
                 raise ValueError(f"{name} holds NaN or infinity in rows {rows.tolist()}; scores would be meaningless")
-        if np.ndim(seed) and len(seed) != len(latents):
-            raise ValueError(f"{len(latents)} latents but {len(seed)} seeds; give one for all, or one a row")
+        if np.shape(seed) not in ((), (len(latents),)):
+            raise ValueError(f"{len(latents)} latents but {np.size(seed)} seeds; give one for all, or one a row")
         eps = draw_noise(seed_key(seed), latents.shape) if noise is None else jnp.asarray(noise)
         return np.asarray(jitted_score(self.config, self.execution)(self.params, latents, prompt, levels, eps))
 
@@ -290,7 +291,7 @@ class RewardModel:
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         draws = [NoiseDraw(seed + number, shared=True) for number in range(samples)]
-        found = score_images(self, prompts, images, [sigma], draws, size=size, batch_size=batch_size)
+        found = score_images(self, prompts, images, [cast(Level, sigma)], draws, size=size, batch_size=batch_size)
         if found.problems:
             lines = "\n  ".join(f"images[{index}]: {problem}" for index, problem in sorted(found.problems.items()))
             raise ValueError(f"{len(found.problems)} of {len(images)} images cannot be read:\n  {lines}")

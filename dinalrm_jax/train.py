@@ -30,7 +30,7 @@ from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScorer, PairScores
-from dinalrm_jax.evaluation.scoring import NonFiniteScores
+from dinalrm_jax.evaluation.scoring import Level, NonFiniteScores
 from dinalrm_jax.mapping import ConfigError, from_mapping
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.execution import ExecutionConfig
@@ -80,7 +80,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         # LoRA and head learn the reward on the frozen backbone's features.
         first = draw(module, config.seed) if setup.start is None else setup.start
         first, _ = split(first, is_trainable)
-        levels = tuple(dict.fromkeys((judged.sigma, *judged.levels)))
+        levels: tuple[Level, ...] = tuple(dict.fromkeys((judged.sigma, *judged.levels)))
         if judged.levels:
             levels += (judged.ensemble,)
 
@@ -179,14 +179,18 @@ def main(options: TrainOptions) -> int:
     quieten_writers()
     enable_compilation_cache()
     values = load_config(options.config, options.overrides, (TrainConfig, SweepConfig))
-    config = from_mapping(SweepConfig if "runs" in values else TrainConfig, values)
+    kind: type[TrainConfig | SweepConfig] = SweepConfig if "runs" in values else TrainConfig
+    config = from_mapping(kind, values)
     workdir = pathlib.Path(options.workdir or f"runs/{config.name}")
     processes.initialize(options.distributed)
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}{several}"
     processes.say(f"{config.name}: jax {jax.__version__} on {devices}, writing to {workdir}")
     try:
-        (run_sweep if isinstance(config, SweepConfig) else run)(config, workdir)
+        if isinstance(config, SweepConfig):
+            run_sweep(config, workdir)
+        else:
+            run(config, workdir)
     except Stopped as stop:
         if processes.is_first():
             tell(str(stop))

@@ -65,3 +65,9 @@ def test_the_site_builds(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "standardized_margin" in (tmp_path / "site" / "api" / "preference" / "index.html").read_text()
+
+
+@pytest.mark.heavy
+def test_the_package_is_clean_under_the_type_checker():
+    result = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout

@@ -96,7 +96,8 @@ def quieten_writers() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    threading.excepthook = sys.unraisablehook = lambda failure: None
+    threading.excepthook = lambda failure: None
+    sys.unraisablehook = lambda failure: None
     told = sys.excepthook  # which tensorstore calls from threads of its own
 
     def of_the_main_thread(*failure):

@@ -91,7 +91,7 @@ def flags_of(options: type) -> tuple[Flag, ...]:
     return tuple(sorted(found, key=lambda flag: (flag.positional, flag.default is not NONE)))
 
 
-def _flags(cls: type, path: tuple[str, ...], instance: Any, helps: Mapping[str, str], names) -> Iterator[Flag]:
+def _flags(cls: Any, path: tuple[str, ...], instance: Any, helps: Mapping[str, str], names) -> Iterator[Flag]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint, inner = hints[field.name], (*path, field.name)
@@ -136,7 +136,7 @@ def _sentence(text: str) -> str:
     return text and text[0].upper() + text[1:] + "." * (text[-1] != ".")
 
 
-def documented(cls: type) -> dict[str, str]:
+def documented(cls: Any) -> dict[str, str]:
     """The `name: text` and `name, name: text` entries of a dataclass's docstring, and of those that it extends."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -160,7 +160,7 @@ def documented(cls: type) -> dict[str, str]:
     return found
 
 
-def _inner_names(cls: type, field: dataclasses.Field) -> set[str]:
+def _inner_names(cls: Any, field: dataclasses.Field) -> set[str]:
     """Names that help may have for the fields of a config that is a field itself."""
     hint = typing.get_type_hints(cls)[field.name]
     if not dataclasses.is_dataclass(hint):

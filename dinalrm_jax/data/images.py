@@ -49,7 +49,8 @@ SIDEWAYS = {5, 6, 7, 8}
 GREY_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
 CHANGED_SIZE = "not a readable image: its size changes while it is decoded"
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF's tags
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 # PIL warns of large pictures and odd metadata. Here these are problems or they are nothing; and
 # `warnings.catch_warnings` is not for threads.
@@ -258,7 +259,7 @@ def scoring_size(size: Size, native_side: int, longest_side: int, unit: int) -> 
     """
     height, width = size
     scale = min(1.0, math.sqrt(LARGEST_AREA * native_side**2 / (height * width)), longest_side / max(size))
-    return tuple(min(longest_side // unit, max(1, round(scale * side / unit))) * unit for side in size)
+    return _scaled(size, scale, longest_side, unit)
 
 
 def trained_size(size: Size, trained: Sequence[Size], longest_side: int, unit: int) -> Size:
@@ -276,7 +277,12 @@ def trained_size(size: Size, trained: Sequence[Size], longest_side: int, unit: i
     height, width = size
     area = min((h * w for h, w in trained), key=lambda area: abs(math.log(area / (height * width))))
     scale = min(math.sqrt(area / (height * width)), longest_side / max(size))
-    return tuple(min(longest_side // unit, max(1, round(scale * side / unit))) * unit for side in size)
+    return _scaled(size, scale, longest_side, unit)
+
+
+def _scaled(size: Size, scale: float, longest_side: int, unit: int) -> Size:
+    height, width = (min(longest_side // unit, max(1, round(scale * side / unit))) * unit for side in size)
+    return height, width
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:

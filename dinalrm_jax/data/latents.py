@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -26,15 +26,22 @@ class Found(NamedTuple):
 
 
 class Latents(Protocol):
-    """Attributes:
-    downsampling: pixels along a side of one latent.
-    fingerprint: of the VAE they are of; None where nobody says which one it was.
-    without_bucket: what a pair is called whose images have no bucket.
-    """
+    """Latents of a source's images, by their names."""
 
-    downsampling: int
-    fingerprint: str | None
-    without_bucket: str
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side of one latent."""
+        ...
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the VAE they are of; None where nobody says which one it was."""
+        ...
+
+    @property
+    def without_bucket(self) -> str:
+        """What a pair is called whose images have no bucket."""
+        ...
 
     def size(self, name: str) -> Known | str:
         """What is known of an image before anything is decoded, or the reason why it cannot be used. For threads."""
@@ -44,7 +51,7 @@ class Latents(Protocol):
         """The bucket of an image of this size, None where it has none among `choices`."""
         ...
 
-    def read(self, shards: Sequence[tuple[Size, Sequence[str]]]) -> Iterator[Found]:
+    def read(self, shards: Sequence[tuple[Size, Sequence[str]]]) -> Generator[Found]:
         """(H/8, W/8, C) float32 of all images, shard after shard, each brought to its shard's bucket.
 
         What a shard gives depends on nothing but the shard.
@@ -80,7 +87,7 @@ class EncodedImages:
             return buckets.nearest_aspect(size, choices)
         return buckets.nearest(size, choices, self._config.aspect_tolerance)
 
-    def read(self, shards: Sequence[tuple[Size, Sequence[str]]]) -> Iterator[Found]:
+    def read(self, shards: Sequence[tuple[Size, Sequence[str]]]) -> Generator[Found]:
         batch_size = self._config.batch_size
         with ThreadPoolExecutor(self._config.threads) as pool:
             # Threads decode ahead, across shards, while the encoder runs.

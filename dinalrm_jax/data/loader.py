@@ -15,14 +15,15 @@ from typing import Any
 import grain
 import numpy as np
 
-from dinalrm_jax.data.records import PairRecord, Records, RecordsError
+from dinalrm_jax.data.mixture import AnyRecords
+from dinalrm_jax.data.records import PairRecord, RecordsError
 from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
 
 
 class JoinedPairs:
     """Random access to pairs with their latents and embeddings."""
 
-    def __init__(self, records: Records, split: str):
+    def __init__(self, records: AnyRecords, split: str):
         self.records, self.rows = records, records.pairs(split)
 
     def __len__(self) -> int:
@@ -122,7 +123,7 @@ class TrainingBatches:
         RecordsError: fewer pairs than a batch.
     """
 
-    def __init__(self, records: Records, batch_size: int, seed: int, rows: Sequence[int] | None = None):
+    def __init__(self, records: AnyRecords, batch_size: int, seed: int, rows: Sequence[int] | None = None):
         pairs = JoinedPairs(records, "train")
         if len(pairs) < batch_size:
             raise RecordsError(f"{records.directory} has {len(pairs)} training pairs, a batch takes {batch_size}")

@@ -99,7 +99,7 @@ class _Joined(Sequence):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]  # no slices
         if not 0 <= index < self._count:
             raise IndexError(f"row {index} of {self._count}")
         part = bisect.bisect_right(self.starts, index) - 1
@@ -118,7 +118,7 @@ class _Shifted(Sequence):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> PairRecord:
+    def __getitem__(self, index: int) -> PairRecord:  # type: ignore[override]  # no slices
         pair = self.pairs[index]
         return PairRecord(
             self.images + pair.chosen,
@@ -126,3 +126,6 @@ class _Shifted(Sequence):
             self.prompts + pair.prompt,
             f"{self.name}/{pair.kind}",
         )
+
+
+AnyRecords = Records | Mixture

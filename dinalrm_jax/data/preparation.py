@@ -197,10 +197,10 @@ def _bucketed(rows, sizes, latents: Latents, config: PreparationConfig, counts) 
         elif any(height * width < config.min_area for height, width, _ in pair):
             counts["pair of an image too small"] += 1
         else:
-            own = [latents.bucket((height, width), choices) for height, width, _ in pair]
-            if None in own:
+            first, second = (latents.bucket((height, width), choices) for height, width, _ in pair)
+            if first is None or second is None:
                 counts[latents.without_bucket] += 1
-            elif (bucket := buckets.align(*own, choices, config.aspect_tolerance)) is None:
+            elif (bucket := buckets.align(first, second, choices, config.aspect_tolerance)) is None:
                 counts["pair of different aspects"] += 1
             else:
                 kept.append((bucket_name(bucket), row))

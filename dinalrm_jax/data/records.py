@@ -171,7 +171,7 @@ def write_shard(path: pathlib.Path, features, rows: Iterable[Any]) -> Shard:
         for row in rows:
             example = serializer.get_tf_example(features.encode_example(_half(row)))
             data = example.SerializeToString(deterministic=True)  # a map's order depends on the process otherwise
-            _writing(path, lambda data=data: writer.write(data))
+            _writing(path, functools.partial(writer.write, data))
             count, size = count + 1, size + len(data)
         _writing(path, writer.close)
         reader = ArrayRecordReader(str(partial))
@@ -362,7 +362,7 @@ class _Rows(Sequence):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int):  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         row = self._source[index]

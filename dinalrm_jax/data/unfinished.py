@@ -68,7 +68,7 @@ def claim(
     rows = [
         (split, row.prompt, row.chosen, row.rejected) for split in sorted(preferences) for row in preferences[split]
     ]
-    plan = {"config": what_counts(config), **made_by, "preferences": stable_hash(*rows).hex()}
+    plan: dict[str, Any] = {"config": what_counts(config), **made_by, "preferences": stable_hash(*rows).hex()}
     path = work / "plan.json"
     if processes.is_first():
         for name in ("parts", "records/images", "records/prompts"):

@@ -28,7 +28,7 @@ def place(
             JAX does not bind them.
     """
     dtype = np.dtype(dtype)
-    default = jax.config.jax_default_device  # of this thread
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
 
     def put(name: str) -> jax.Array:
         array = np.asarray(arrays[name])

@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dinalrm_jax.devices.mesh import ROW_AXES
 from dinalrm_jax.mapping import ConfigError
@@ -55,7 +55,7 @@ def parameter_shardings(
     return shardings
 
 
-def like_parameters(tree: T, shardings: Mapping[str, NamedSharding], mesh: Mesh) -> T:
+def like_parameters(tree: T, shardings: Mapping[str, Sharding], mesh: Mesh) -> T:
     """Shardings of a tree that holds dicts of parameters: a leaf under a parameter's name lies as it does.
 
     So do the moments of an optimizer; whatever else there is, a step count, is on every device.

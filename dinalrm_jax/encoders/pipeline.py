@@ -112,7 +112,7 @@ def _geometry(cls: type[C], directory: pathlib.Path) -> C:
     """The fields of `cls` in the directory's config.json; what the file says beside them is not about shape."""
     path = directory / "config.json"
     values = read_json(path)
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     return from_mapping(cls, {key: value for key, value in values.items() if key in known}, str(path))
 
 

@@ -51,7 +51,7 @@ class T5Stack(nnx.Module):
             x.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance
         )
         # The first block's table serves all blocks: (T, T, heads) -> (1, heads, T, T).
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias  # type: ignore[attr-defined]
         bias = table(buckets).transpose(2, 0, 1)[None].astype(x.dtype)
         for block in self.block:
             x = block(x, bias)

@@ -139,16 +139,16 @@ def reliability(probability: np.ndarray, bins: int = 10) -> Reliability:
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):
-        means = [np.bincount(place, values, bins) / count for values in (confidence, right)]
-    return Reliability(*means, count)
+        expected, correct = (np.bincount(place, values, bins) / count for values in (confidence, right))
+    return Reliability(expected, correct, count)
 
 
 def strict_pairs(ranks: Sequence[Sequence[float]], scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the preferred and of the other image of every pair that people did not tie; arguments as above."""
     chosen, rejected = [], []
     for row, values in zip(ranks, scores):
-        row = np.asarray(row)
-        first, second = np.nonzero(row[:, None] < row[None])
+        places = np.asarray(row)
+        first, second = np.nonzero(places[:, None] < places[None])
         kept = ~np.isnan(values[first]) & ~np.isnan(values[second])
         chosen.append(values[first[kept]])
         rejected.append(values[second[kept]])

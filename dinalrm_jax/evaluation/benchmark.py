@@ -35,7 +35,8 @@ from dinalrm_jax.preference import LossConfig
 class EvaluatedModel(ImageModel, Protocol):
     """`RewardModel`, as far as it is needed here."""
 
-    likelihood: LossConfig | None
+    @property
+    def likelihood(self) -> LossConfig | None: ...
 
     @property
     def digest(self) -> str: ...
@@ -146,7 +147,7 @@ def _my_share(rankings: Sequence[Ranking]) -> Sequence[Ranking]:
 def _on_every_device(model: EvaluatedModel) -> EvaluatedModel:
     if jax.local_device_count() == 1:
         return model
-    return dataclasses.replace(model, params=on_every_device(model.params))
+    return dataclasses.replace(model, params=on_every_device(model.params))  # type: ignore[type-var]
 
 
 def _gathered(model, name, rankings, levels, draws, rows, scores, problems) -> Evaluation:

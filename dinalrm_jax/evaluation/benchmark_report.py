@@ -3,7 +3,7 @@
 import csv
 import json
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -191,15 +191,15 @@ def _pairs(evaluation: Evaluation, place: int) -> tuple[np.ndarray, np.ndarray]:
         strict_pairs(ranks, [scores[:, place, draw] for scores in evaluation.scores])
         for draw in evaluation.draws_of(shared=False)
     ]
-    return tuple(map(np.concatenate, zip(*draws)))
+    chosen, rejected = map(np.concatenate, zip(*draws))
+    return chosen, rejected
 
 
 def _reliability(evaluation: Evaluation, place: int):
     """Of the probabilities at a single level, by the likelihood that the model was trained with."""
     likelihood = evaluation.likelihood or LossConfig()
-    return reliability(
-        np.asarray(preference.preferred(*_pairs(evaluation, place), evaluation.levels[place], likelihood))
-    )
+    level = cast(float, evaluation.levels[place])
+    return reliability(np.asarray(preference.preferred(*_pairs(evaluation, place), level, likelihood)))
 
 
 def likelihood_name(config: LossConfig | None) -> str:

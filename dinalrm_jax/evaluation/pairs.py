@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dinalrm_jax.data.loader import distinct_rows
-from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.data.mixture import AnyRecords
+from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import compile_if_it_fits, fits_beside
 from dinalrm_jax.devices.mesh import row_devices
@@ -66,7 +68,7 @@ class PairScorer:
     def __init__(
         self,
         module: Functional[RewardModule],
-        records: Records,
+        records: AnyRecords,
         split: str,
         mesh: Mesh,
         *,
@@ -233,5 +235,5 @@ class HeldOutPairs:
     def __call__(self, trained: Params) -> dict[str, float]:
         """Named accuracies: `eval_accuracy` at `eval_sigma`, and each further level's."""
         scores = self.scorer.run({**self.frozen, **trained}, self.levels, self.draw)
-        values = {self.headline: scores.accuracy(self.levels[0]), "eval_sigma": self.levels[0]}
+        values: dict[str, Any] = {self.headline: scores.accuracy(self.levels[0]), "eval_sigma": self.levels[0]}
         return values | {f"eval_accuracy/{level_name(level)}": scores.accuracy(level) for level in self.levels[1:]}

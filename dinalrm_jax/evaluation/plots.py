@@ -10,12 +10,11 @@ import itertools
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dinalrm_jax.data.mixture import Mixture
-from dinalrm_jax.data.records import Records
+from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.encoders.load import ImageCodec
 from dinalrm_jax.evaluation.pairs import PairScores
 from dinalrm_jax.evaluation.scoring import Level, level_name
@@ -29,7 +28,7 @@ INK, BETTER, WORSE, ENSEMBLE = "#222222", "#1b7f4b", "#b3372f", "#2c5aa0"
 FEW = 50  # pairs, of which a coin flips 50 +- 14 % right in 19 of 20 cases
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """An empty figure, in inches."""
     from matplotlib.figure import Figure  # slow to import, and needed at the end of a command, if at all
 
@@ -120,7 +119,7 @@ def plot_learning_curve(path: pathlib.Path, history: list[dict]) -> None:
 
 def plot_pairs(
     path: pathlib.Path,
-    records: Records | Mixture,
+    records: AnyRecords,
     scores: PairScores,
     level: Level,
     codec: ImageCodec,
@@ -137,7 +136,7 @@ def plot_pairs(
     for place, pair in enumerate(shown):
         chosen, rejected, prompt = scores.records[pair]
         right = scores.chosen[row, pair] > scores.rejected[row, pair]
-        halves = cells[place // columns, place % columns].subgridspec(1, 2, wspace=0.06).subplots()
+        halves: Any = cells[place // columns, place % columns].subgridspec(1, 2, wspace=0.06).subplots()
         for axis, index, score in zip(halves, (chosen, rejected), (scores.chosen, scores.rejected)):
             axis.imshow(codec.decode(records.images[int(index)].latents[None])[0])
             axis.set_title(f"{score[row, pair]:+.2f}", fontsize=10, color=BETTER if right else WORSE, pad=2)

@@ -6,6 +6,7 @@ import io
 import pathlib
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -88,7 +89,8 @@ def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5
     heights = [-(-len(group) // columns) for group in groups]
     wide = min(columns, max(map(len, groups)))
     figure = new_figure(2.3 * max(wide, 2), 2.6 * sum(heights) + 0.5 * len(groups))
-    parts = np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=[2.6 * height + 0.5 for height in heights]))
+    ratios = [2.6 * height + 0.5 for height in heights]
+    parts: Any = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=ratios)[:, 0]
     for part, group, height in zip(parts, groups, heights):
         title = textwrap.fill(shortened(group[0].prompt, 60 * max(wide, 2)), 32 * max(wide, 2))
         part.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)
@@ -102,6 +104,6 @@ def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5
                 error = "" if row.standard_error is None else f" ± {row.standard_error:.2f}"
                 axis.set_title(f"{row.rank}.  {row.score:+.2f}{error}", fontsize=11)
                 name = shortened(pathlib.Path(row.image).name, 34)
-                place = {"ha": "center", "va": "top", "transform": axis.transAxes}
-                axis.text(0.5, -0.03, name, fontsize=7, parse_math=False, **place)
+                below: dict[str, Any] = {"ha": "center", "va": "top", "transform": axis.transAxes}
+                axis.text(0.5, -0.03, name, fontsize=7, parse_math=False, **below)
     save(figure, path)

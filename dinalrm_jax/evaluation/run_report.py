@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dinalrm_jax.data.mixture import Mixture
-from dinalrm_jax.data.records import Records
+from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.encoders.load import ImageCodec
 from dinalrm_jax.evaluation.pairs import PairScores
 from dinalrm_jax.evaluation.plots import FEW, AccuracyCurve, plot_accuracy_by_sigma, plot_learning_curve, plot_pairs
@@ -42,7 +41,7 @@ def kind_table(scores: PairScores, level: Level) -> str:
     return "\n".join(lines)
 
 
-def file_size_accuracy(records: Records | Mixture, scores: PairScores) -> float | None:
+def file_size_accuracy(records: AnyRecords, scores: PairScores) -> float | None:
     """Accuracy of the image file's size as a score, or None where the images came from no files."""
     sizes = {int(i): records.images[int(i)].file_bytes for i in np.unique(scores.records[:, :2])}
     if not all(sizes.values()):
@@ -52,7 +51,7 @@ def file_size_accuracy(records: Records | Mixture, scores: PairScores) -> float 
 
 def write_report(
     directory: pathlib.Path,
-    records: Records | Mixture,
+    records: AnyRecords,
     scores: PairScores,
     shared: PairScores,
     history: list[dict],

@@ -50,10 +50,17 @@ def ranks(scores: Sequence[float]) -> list[int]:
 class ImageModel(Protocol):
     """What scores images: `RewardModel`, as far as it is needed here."""
 
-    config: RewardModelConfig
-    params: Params
-    execution: ExecutionConfig
-    image_sizes: tuple[Size, ...]
+    @property
+    def config(self) -> RewardModelConfig: ...
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def execution(self) -> ExecutionConfig: ...
+
+    @property
+    def image_sizes(self) -> tuple[Size, ...]: ...
 
     @property
     def image_codec(self) -> ImageCodec: ...
@@ -161,7 +168,7 @@ def score_images(
     if size is not None:
         if np.shape(size) != (2,) or any(side < unit or side % unit for side in size):
             raise ValueError(f"size must be (height, width) in positive multiples of {unit} pixels, got {size!r}")
-        size = tuple(size)
+        size = (size[0], size[1])
     longest = spec.downsampling * spec.largest_side
 
     def target(found: Size) -> Size:
@@ -185,7 +192,7 @@ def score_images(
         by_size: dict[Size, list[int]] = collections.defaultdict(list)
         for index, found in enumerate(pool.map(_size, images)):
             if isinstance(found, str) or index in problems:
-                problems.setdefault(index, found)
+                problems.setdefault(index, str(found))
                 progress(1)
             else:
                 by_size[target(found)].append(index)
@@ -246,7 +253,7 @@ class _Embeddings:
             self._kept |= {prompt: embeds[row] for row, prompt in enumerate(missing)}
         for prompt in prompts:
             self._kept.move_to_end(prompt)
-        rows = [self._kept[prompt] for prompt in prompts]
+        found = [self._kept[prompt] for prompt in prompts]
         while len(self._kept) > PROMPTS_KEPT * self._batch_size:
             self._kept.popitem(last=False)
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *found)

@@ -6,13 +6,16 @@ c its channels, p width of a pooled prompt, q queries, heads and e of an attenti
 """
 
 import dataclasses
+import typing
 
 import jax
 import jax.export
-from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from dinalrm_jax.noise import AnyArray
 
+
+@typing.dataclass_transform(frozen_default=True)
 def _pytree(cls):
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
@@ -26,8 +29,8 @@ class PromptEmbeds:
         pooled_prompt_embeds: (B, P) pooled embeddings (SD3.5: CLIP-L, then CLIP-G; P = 2048).
     """
 
-    prompt_embeds: Float[ArrayLike, "b t d"]
-    pooled_prompt_embeds: Float[ArrayLike, "b p"]
+    prompt_embeds: Float[AnyArray, "b t d"]
+    pooled_prompt_embeds: Float[AnyArray, "b p"]
 
     def __getitem__(self, rows) -> "PromptEmbeds":
         return jax.tree.map(lambda array: array[rows], self)
@@ -64,6 +67,6 @@ class PreferenceBatch:
         prompt: the B prompts.
     """
 
-    chosen: Float[ArrayLike, "b h w c"]
-    rejected: Float[ArrayLike, "b h w c"]
+    chosen: Float[AnyArray, "b h w c"]
+    rejected: Float[AnyArray, "b h w c"]
     prompt: PromptEmbeds

@@ -40,8 +40,8 @@ class Linear(nnx.Module):
             weight_init, bias_init = kernel_init, jax.nn.initializers.zeros
         self.weight = nnx.Param(weight_init(rngs.params(), (out_features, in_features), jnp.float32))
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), jnp.float32)) if use_bias else None
-        self.lora_A = nnx.data(None)  # (rank, in_features), attached by dinalrm_jax.model.lora
-        self.lora_B = nnx.data(None)  # (out_features, rank)
+        self.lora_A: nnx.LoRAParam | None = nnx.data(None)  # (rank, in_features), attached by dinalrm_jax.model.lora
+        self.lora_B: nnx.LoRAParam | None = nnx.data(None)  # (out_features, rank)
         self.lora_scale = 0.0
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from dinalrm_jax.devices.sharding import WHOLE, Rules, under
@@ -19,7 +18,7 @@ from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.head import RULES, RewardHead
 from dinalrm_jax.model.lora import add_lora
 from dinalrm_jax.model.parameters import Functional, Params, functional
-from dinalrm_jax.noise import add_noise, timestep
+from dinalrm_jax.noise import AnyArray, add_noise, timestep
 
 
 class RewardModule(nnx.Module):
@@ -41,10 +40,10 @@ class RewardModule(nnx.Module):
 
     def __call__(
         self,
-        latents: Float[ArrayLike, "b h w c"],
+        latents: Float[AnyArray, "b h w c"],
         prompt: PromptEmbeds,
-        sigma: Float[ArrayLike, " b"],
-        eps: Float[ArrayLike, "b h w c"],
+        sigma: Float[AnyArray, " b"],
+        eps: Float[AnyArray, "b h w c"],
     ) -> Float[Array, " b"]:
         """One noise level a row.
 
@@ -61,10 +60,10 @@ class RewardModule(nnx.Module):
 
     def ensemble(
         self,
-        latents: Float[ArrayLike, "b h w c"],
+        latents: Float[AnyArray, "b h w c"],
         prompt: PromptEmbeds,
-        sigmas: Float[ArrayLike, " k"] | Float[ArrayLike, "k b"],
-        eps: Float[ArrayLike, "b h w c"],
+        sigmas: Float[AnyArray, " k"] | Float[AnyArray, "k b"],
+        eps: Float[AnyArray, "b h w c"],
     ) -> Float[Array, " b"]:
         """The token-level ensemble: the levels' tokens one after another, attended to once.
 
@@ -84,17 +83,17 @@ class RewardModule(nnx.Module):
 
     def score(
         self,
-        latents: Float[ArrayLike, "b h w c"],
+        latents: Float[AnyArray, "b h w c"],
         prompt: PromptEmbeds,
-        levels: Float[ArrayLike, ""] | Float[ArrayLike, " k"],
-        eps: Float[ArrayLike, "b h w c"],
+        levels: Float[AnyArray, ""] | Float[AnyArray, " k"],
+        eps: Float[AnyArray, "b h w c"],
     ) -> Float[Array, " b"]:
         """A single level for all rows where `levels` is (), the ensemble where it is (K,)."""
         if levels.ndim == 0:
             return self(latents, prompt, jnp.broadcast_to(levels, latents.shape[0]), eps)
         return self.ensemble(latents, prompt, levels, eps)
 
-    def features(self, latents: ArrayLike, prompt: PromptEmbeds, sigma: ArrayLike, eps: ArrayLike) -> Features:
+    def features(self, latents: AnyArray, prompt: PromptEmbeds, sigma: AnyArray, eps: AnyArray) -> Features:
         """What the head sees of the noised latents; arguments as for a single level."""
         noisy = add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
         config = self.config

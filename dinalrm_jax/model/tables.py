@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from dinalrm_jax.noise import AnyArray
+
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
@@ -86,7 +88,7 @@ def load(
     return loaded
 
 
-def dump(params: Mapping[str, jax.Array], table: Table) -> dict[str, np.ndarray]:
+def dump(params: Mapping[str, AnyArray], table: Table) -> dict[str, np.ndarray]:
     """The inverse of `load`: arrays under the file's names and in its layout."""
     out = {}
     for name, array in params.items():

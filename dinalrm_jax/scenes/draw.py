@@ -113,9 +113,11 @@ def draw_scene(rng: np.random.Generator, combinations: tuple[tuple[str, str], ..
     side = str(rng.choice(list(SIDES)))
     chosen = rng.choice(len(combinations), size=1 + int(rng.random() < TWO_GROUPS), replace=False)
     sides = (side, SIDES[side])
-    return tuple(
-        Group(int(rng.integers(1, len(COUNTS) + 1)), *combinations[index], place) for index, place in zip(chosen, sides)
-    )
+    groups = []
+    for index, place in zip(chosen, sides):
+        colour, shape = combinations[index]
+        groups.append(Group(int(rng.integers(1, len(COUNTS) + 1)), colour, shape, place))
+    return tuple(groups)
 
 
 def violate(

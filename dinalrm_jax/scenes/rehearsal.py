@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,8 +17,9 @@ from dinalrm_jax.disk import whole_directory
 from dinalrm_jax.encoders.clip import CLIPTextConfig, CLIPTextModel
 from dinalrm_jax.encoders.t5 import T5Config, T5Encoder
 from dinalrm_jax.encoders.vae import AutoencoderKL, VAEConfig
-from dinalrm_jax.mapping import to_mapping
+from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.model import tables
+from dinalrm_jax.model.backbone.family import BackboneConfig
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
 from dinalrm_jax.model.backbone.sd3.transformer import SD3Transformer
 from dinalrm_jax.model.backbone.sd3.weights import table
@@ -43,8 +45,17 @@ TRANSFORMER = SD3Config(
 )  # fmt: skip
 
 
-def write_pipeline(directory: str | pathlib.Path, seed: int = 0, transformer: SD3Config = TRANSFORMER) -> None:
-    """Writes a random SD3 pipeline that diffusers and transformers load; whole or not at all."""
+def write_pipeline(directory: str | pathlib.Path, seed: int = 0, transformer: BackboneConfig = TRANSFORMER) -> None:
+    """Writes a random SD3 pipeline that diffusers and transformers load; whole or not at all.
+
+    Raises:
+        ConfigError: a transformer of another family.
+    """
+    if not isinstance(transformer, SD3Config):
+        raise ConfigError(
+            f"a rehearsal writes an SD3 pipeline, model.transformer is a {type(transformer).__name__}; leave out "
+            "rehearsal and name the data"
+        )
     with whole_directory(directory) as partial:
         components = {
             "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
@@ -63,7 +74,7 @@ def write_pipeline(directory: str | pathlib.Path, seed: int = 0, transformer: SD
         scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
         _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
         for name, config in (("text_encoder", CLIP_L), ("text_encoder_2", CLIP_G)):
-            clip = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
+            clip: dict[str, Any] = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
             # As published: the ids of another vocabulary, which nothing reads.
             clip |= {"bos_token_id": 0, "pad_token_id": 1}
             _write_module(
@@ -73,7 +84,7 @@ def write_pipeline(directory: str | pathlib.Path, seed: int = 0, transformer: SD
         _write_module(partial / "text_encoder_3", "model", functools.partial(T5Encoder, T5), T5, t5, seed)
         # diffusers names the blocks of an autoencoder; ours has no other kinds.
         depth = len(VAE.block_out_channels)
-        vae = {"_class_name": "AutoencoderKL", "down_block_types": depth * ["DownEncoderBlock2D"]}
+        vae: dict[str, Any] = {"_class_name": "AutoencoderKL", "down_block_types": depth * ["DownEncoderBlock2D"]}
         vae |= {"up_block_types": depth * ["UpDecoderBlock2D"], "force_upcast": True}
         stem = "diffusion_pytorch_model"
         _write_module(partial / "vae", stem, functools.partial(AutoencoderKL, VAE), VAE, vae, seed)
@@ -155,7 +166,7 @@ def write_hpdv3(directory: str | pathlib.Path, train_pairs: int, eval_pairs: int
                 for name, pixels in zip(names, (pair.chosen, pair.rejected)):
                     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
                     image.save(partial / name, quality=90)
-                row = {"prompt": pair.caption, "path1": names[0], "path2": names[1]}
+                row: dict[str, Any] = {"prompt": pair.caption, "path1": names[0], "path2": names[1]}
                 row |= {"model1": "flux", "model2": "sdxl"}
                 if split == "train":
                     annotated = number % 3 != 0

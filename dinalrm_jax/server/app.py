@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from dinalrm_jax.server import protocol
 from dinalrm_jax.server.batcher import DEAD, READY, Batcher
 from dinalrm_jax.server.bodies import Bodies, Hold, is_small
 from dinalrm_jax.server.config import MAX_ROWS, ServerConfig
-from dinalrm_jax.server.connections import Connections, raise_open_files_limit
+from dinalrm_jax.server.connections import Connection, Connections, raise_open_files_limit
 from dinalrm_jax.server.engine import Engine, Row
 from dinalrm_jax.server.metrics import Metrics
 from dinalrm_jax.server.protocol import Limits, RequestError, ScoreRequest, printable
@@ -227,7 +228,8 @@ class RewardServer:
     async def _answer_errors(self, request: web.Request, handler) -> web.StreamResponse:
         identity = printable(request.headers.get("x-request-id", "")[:64]) or uuid.uuid4().hex[:16]
         headers = {}
-        with request.protocol.at_work():
+        connection = cast(Connection, request.protocol)
+        with connection.at_work():
             try:
                 response = await handler(request)
             except RequestError as error:
@@ -249,7 +251,7 @@ class RewardServer:
                 response.headers["www-authenticate"] = "Bearer"
             if not request.content.is_eof():
                 response.force_close()  # what is left of the body is no request
-                request.protocol.refuse(request.content_length or 0)
+                connection.refuse(request.content_length or 0)
         if request.path == "/v1/score":
             self._metrics.requests.labels(status).inc()
             if self.batcher.engine.digest is not None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -346,7 +347,7 @@ def _shut_down() -> RequestError:
     return RequestError(503, DRAINING, "the server shut down before this row")
 
 
-def _begin(function: Callable[[], None]) -> Future:
+def _begin(function: Callable[[], Any]) -> Future:
     """Runs `function` in a thread that no exit waits for."""
     result = Future()
 

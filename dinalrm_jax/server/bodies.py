@@ -58,7 +58,7 @@ class Bodies:
         if is_small(request):
             hold.hurry()
         # Memory without zeros in it is there at once, and is used as the bytes come.
-        body = memoryview(np.empty(announced, np.uint8)) if announced else bytearray()
+        body = np.empty(announced, np.uint8).data if announced else bytearray()
         position = 0
         started = asyncio.get_running_loop().time()
         try:

@@ -141,7 +141,7 @@ class Connection(web.RequestHandler):
         self._head_timer: asyncio.TimerHandle | None = None
         self._at_work, self._between = False, 0  # bytes since a request was answered: a body's rest, a next head
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # of TCP, which is one
         if self._all.admit(self):
             super().connection_made(transport)
             self._expect_head()

@@ -1,7 +1,9 @@
 """The compiled programs of a server: one for each shape of a row and each bucket of a batch's size."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ class Row:
 
     @property
     def shape(self) -> RowShape:
-        return RowShape(*self.latents.shape[:2], len(self.prompt_embeds))
+        return RowShape(self.latents.shape[0], self.latents.shape[1], len(self.prompt_embeds))
 
 
 class Engine:
@@ -68,13 +70,11 @@ class Engine:
         """Makes the programs of a shape, all buckets."""
         spec = self._spec
         for size in self.buckets:
+            struct: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
             inputs = (
-                jax.ShapeDtypeStruct((size, shape.height, shape.width, spec.channels), jnp.float32),
-                PromptEmbeds(
-                    jax.ShapeDtypeStruct((size, shape.tokens, spec.text_width), jnp.float32),
-                    jax.ShapeDtypeStruct((size, spec.pooled_width), jnp.float32),
-                ),
-                jax.ShapeDtypeStruct((size,), jnp.float32),
+                struct((size, shape.height, shape.width, spec.channels)),
+                PromptEmbeds(struct((size, shape.tokens, spec.text_width)), struct((size, spec.pooled_width))),
+                struct((size,)),
                 jax.ShapeDtypeStruct((size, 2), jnp.uint32),
             )
             self._programs[size, shape] = self._score.lower(self._compiled_for, *inputs).compile()
@@ -100,7 +100,7 @@ class Engine:
         try:
             scores = self._dispatch(rows)
         except jax.errors.JaxRuntimeError as error:
-            return lambda error=error: self._in_halves(rows, error)
+            return functools.partial(self._in_halves, rows, error)
 
         def finish() -> np.ndarray:
             try:

@@ -1,5 +1,7 @@
 """What the server counts, for Prometheus."""
 
+import functools
+
 import jax
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -12,7 +14,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _compilations = 0
 
 
-def _count_compilation(event: str, seconds: float, **attributes) -> None:
+def _count_compilation(event: str, duration_secs: float, **attributes: str | int) -> None:
     global _compilations
     _compilations += event == "/jax/core/compile/backend_compile_duration"
 
@@ -55,8 +57,12 @@ class Metrics:
                 ("dinalrm_device_memory_bytes", "In use on the device.", "bytes_in_use"),
                 ("dinalrm_device_memory_peak_bytes", "The most that was in use.", "peak_bytes_in_use"),
             ):
-                Gauge(name, text, registry=registry).set_function(lambda key=key: device.memory_stats().get(key, 0))
+                Gauge(name, text, registry=registry).set_function(functools.partial(_memory, device, key))
 
     def text(self) -> bytes:
         """In Prometheus's text format."""
         return generate_latest(self._registry)
+
+
+def _memory(device: jax.Device, key: str) -> float:
+    return device.memory_stats().get(key, 0)

@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -220,7 +221,7 @@ def _without_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object
     return found
 
 
-def _check_tensors(header: Mapping[str, object], limits: Limits) -> None:
+def _check_tensors(header: Mapping[str, Any], limits: Limits) -> None:
     """Raises RequestError, listing everything that is wrong, unless names, dtypes and shapes are right."""
     wanted = {
         "latents": (FLOATS, ("B", limits.channels, "h", "w")),
@@ -256,7 +257,7 @@ def _check_tensors(header: Mapping[str, object], limits: Limits) -> None:
         raise _bad("; ".join(problems))
 
 
-def _views(body: Body, header: Mapping[str, Mapping], start: int) -> dict[str, np.ndarray]:
+def _views(body: Body, header: Mapping[str, Any], start: int) -> dict[str, np.ndarray]:
     """The tensors without a copy: one behind another, without gaps, to the body's last byte, as the format demands.
 
     (safetensors' own reader copies; hundreds of bodies of several MB may wait here.)

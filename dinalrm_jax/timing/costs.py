@@ -18,7 +18,8 @@ def top_costs(call: Callable[[], object], count: int = 12) -> list[dict[str, flo
     A kind is an instruction's name in the compiled program without its number; shares are of all
     operations' seconds. Empty where the profiler saw none.
     """
-    seconds, numbers = collections.Counter(), collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
+    numbers = collections.Counter()
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             call()
@@ -27,9 +28,10 @@ def top_costs(call: Callable[[], object], count: int = 12) -> list[dict[str, flo
                 kind = re.sub(r"[.\d]+$", "", name)
                 seconds[kind] += nanoseconds / 1e9
                 numbers[kind] += 1
+    total = sum(seconds.values())
+    costliest = sorted(seconds.items(), key=lambda item: item[1], reverse=True)[:count]
     return [
-        {"name": kind, "seconds": spent, "share": spent / seconds.total(), "number": numbers[kind]}
-        for kind, spent in seconds.most_common(count)
+        {"name": kind, "seconds": spent, "share": spent / total, "number": numbers[kind]} for kind, spent in costliest
     ]
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from dinalrm_jax.model.config import RewardModelConfig
-from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.execution import Dtype, ExecutionConfig
 from dinalrm_jax.model.reward import stored_shapes
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.timing.memory import forget_peak, peak_bytes
@@ -20,7 +20,7 @@ def write_checkpoint(directory: pathlib.Path, config: RewardModelConfig) -> None
     numbers = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
     shapes = stored_shapes(config, ExecutionConfig())
     params = {name: np.resize(numbers, shape.shape) for name, shape in shapes.items()}
-    RewardModel(config, params).save(directory)
+    RewardModel(config, params).save(directory)  # type: ignore[arg-type]  # a view of few numbers, of any size
 
 
 def read(directory: pathlib.Path) -> tuple[float, int]:
@@ -34,7 +34,7 @@ def read(directory: pathlib.Path) -> tuple[float, int]:
     return time.perf_counter() - start, total
 
 
-def load(directory: pathlib.Path, dtype: str) -> tuple[float, int]:
+def load(directory: pathlib.Path, dtype: Dtype) -> tuple[float, int]:
     """Seconds of `from_pretrained` until all is on the device, and the peak of resident memory meanwhile."""
     forget_peak()
     start = time.perf_counter()

@@ -16,6 +16,7 @@ import pathlib
 import sys
 import time
 import types
+from typing import Any
 
 
 def build(path: str, setting: types.SimpleNamespace, compiled: bool):
@@ -63,7 +64,8 @@ def reward_work(path: str, setting, device, dtype, compiled: bool):
     from diffusion_rm.models.sd3_rm import SD3RewardModel
     from omegaconf import OmegaConf
 
-    transformer = SD3Transformer2DModel(
+    make: Any = SD3Transformer2DModel  # whose `.to` its annotations lack
+    transformer = make(
         sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=setting.blocks + 1,
         attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536,
         pooled_projection_dim=2048, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def _text(setting: Setting) -> Work:
     """All three encoders on random ids."""
     if setting.tokens <= CLIP_TOKENS:
         raise ConfigError(f"text tokens are {CLIP_TOKENS} of CLIP and T5's, got {setting.tokens} in all")
-    modules = {
+    modules: dict[str, Any] = {
         "clip_l": functional(lambda rngs: CLIPTextModel(CLIP_L, rngs=rngs)),
         "clip_g": functional(lambda rngs: CLIPTextModel(CLIP_G, rngs=rngs)),
         "t5": functional(lambda rngs: T5Encoder(T5Config(), rngs=rngs)),
@@ -160,7 +161,10 @@ def _text(setting: Setting) -> Work:
     rng = np.random.default_rng(1)
     lengths = (CLIP_TOKENS, CLIP_TOKENS, setting.tokens - CLIP_TOKENS)
     ids = [rng.integers(2, 32000, (setting.batch, length), np.int32) for length in lengths]
-    return _compiled(functools.partial(encode_ids, *modules.values(), setting.dtype), (params, *ids))
+    return _compiled(
+        functools.partial(encode_ids, modules["clip_l"], modules["clip_g"], modules["t5"], setting.dtype),
+        (params, *ids),
+    )
 
 
 def _image(setting: Setting) -> Work:
@@ -203,7 +207,7 @@ def _compiled(function: Callable, arguments: tuple, mesh: Mesh | None = None) ->
     return Work(call, **known)
 
 
-def _compile(function, arguments) -> tuple[jax.stages.Compiled, dict[str, float]]:
+def _compile(function, arguments) -> tuple[jax.stages.Compiled, dict[str, Any]]:
     start = time.perf_counter()
     lowered = function.lower(*arguments)
     traced = time.perf_counter()

@@ -99,7 +99,8 @@ class Checkpoints:
             return None
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(loader=ocp.args.JsonRestore()))["loader"]
-            whole, failure = (self.directory / str(step) / "state").is_dir(), ValueError("it has no state")
+            failure: Exception = ValueError("it has no state")
+            whole = (self.directory / str(step) / "state").is_dir()
         except Exception as error:  # as in `_restore`
             whole, failure = False, error
         if processes.all_agree(whole):

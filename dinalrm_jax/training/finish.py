@@ -7,6 +7,7 @@ from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.encoders.load import load_image_codec
 from dinalrm_jax.evaluation.pairs import PairScorer, PairScores
 from dinalrm_jax.evaluation.run_report import write_report
+from dinalrm_jax.evaluation.scoring import Level
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.training.checkpoint import BestCheckpoint
@@ -38,7 +39,7 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
     """Scores the held-out pairs at many levels, and writes what the run leaves for people."""
     config, workdir = setup.config, setup.workdir
     singles = sorted({*REPORT_SIGMAS, config.evaluation.sigma, *config.evaluation.levels})
-    levels = (*singles, config.evaluation.ensemble)
+    levels: tuple[Level, ...] = (*singles, config.evaluation.ensemble)
     scorer.compile(params, levels)
     with processes.progress(total=2 * len(levels) * scorer.row_count(), desc="held-out pairs", unit="image") as bar:
         own, same = (NoiseDraw(config.evaluation.seed, shared) for shared in (False, True))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from dinalrm_jax import noise, preference
 from dinalrm_jax.config import EnsembleTermConfig
-from dinalrm_jax.model.backbone.family import Backbone
 from dinalrm_jax.model.batch import PreferenceBatch
 from dinalrm_jax.model.parameters import Functional, Params
 from dinalrm_jax.model.reward import RewardModule
@@ -105,7 +104,7 @@ def _score_pairs(score: Callable, batch: PreferenceBatch, levels: jax.Array, eps
     return score(paired(batch.chosen, batch.rejected), prompt, levels, paired(eps, eps)).reshape(-1, 2).T
 
 
-def flow_matching_objective(module: Functional[Backbone], sigma: SigmaConfig) -> Objective[PreferenceBatch]:
+def flow_matching_objective(module: Functional, sigma: SigmaConfig) -> Objective[PreferenceBatch]:
     """Rectified-flow loss `|v(x_sigma, sigma) - (eps - x0)|^2`, averaged over a latent, of the chosen images."""
     draw = _drawer(sigma)
 

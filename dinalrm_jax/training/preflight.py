@@ -7,7 +7,8 @@ from jax.sharding import Mesh
 
 from dinalrm_jax import noise
 from dinalrm_jax.config import TrainConfig
-from dinalrm_jax.data.records import Records, RecordsError
+from dinalrm_jax.data.mixture import AnyRecords
+from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.devices.mesh import check_batch_size
 from dinalrm_jax.encoders.pipeline import vae_fingerprint
 from dinalrm_jax.mapping import to_mapping
@@ -25,7 +26,7 @@ def check_stages(config: TrainConfig, mesh: Mesh) -> None:
     reward_functional(config.model, config.execution).shardings(mesh)
 
 
-def check_records(records: Records, config: TrainConfig, base_model: str | None) -> None:
+def check_records(records: AnyRecords, config: TrainConfig, base_model: str | None) -> None:
     """Raises RecordsError unless a run can train on these records; see `check_fit`."""
     scenes = records.manifest.get("source", {}).get("scenes")
     if config.scenes is not None and scenes != to_mapping(config.scenes):
@@ -45,7 +46,7 @@ def check_records(records: Records, config: TrainConfig, base_model: str | None)
     check_fit(records, config.model, base_model, ("train", "eval"))
 
 
-def check_fit(records: Records, model: RewardModelConfig, base_model: str | None, splits: Sequence[str]) -> None:
+def check_fit(records: AnyRecords, model: RewardModelConfig, base_model: str | None, splits: Sequence[str]) -> None:
     """Raises RecordsError unless a model can score the splits of these records: its encoders made them, and they fit.
 
     Where `base_model` is a pipeline directory, the records' latents must be of its VAE.
@@ -65,12 +66,12 @@ def check_fit(records: Records, model: RewardModelConfig, base_model: str | None
             )
     spec = model.transformer.latents
     prompt, latents = records.prompts[0], records.images[0].latents
-    found = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
-    expected = (spec.channels, spec.text_width, spec.pooled_width)
-    if found != expected:
+    widths = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
+    own = (spec.channels, spec.text_width, spec.pooled_width)
+    if widths != own:
         raise RecordsError(
-            f"{records.directory} does not fit this model: latent channels, prompt and pooled widths are {found}, the "
-            f"model takes {expected}"
+            f"{records.directory} does not fit this model: latent channels, prompt and pooled widths are {widths}, the "
+            f"model takes {own}"
         )
     for split in splits:
         for rows in records.buckets(split).values():

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.data.buckets import Size
 from dinalrm_jax.data.loader import Schedule
-from dinalrm_jax.data.mixture import Mixture
+from dinalrm_jax.data.mixture import AnyRecords, Mixture
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.data.sources.datasets import preprocess
 from dinalrm_jax.devices import processes
@@ -47,7 +47,7 @@ class Setup:
     config: TrainConfig
     workdir: pathlib.Path
     mesh: Mesh
-    records: Records | Mixture
+    records: AnyRecords
     base_model: str | None
     start: Mapping[str, np.ndarray] | None
     inputs: Mapping[str, str]
@@ -85,7 +85,7 @@ def set_up(given: TrainConfig, workdir: pathlib.Path) -> Setup:
     return Setup(config, workdir, mesh, records, base_model, start, inputs, run, sizes)
 
 
-def trained_sizes(records: Records | Mixture, config: TrainConfig) -> tuple[Size, ...]:
+def trained_sizes(records: AnyRecords, config: TrainConfig) -> tuple[Size, ...]:
     """(height, width) in pixels of the images in the training split."""
     pairs, unit = records.pairs("train"), config.model.transformer.latents.downsampling
     firsts = [pairs[rows.start] for rows in records.buckets("train").values()]
@@ -98,7 +98,7 @@ def alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
     return lock(workdir) if processes.is_first() else contextlib.nullcontext()
 
 
-def in_steps(config: TrainConfig, records: Records | Mixture) -> TrainConfig:
+def in_steps(config: TrainConfig, records: AnyRecords) -> TrainConfig:
     """The configuration with every stage's length in steps, which is said."""
     lasting = {}
     pairs = Schedule(records.buckets("train"), 1, config.seed, records.weights("train")).epoch_pairs

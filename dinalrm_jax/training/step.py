@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dinalrm_jax.config import StageConfig
 from dinalrm_jax.devices.sharding import BY_ROW, WHOLE, like_parameters
@@ -115,7 +115,7 @@ def _make_step(
     mesh: Mesh,
     seed: int,
     state_shardings: TrainState,
-    frozen_shardings: Mapping[str, NamedSharding],
+    frozen_shardings: Mapping[str, Sharding],
 ) -> jax.stages.Wrapped:
     """The jitted step.
 
@@ -193,7 +193,7 @@ def rows_of(batch: Any) -> int:
     return len(jax.tree.leaves(batch)[0])
 
 
-def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
+def row_keys(seed: int, step: int | jax.Array, rows: int) -> jax.Array:
     """(rows,) keys of a batch's rows: of (seed, step, row)."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))

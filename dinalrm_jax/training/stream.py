@@ -8,13 +8,12 @@ import jax
 from jax.sharding import Mesh
 
 from dinalrm_jax.data.loader import JoinedPairs, TrainingBatches
-from dinalrm_jax.data.mixture import Mixture
-from dinalrm_jax.data.records import Records
+from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.sharding import local_rows, put_rows, row_sharded
 from dinalrm_jax.model.batch import PreferenceBatch
 
-B = TypeVar("B", covariant=True)
+B = TypeVar("B")
 Form = tuple[int, ...]  # tells batches apart that need programs of their own
 
 
@@ -49,8 +48,8 @@ class PairStream:
         mesh: over whose devices rows are split.
     """
 
-    def __init__(self, name: str, records: Records | Mixture, batch_size: int, seed: int, mesh: Mesh):
-        self.units = {"pairs": batch_size, "images": 2 * batch_size}
+    def __init__(self, name: str, records: AnyRecords, batch_size: int, seed: int, mesh: Mesh):
+        self.units: Mapping[str, int] = {"pairs": batch_size, "images": 2 * batch_size}
         self._batch_size, self._mesh = batch_size, mesh
         self._batches = TrainingBatches(records, batch_size, seed, local_rows(batch_size, mesh))
         pairs = JoinedPairs(records, "train")
@@ -58,7 +57,7 @@ class PairStream:
         abstract = [
             jax.tree.map(lambda x: row_sharded((batch_size, *x.shape), x.dtype, mesh), first) for first in firsts
         ]
-        self.forms = {_form(batch): batch for batch in abstract}
+        self.forms: Mapping[Form, PreferenceBatch] = {_form(batch): batch for batch in abstract}
         for bucket, places in self._batches.schedule.buckets.items():
             if len(places) < batch_size:
                 processes.say(

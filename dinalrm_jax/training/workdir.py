@@ -64,7 +64,7 @@ def read_claim(workdir: pathlib.Path) -> Claim | None:
         return None
     try:
         found = json.loads(path.read_text())
-        kind = SweepConfig if "runs" in found["config"] else TrainConfig
+        kind: type[TrainConfig | SweepConfig] = SweepConfig if "runs" in found["config"] else TrainConfig
         sizes = tuple((height, width) for height, width in found.get("image_sizes", ()))
         return Claim(found["run"], from_mapping(kind, found["config"]), found["inputs"], sizes)
     except (ValueError, KeyError, TypeError) as error:
@@ -116,7 +116,7 @@ def claim_workdir(
             if lock.name != ".lock":
                 lock.unlink()  # of a process that was killed: the workdir is this one's
         known = {} if claim is None else claim.inputs
-        values = {"run": run, "config": to_mapping(config), "inputs": {**known, **inputs}}
+        values: dict[str, Any] = {"run": run, "config": to_mapping(config), "inputs": {**known, **inputs}}
         values["image_sizes"] = [list(size) for size in image_sizes]
         write_json(workdir / "config.json", values, indent=1)
     return run

@@ -28,7 +28,7 @@ def digest(params: Mapping[str, jax.Array | np.ndarray], is_trainable: Callable[
         found = hashlib.sha256(f"{name} {array.shape} ".encode())
         dtype, values = np.float32 if is_trainable(name) else ml_dtypes.bfloat16, np.ravel(array)
         for start in range(0, values.size, PART):
-            found.update(values[start : start + PART].astype(dtype, copy=False).view(np.uint8))
+            found.update(values[start : start + PART].astype(dtype, copy=False).view(np.uint8).data)
         return found.digest()
 
     with ThreadPoolExecutor(THREADS, "digest") as pool:

@@ -32,6 +32,7 @@ from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.parameters import Params, split
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.model.tables import WeightsError
+from dinalrm_jax.noise import AnyArray
 from dinalrm_jax.preference import LossConfig
 from dinalrm_jax.weights import released, torch_file
 from dinalrm_jax.weights.digest import digest
@@ -136,7 +137,8 @@ def open_backbone(base_model: str | pathlib.Path) -> tuple[BackboneConfig, dict[
     directory = resolve(base_model, TRANSFORMER_FILES)
     config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     if "format" in config:
-        transformer = from_mapping(BackboneConfig, _native(config, "backbone", directory), f"{directory}/config.json")
+        values = _native(config, "backbone", directory)
+        transformer = from_mapping(BackboneConfig, values, f"{directory}/config.json")  # type: ignore[type-abstract]
         tensors, table = SafetensorsDirectory(directory, "backbone"), tables.IDENTITY
     else:
         directory, transformer = read_diffusers_config(directory)
@@ -198,7 +200,7 @@ def save_reward_model(
         save_safetensors(directory / "trained.safetensors", tables.dump(trained, tables.IDENTITY))
 
 
-def save_backbone(config: BackboneConfig, params: Params, output: str | pathlib.Path) -> None:
+def save_backbone(config: BackboneConfig, params: Mapping[str, AnyArray], output: str | pathlib.Path) -> None:
     """Writes a native backbone, whole or not at all."""
     with whole_directory(output) as directory:
         _write_config(directory, "backbone", to_mapping(config))

@@ -92,9 +92,10 @@ class ReleasedInTorch:
         """(B,) scores, arguments as those of `RewardModel.score_latents`."""
         import torch
 
-        inputs = latents, np.asarray(prompt.prompt_embeds), np.asarray(prompt.pooled_prompt_embeds), noise
+        inputs = (latents, prompt.prompt_embeds, prompt.pooled_prompt_embeds, noise)
+        rows, embeds, pooled, eps = (torch.from_numpy(np.array(array)) for array in inputs)
         with torch.no_grad():
-            return self.forward(*(torch.from_numpy(np.array(array)) for array in inputs), sigma).numpy()
+            return self.forward(rows, embeds, pooled, eps, sigma).numpy()
 
     def forward(self, latents, prompt_embeds, pooled, noise, sigma: float | tuple[float, ...]):
         """The same of tensors, differentiable in latents, adapters and `head`."""

@@ -13,7 +13,7 @@ import dataclasses
 import io
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -164,7 +164,7 @@ class StoredLatents:
         """Their own: latents are not resized."""
         return size if size in choices else None
 
-    def read(self, shards: Sequence[tuple[Size, Sequence[str]]]) -> Iterator[Found]:
+    def read(self, shards: Sequence[tuple[Size, Sequence[str]]]) -> Generator[Found]:
         place, rows = None, None
         for size, names in shards:
             for name in names:

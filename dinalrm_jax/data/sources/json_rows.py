@@ -6,6 +6,7 @@ import math
 import pathlib
 import re
 import reprlib
+import types
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -125,7 +126,7 @@ def read_rankings(
     return rankings
 
 
-def list_of(values: Any, kind: type) -> bool:
+def list_of(values: Any, kind: type | types.UnionType) -> bool:
     """Whether it is a list of that kind, without NaN."""
     return isinstance(values, list) and all(isinstance(value, kind) and value == value for value in values)
 

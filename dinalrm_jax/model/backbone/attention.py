@@ -101,7 +101,7 @@ def attend(
         implementation = "grouped" if platform() == "cpu" else "xla"
     if implementation == "grouped":
         return _grouped(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)  # type: ignore[call-overload]
 
 
 # Of 2, 4 and 8, the fastest forward pass and about the fastest backward pass (`python -m benchmarks.attention`).

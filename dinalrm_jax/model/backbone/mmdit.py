@@ -41,7 +41,7 @@ class FeedForward(nnx.Module):
         self.net = nnx.List([_Projection(dim, 4 * dim, rngs=rngs), None, Linear(4 * dim, dim, rngs=rngs)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.net[2](jax.nn.gelu(self.net[0].proj(x), approximate=True))
+        return self.net[2](jax.nn.gelu(self.net[0].proj(x), approximate=True))  # type: ignore[attr-defined]
 
 
 class _Projection(nnx.Module):

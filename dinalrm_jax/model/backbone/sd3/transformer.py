@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from dinalrm_jax.devices.mesh import split_rows
@@ -19,6 +18,7 @@ from dinalrm_jax.model.backbone.sd3.config import SD3Config
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.layers import Linear, layer_norm
+from dinalrm_jax.noise import AnyArray
 
 
 class PatchEmbed(nnx.Module):
@@ -37,7 +37,7 @@ class PatchEmbed(nnx.Module):
         table = sincos_table(config.pos_embed_max_size, config.inner_dim // 2, config.sample_size // config.patch_size)
         self.pos_embed = nnx.Param(jnp.asarray(np.stack([table, table])))
 
-    def __call__(self, latents: ArrayLike) -> jax.Array:
+    def __call__(self, latents: jax.Array) -> jax.Array:
         """(B, H, W, C) -> (B, H/p W/p, D)."""
         batch, height, width, channels = latents.shape
         p = self.patch_size
@@ -59,7 +59,7 @@ class TwoLayerEmbedding(nnx.Module):
         self.linear_1 = Linear(in_features, dim, rngs=rngs)
         self.linear_2 = Linear(dim, dim, rngs=rngs)
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
@@ -70,7 +70,7 @@ class TimeTextEmbed(nnx.Module):
         self.timestep_embedder = TwoLayerEmbedding(256, config.inner_dim, rngs=rngs)
         self.text_embedder = TwoLayerEmbedding(config.pooled_projection_dim, config.inner_dim, rngs=rngs)
 
-    def __call__(self, timestep: ArrayLike, pooled: ArrayLike) -> jax.Array:
+    def __call__(self, timestep: AnyArray, pooled: jax.Array) -> jax.Array:
         """(B,) in [0, 1000], (B, P) -> (B, D)."""
         sinusoids = timestep_sinusoids(timestep, 256).astype(pooled.dtype)
         return self.timestep_embedder(sinusoids) + self.text_embedder(pooled)
@@ -122,8 +122,8 @@ class SD3Transformer(nnx.Module):
 
     def features(
         self,
-        latents: Float[ArrayLike, "b h w c"],
-        timestep: Float[ArrayLike, " b"],
+        latents: Float[AnyArray, "b h w c"],
+        timestep: Float[AnyArray, " b"],
         prompt: PromptEmbeds,
         *,
         visual_taps: tuple[int, ...],
@@ -139,7 +139,7 @@ class SD3Transformer(nnx.Module):
         return Features(temb, tuple(visual[tap] for tap in visual_taps), tuple(textual[tap] for tap in text_taps))
 
     def velocity(
-        self, latents: Float[ArrayLike, "b h w c"], timestep: Float[ArrayLike, " b"], prompt: PromptEmbeds
+        self, latents: Float[AnyArray, "b h w c"], timestep: Float[AnyArray, " b"], prompt: PromptEmbeds
     ) -> Float[Array, "b h w out"]:
         """The velocity, (B, H, W, out_channels) in the compute dtype; see `Backbone.velocity`.
 
@@ -161,12 +161,12 @@ class SD3Transformer(nnx.Module):
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
 
     def _embed(
-        self, latents: ArrayLike, timestep: ArrayLike, prompt: PromptEmbeds
+        self, latents: AnyArray, timestep: AnyArray, prompt: PromptEmbeds
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         dtype = jnp.dtype(self.execution.dtype)
-        image = self.pos_embed(latents.astype(dtype))
-        text = self.context_embedder(prompt.prompt_embeds.astype(dtype))
-        return image, text, self.time_text_embed(timestep, prompt.pooled_prompt_embeds.astype(dtype))
+        image = self.pos_embed(jnp.asarray(latents, dtype))
+        text = self.context_embedder(jnp.asarray(prompt.prompt_embeds, dtype))
+        return image, text, self.time_text_embed(timestep, jnp.asarray(prompt.pooled_prompt_embeds, dtype))
 
     def _run_blocks(
         self, start: int, stop: int, image: jax.Array, text: jax.Array, temb: jax.Array
@@ -182,11 +182,12 @@ class SD3Transformer(nnx.Module):
             if len(states) == 1:  # among them a whole model's last block, whose text stream ends
                 image, text = block(states[0], image, text, temb)
                 continue
-            (image, text), _ = jax.lax.scan(
-                lambda streams, state, block=block: (block(state, *streams, temb), None),
-                (image, text),
-                jax.tree.map(lambda *layers: jnp.stack(layers), *states),
-            )
+
+            def layer(streams, state, block=block):
+                return block(state, *streams, temb), None
+
+            stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *states)
+            (image, text), _ = jax.lax.scan(layer, (image, text), stacked)
         return image, text
 
     def _block(self, graphdef: nnx.GraphDef):
@@ -210,7 +211,7 @@ def sincos_table(size: int, dim: int, base_size: int) -> np.ndarray:
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
 
-def timestep_sinusoids(timestep: ArrayLike, dim: int) -> jax.Array:
+def timestep_sinusoids(timestep: AnyArray, dim: int) -> jax.Array:
     """diffusers' `Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=0)`: (B,) -> (B, dim) float32."""
     half = dim // 2
     frequency = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)
