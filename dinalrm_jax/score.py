@@ -16,6 +16,7 @@ answer_help(__name__, __doc__, ScoreOptions)  # before the imports that take a s
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,8 @@ def find_images(names: Sequence[str]) -> list[str]:
             found += inside
         else:
             found.append(name)
+        if not path.exists() and re.fullmatch(r"[\d.]+", name):
+            raise ConfigError(f"there is no image {name}; several levels stand between commas: --sigma 0.2,{name}")
     if not found:
         raise ConfigError("name at least one image or directory of images to score")
     return found
@@ -58,9 +61,11 @@ def read_prompts(prompt: str | None, file: str | None, count: int) -> list[str]:
     """One prompt an image.
 
     Raises:
-        ConfigError: a file whose lines do not match the images.
+        ConfigError: a prompt without text, or a file whose lines do not match the images.
     """
     if prompt is not None:
+        if not prompt.strip():
+            raise ConfigError("--prompt is empty; give the text that the images are to show")
         return count * [prompt]
     lines = pathlib.Path(file).read_text().splitlines()
     if len(lines) not in (1, count):

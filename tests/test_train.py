@@ -488,7 +488,7 @@ def test_records_of_other_encoders_are_refused(config, finished, tmp_path):
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, encoders=encoders))
     with pytest.raises(RecordsError, match="made by other encoders.*'text_length': 16} there.*'text_length': 20}"):
         train.run(other, tmp_path / "run")
-    with pytest.raises(RecordsError, match="no manifest.json"):
+    with pytest.raises(RecordsError, match="is not there, or not a directory of records"):
         train.run(dataclasses.replace(config, data=str(tmp_path / "nothing"), scenes=None), tmp_path / "run")
     assert not (tmp_path / "run").exists(), "a refused start must not claim the workdir"
     scenes = dataclasses.replace(config.scenes, seed=9)
@@ -581,6 +581,7 @@ def test_damaged_and_foreign_checkpoints(finished, tmp_path, capsys):
         ("--config.evaluation.ensemble=(0.2,1.5)", "levels must lie in [0, 1], got 0.4 and (0.2, 1.5)"),
         ("--config.reward.optimizer.learning_rte=1e-3", "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
         ("--config.reward.learnin_rate=1e-3", "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
+        ("--config.reward.steps=abc", "config.reward.steps must be an integer, got 'abc'"),
         ("--config=configs/nothing.py", "error: no config file configs/nothing.py"),
         ("--config.generatr=None", "unknown key 'generatr'; did you mean 'generator'?"),
         (
@@ -588,7 +589,7 @@ def test_damaged_and_foreign_checkpoints(finished, tmp_path, capsys):
             "would make another: set them to None (--config.generator=None)",
         ),
         ("--config.init_from=nowhere --config.generator=None", "error: no directory nowhere"),
-        ("--config.generator=None --config.scenes=None", "run/data holds no manifest.json"),
+        ("--config.generator=None --config.scenes=None", "name the directory of records with --config.data DIR"),
     ],
 )
 def test_command_line_errors_are_one_message(tmp_path, flag, message):

@@ -84,6 +84,8 @@ def load_config(file: str, overrides: Sequence[str], kinds: Sequence[type]) -> C
 def _told(error: Exception, kinds: Sequence[type]) -> str:
     refused = re.search(r'instead of "(\w+)"', str(error))
     key = refused[1] if refused else str(error).strip("\"'")
+    if wrong := re.match(r"flag --(config\.[\w.]+)=(.*): invalid literal", str(error), re.DOTALL):
+        return f"{wrong[1]} must be an integer, got {wrong[2]!r}"
     if not re.fullmatch(r"\w+", key):
         return str(error)
     near = difflib.get_close_matches(key, set().union(*map(keys_below, kinds)), n=1)

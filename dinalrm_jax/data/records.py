@@ -293,9 +293,9 @@ class Records:
         self.directory = pathlib.Path(directory)
         path = self.directory / "manifest.json"
         if not path.is_file():
+            lacking = "holds no manifest.json, so it is not" if self.directory.is_dir() else "is not there, or not"
             raise RecordsError(
-                f"{self.directory} holds no manifest.json, so it is not a directory of records; make one with "
-                "python -m dinalrm_jax.preprocess"
+                f"{self.directory} {lacking} a directory of records; make one with python -m dinalrm_jax.preprocess"
             )
         try:
             self.manifest = json.loads(path.read_text())

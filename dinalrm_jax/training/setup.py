@@ -17,7 +17,7 @@ from dinalrm_jax.data.sources.datasets import preprocess
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.mesh import make_mesh
 from dinalrm_jax.disk import lock
-from dinalrm_jax.mapping import to_mapping
+from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.scenes import rehearsal
 from dinalrm_jax.scenes.config import RehearsalConfig
 from dinalrm_jax.scenes.records import write_scene_records
@@ -116,6 +116,11 @@ def in_steps(config: TrainConfig, records: AnyRecords) -> TrainConfig:
 def make_inputs(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path:
     """The directory of the run's records; scenes and rehearsals are made where they are not there yet."""
     data = workdir / "data" if config.data is None else pathlib.Path(config.data)
+    if config.data is config.scenes is config.rehearsal is None and not data.exists():
+        raise ConfigError(
+            f"data is not set and {data} is not there; name the directory of records with --config.data DIR "
+            "(python -m dinalrm_jax.preprocess makes one)"
+        )
     if config.rehearsal is not None:
         make_rehearsal(config, config.rehearsal, workdir)
     if config.scenes is not None and not data.exists() and processes.is_first():

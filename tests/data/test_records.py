@@ -70,6 +70,8 @@ def test_rows_are_scored_once():
 def test_directories_that_are_not_records(directory, tmp_path):
     with pytest.raises(RecordsError, match=r"holds no manifest.json.*dinalrm_jax.preprocess"):
         Records(tmp_path)
+    with pytest.raises(RecordsError, match=r"nowhere is not there, or not a directory of records.*preprocess"):
+        Records(tmp_path / "nowhere")
     (tmp_path / "manifest.json").write_text('{"format": "other/3"}')
     with pytest.raises(RecordsError, match="has format 'other/3'"):
         Records(tmp_path)

@@ -293,6 +293,10 @@ def test_score_command_inputs(tmp_path):
         score.find_images([str(tmp_path)])
     with pytest.raises(ConfigError, match="name at least one image"):
         score.find_images([])
+    with pytest.raises(ConfigError, match=r"several levels stand between commas: --sigma 0.2,0.5"):
+        score.find_images([str(tmp_path / "a.png"), "0.5"])
+    with pytest.raises(ConfigError, match="--prompt is empty"):
+        score.read_prompts(" ", None, 3)
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     with pytest.raises(ConfigError, match="2 lines for 3 images"):
         score.read_prompts(None, str(tmp_path / "prompts.txt"), 3)
