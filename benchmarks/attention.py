@@ -5,7 +5,6 @@
 24 heads of 64, one row; forward, and forward with backward, in milliseconds: medians of calls in rotation.
 """
 
-import functools
 import statistics
 import time
 
@@ -13,25 +12,28 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from dinalrm_jax.model.backbone import attention
+from dinalrm_jax.model.backbone.attention import grouped
+from dinalrm_jax.model.backbone.attention.attend import KERNELS
 
 
 def compiled(implementation: str, group: int | None, inputs):
     """The forward pass and the gradient of its sum, as calls."""
-    attend = functools.partial(attention.attend, implementation=implementation)
+    attend = KERNELS[implementation]
     gradient = jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
-    default, attention.GROUP = attention.GROUP, group or attention.GROUP
+    default, grouped.GROUP = grouped.GROUP, group or grouped.GROUP
     try:
         return [jax.jit(function).lower(*inputs).compile() for function in (attend, gradient)]
     finally:
-        attention.GROUP = default
+        grouped.GROUP = default
 
 
 def main(_) -> None:
     values = flags.FLAGS
-    kinds = [("xla", None), *(("grouped", group) for group in (2, 4, 8))]
+    kinds = [("xla", None), ("chunked", None), *(("grouped", group) for group in (2, 4, 8))]
     if jax.default_backend() == "gpu":
-        kinds = [("xla", None), *[("cudnn", None)] * (values.dtype == "bfloat16")]
+        kinds = [("xla", None), ("chunked", None), *[("cudnn", None)] * (values.dtype == "bfloat16")]
+    if jax.default_backend() == "tpu":
+        kinds = [("xla", None), ("chunked", None), ("splash", None)]
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {values.dtype}, 24 heads of 64, ms")
     print("| tokens | " + " | ".join(f"{kind}{f', {group} heads' * bool(group)}" for kind, group in kinds) + " |")
     print("|---" * (1 + len(kinds)) + "|")

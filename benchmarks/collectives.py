@@ -10,9 +10,7 @@ dtype: how many, their results' bytes, and the bytes that a device sends where t
 
 import collections
 import dataclasses
-import math
 import os
-import re
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
@@ -23,70 +21,18 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 import configs.hpdv3 as hpdv3
-from benchmarks.abstract_step import compile_step
 from dinalrm_jax.config import TrainConfig
+from dinalrm_jax.devices.mesh import row_devices
 from dinalrm_jax.mapping import from_mapping
+from dinalrm_jax.timing.collectives import KINDS, Collective, collectives
+from dinalrm_jax.timing.forecast import abstract_batch, abstract_step
 
+TOKENS = 205  # 77 of CLIP and 128 of T5
 MESHES = ({"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One instruction: its kind, the bytes of its result, how many devices take part together, what it carries."""
-
-    kind: str
-    result_bytes: int
-    group: int
-    dtypes: tuple[str, ...] = ("f32",)
-
-    @property
-    def sent_bytes(self) -> float:
-        """What each device sends in a ring (a permute sends its operand as it is)."""
-        share = (self.group - 1) / self.group
-        times = {
-            "all-reduce": 2 * share,
-            "all-gather": share,
-            "reduce-scatter": self.group * share,
-            "collective-permute": 1.0,
-            "all-to-all": share,
-        }
-        return self.result_bytes * times[self.kind]
 
 
 def mesh_name(mesh: dict[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.items())
-
-
-def collectives(hlo: str, devices: int) -> list[Collective]:
-    """The collectives of a compiled program's text; one in a loop's body counts once."""
-    found = []
-    for line in hlo.splitlines():
-        match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-        if match is None:
-            continue
-        shapes, kind, start = match.groups()
-        results = [
-            (dtype, math.prod(map(int, filter(None, dims.split(",")))) * BYTES[dtype])
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-            if dtype in BYTES
-        ]
-        if start and kind == "all-gather":  # operands, then results
-            results = results[len(results) // 2 :]
-        elif start and kind == "collective-permute":  # operand, result, contexts
-            results = results[1:2]
-        dtypes = tuple(sorted({dtype for dtype, _ in results}))
-        found.append(Collective(kind, sum(size for _, size in results), _group(line, devices), dtypes))
-    return found
-
-
-def _group(line: str, devices: int) -> int:
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(match[2])
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(match[1].split(","))
-    return devices
 
 
 def as_table(found: list[Collective]) -> str:
@@ -125,7 +71,11 @@ def main(_) -> None:
             continue
         shape = [sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor")]
         mesh = Mesh(devices.reshape(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-        compiled = compile_step(config, mesh, resolution=values.resolution, pairs=1)
+        compiled = (
+            abstract_step(config, mesh)
+            .lower(abstract_batch(config, mesh, 2 * (values.resolution,), row_devices(mesh), TOKENS))
+            .compile()
+        )
         print(f"\n{mesh_name(sizes)}")
         print("| collective | of | number | results, MiB | sent by a device, MiB |\n|---|---|---|---|---|")
         print(as_table(collectives(compiled.as_text(), len(devices))), flush=True)

@@ -14,7 +14,7 @@ from absl import app, flags
 from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.reward import is_trainable, reward_functional
-from dinalrm_jax.timing.work import model_flops
+from dinalrm_jax.timing.programs import model_flops
 
 PAIRS = 800_000  # HPDv3 after filtering (docs/method.md, Training)
 SIDE, TOKENS = 128, 205  # latents of 1024 x 1024 pixels; 77 of CLIP and 128 of T5

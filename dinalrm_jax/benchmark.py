@@ -7,6 +7,10 @@ time, FLOPs by XLA and by the cost model, the share of the rate that the same ma
 largest matrix products, and memory. With --reference, a checkout of HKUST-C4G/diffusion-rm, its PyTorch code
 does the same work in another process, call by call in turn (A B A B); the ratio is its time over ours.
 
+With --compile-for it times nothing: it compiles the mode's program for accelerators that are not here and prints what
+it needs of their memory, which kernels it calls and what the devices send each other. The compiler of TPUs is in
+libtpu's wheel, that of GPUs in jax_cuda12_plugin's and jax_cuda12_pjrt's.
+
 Modes: score, ensemble (three noise levels), gradient (of the score in the latents), train (one optimizer step
 on a pair), text and image (the encoders; T5-XXL takes 10 GB in bfloat16), load (a float32 checkpoint from disk,
 written to --scratch first). Of a loop's body (--layers=scan) XLA counts the FLOPs of one pass.
@@ -34,13 +38,24 @@ import jax
 import jaxlib
 from tqdm import tqdm
 
+from dinalrm_jax.devices.chips import Target
 from dinalrm_jax.devices.compilation import enable_compilation_cache
+from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.disk import check_writable, write_json
 from dinalrm_jax.timing import loading
 from dinalrm_jax.timing.costs import top_costs
 from dinalrm_jax.timing.memory import forget_peak, peak_bytes
+from dinalrm_jax.timing.plan import as_table, plan
+from dinalrm_jax.timing.programs import (
+    encoder_program,
+    encoder_shapes,
+    model_flops,
+    model_of,
+    program_of,
+    shapes_of,
+)
 from dinalrm_jax.timing.setting import PASSES, Setting
-from dinalrm_jax.timing.work import gemm_peak, make_work, model_flops, model_of
+from dinalrm_jax.timing.work import gemm_peak, make_work
 
 FROM_ENVIRONMENT = ("XLA_FLAGS", "OMP_NUM_THREADS", "JAX_PLATFORMS")
 
@@ -153,6 +168,33 @@ def run_load(setting: Setting, repeats: int, scratch: str | None) -> dict:
     }
 
 
+def run_plans(setting: Setting, targets: Sequence[str]) -> dict:
+    """The program of a mode, compiled for devices that are not here.
+
+    Raises:
+        ConfigError: a chip that is not known or whose compiler is not here, a kernel that it does not have, or a mesh
+            that does not fit.
+    """
+    plans = {}
+    for target in tqdm([Target.parse(text) for text in targets], desc="compiling", unit="target"):
+        mesh = make_mesh(MeshConfig(-1, setting.fsdp, setting.tensor), target.devices())
+        if setting.mode in PASSES:
+            config = model_of(setting)
+            program = program_of(setting, config, mesh, shapes_of(setting, config, mesh))
+        else:
+            program = encoder_program(setting, mesh, encoder_shapes(setting, mesh))
+        plans[str(target)] = plan(program.lower, target)
+    size = f"{setting.resolution} x {setting.resolution} pixels, batch {setting.batch}, {setting.dtype}"
+    heading = f"{setting.mode}, {size}; attention {setting.attention}, {setting.layers}, remat {setting.remat}"
+    table = f"{heading}; jax {jax.__version__}\n\n{as_table(plans)}"
+    return {
+        "table": table,
+        "setting": dataclasses.asdict(setting),
+        "plans": [dataclasses.asdict(one) for one in plans.values()],
+        "jax": jax.__version__,
+    }
+
+
 def _conditions(setting: Setting) -> dict:
     return {
         "setting": dataclasses.asdict(setting),
@@ -242,11 +284,15 @@ def main(options: BenchmarkOptions) -> None:
         enable_compilation_cache()
     if options.output is not None:
         check_writable(options.output)
-    if options.setting.mode == "load":
+    if options.compile_for:
+        result = run_plans(options.setting, options.compile_for)
+        print(result["table"])
+    elif options.setting.mode == "load":
         result = run_load(options.setting, options.repeats, options.scratch)
     else:
         result = run(options.setting, options.repeats, options.reference, options.compile_reference, options.profile)
-    print(as_text(result))
+    if not options.compile_for:
+        print(as_text(result))
     if options.output is not None:
         write_json(pathlib.Path(options.output), result, indent=1)
 

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dinalrm_jax.cli.configs import load_config
+from dinalrm_jax.cli.configs import load_run
 from dinalrm_jax.config import ProfileConfig, StageConfig, SweepConfig, TrainConfig
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.devices import processes
@@ -31,13 +31,14 @@ from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScorer, PairScores
 from dinalrm_jax.evaluation.scoring import Level, NonFiniteScores
-from dinalrm_jax.mapping import ConfigError, from_mapping
+from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.parameters import Functional, Params, draw, split
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.noise import NoiseDraw
+from dinalrm_jax.timing.forecast import check_memory
 from dinalrm_jax.training.checkpoint import BestCheckpoint, CheckpointError
 from dinalrm_jax.training.finish import report, save_model
 from dinalrm_jax.training.loop import fit
@@ -178,14 +179,12 @@ def main(options: TrainOptions) -> int:
     """The run or the sweep that the config describes; a signal's status where one stopped it."""
     quieten_writers()
     enable_compilation_cache()
-    values = load_config(options.config, options.overrides, (TrainConfig, SweepConfig))
-    kind: type[TrainConfig | SweepConfig] = SweepConfig if "runs" in values else TrainConfig
-    config = from_mapping(kind, values)
+    config = load_run(options.config, options.overrides)
     workdir = pathlib.Path(options.workdir or f"runs/{config.name}")
+    if options.check_memory:
+        return check_memory(config, options.devices, workdir)
     processes.initialize(options.distributed)
-    several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}{several}"
-    processes.say(f"{config.name}: jax {jax.__version__} on {devices}, writing to {workdir}")
+    processes.say(f"{config.name}: jax {jax.__version__} on {processes.devices()}, writing to {workdir}")
     try:
         if isinstance(config, SweepConfig):
             run_sweep(config, workdir)

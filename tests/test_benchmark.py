@@ -14,8 +14,9 @@ from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.reward import stored_shapes
 from dinalrm_jax.timing import loading
 from dinalrm_jax.timing.costs import top_costs
+from dinalrm_jax.timing.programs import model_flops
 from dinalrm_jax.timing.setting import Setting
-from dinalrm_jax.timing.work import make_work, model_flops
+from dinalrm_jax.timing.work import make_work
 from tests.conftest import ROOT, TINY
 
 SMALL = Setting(resolution=64, batch=2, tokens=5)

@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant("adapters without their scale", "dinalrm_jax/model/layers.py", "y += self.lora_scale * _project",
            "y += _project", f"{GOLDEN} level_per_row"),
     Mutant("merging forgets the scale", "dinalrm_jax/model/lora.py", "+ scale * update", "+ update", f"{GOLDEN} merged"),
-    Mutant("queries and keys are not normed", "dinalrm_jax/model/backbone/attention.py", "return x if norm is None else norm(x)",
+    Mutant("queries and keys are not normed", "dinalrm_jax/model/backbone/mmdit.py", "return x if norm is None else norm(x)",
            "return x", f"{GOLDEN} taps"),
     Mutant("taps are those of one block before", "dinalrm_jax/model/backbone/sd3/transformer.py",
            "visual[stop], textual[stop] = image, text", "visual[stop], textual[stop] = visual[start], textual[start]",

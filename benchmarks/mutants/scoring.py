@@ -47,7 +47,7 @@ MUTANTS = [
            "if False:", f"{OF_SCORING} -k training_sizes"),
     Mutant("the farthest training size is taken", "dinalrm_jax/data/images.py", "key=lambda area: abs(",
            "key=lambda area: -abs(", f"{OF_SCORING} -k trained_size"),
-    Mutant("nobody hears of a strange size", "dinalrm_jax/reward_model.py", "self._warn_of_size(latents.shape[1:3])", "pass",
+    Mutant("nobody hears of a strange size", "dinalrm_jax/reward_model.py", "self._warn_of_size((latents.shape[1], latents.shape[2]))", "pass",
            f"{OF_SCORING} -k training_sizes"),
     Mutant("lost digits come back in silence", "dinalrm_jax/reward_model.py", "array.dtype.itemsize < wanted.itemsize",
            "False", "tests/test_reward_model.py -k digits"),

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict, config_flags
 
 import dinalrm_jax
 from dinalrm_jax.cli.flags import UsageError
-from dinalrm_jax.mapping import keys_below
+from dinalrm_jax.config import SweepConfig, TrainConfig
+from dinalrm_jax.mapping import from_mapping, keys_below
 
 
 def packaged() -> pathlib.Path | None:
@@ -49,6 +50,17 @@ def shipped_names() -> list[str]:
     """The packaged configs' file names."""
     directory = packaged()
     return sorted(path.name for path in directory.glob("[a-z]*.py")) if directory is not None else []
+
+
+def load_run(file: str, overrides: Sequence[str]) -> TrainConfig | SweepConfig:
+    """The run or the sweep that a config file and the command line's overrides describe; errors as `load_config`'s.
+
+    Raises:
+        ConfigError: values that do not fit each other.
+    """
+    values = load_config(file, overrides, (TrainConfig, SweepConfig))
+    kind: type[TrainConfig | SweepConfig] = SweepConfig if "runs" in values else TrainConfig
+    return from_mapping(kind, values)
 
 
 def load_config(file: str, overrides: Sequence[str], kinds: Sequence[type]) -> ConfigDict:

@@ -65,11 +65,19 @@ class TrainOptions(JobOptions):
     workdir: Directory of everything the run writes; runs/NAME, with the config's name, where it is not given.
     overrides: Change one value of the config, for instance --config.seed=1 or --config.reward.steps=100; None turns
         off what may be None, a whole section among it (--config.generator=None).
+    check_memory: Train nothing; compile for other devices, which need not be here, and say whether the run fits them.
+    devices: The devices to check, for instance v5e:2x4 or h100:8.
     """
 
     config: str = flag(metavar="FILE")
     workdir: str | None = flag(None, metavar="DIR")
+    check_memory: bool = False
+    devices: str | None = flag(None, metavar="CHIP[:DEVICES]", aliases=("for",))
     overrides: tuple[str, ...] = flag((), metavar="KEY=VALUE", prefix="config.")
+
+    def __post_init__(self):
+        if self.check_memory != (self.devices is not None):
+            raise UsageError("--check-memory and --for go together: train --config FILE --check-memory --for v5e:2x4")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,6 +241,8 @@ class ServeOptions(ModelOptions):
 class BenchmarkOptions:
     """What `benchmark` is told.
 
+    compile_for: Time nothing; compile for other devices, which need not be here, and say what memory the program
+        takes there: v5e, v6e:8, v5p:2x2x1, h100. Devices that fsdp and tensor leave split the batch.
     repeats: Timed calls, after one to warm up.
     reference: Checkout of HKUST-C4G/diffusion-rm, whose code is timed in turn.
     compile_reference: Compile the backbone of the reference with torch.compile.
@@ -243,6 +253,7 @@ class BenchmarkOptions:
     """
 
     setting: Setting = Setting()
+    compile_for: tuple[str, ...] = flag((), metavar="CHIP[:DEVICES][,CHIP...]")
     repeats: int = 5
     reference: str | None = flag(None, metavar="DIR")
     compile_reference: bool = False
@@ -253,6 +264,8 @@ class BenchmarkOptions:
 
     def __post_init__(self):
         at_least(self, 1, ("repeats",))
+        if self.compile_for and (self.reference is not None or self.profile or self.setting.mode == "load"):
+            raise UsageError("--compile-for runs nothing: it has no --reference, no --profile and no load mode")
         if self.setting.mode == "load" and self.reference is not None:
             raise UsageError("--reference has no load mode")
         if self.setting.mode not in PASSES and self.compile_reference:

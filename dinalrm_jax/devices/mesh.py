@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
@@ -50,13 +52,13 @@ def split_rows(x: jax.Array) -> jax.Array:
     return lax.with_sharding_constraint(x, PartitionSpec(tuple(a for a in ROW_AXES if a not in mesh.manual_axes)))
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh with data, fsdp and tensor axes over the devices of all processes.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with data, fsdp and tensor axes over the devices of all processes, or over these, which need not be here.
 
     Raises:
         ConfigError: the axes do not fit the devices.
     """
-    devices = jax.devices()
+    there, devices = devices is None, jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed == 0 and -1 in sizes.values():
@@ -67,8 +69,10 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh {dataclasses.asdict(config)} does not fit {len(devices)} devices of {jax.process_count()} "
             "processes; let one axis be -1 for what the others leave, or make their product the number of devices"
         )
-    shape = tuple(sizes.values())
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices[:count])
+    shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    if not there:
+        return Mesh(np.array(devices[:count]).reshape(shape), tuple(sizes), axis_types=axis_types)
+    return jax.make_mesh(shape, tuple(sizes), axis_types=axis_types, devices=devices[:count])
 
 
 def row_devices(mesh: Mesh) -> int:

@@ -61,6 +61,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def devices() -> str:
+    """The devices of the job, for people: "8 x TPU v5 lite of 2 processes"."""
+    several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}{several}"
+
+
 def say(text: str) -> None:
     """Prints once for all processes."""
     if is_first():

@@ -47,6 +47,16 @@ class PairScores:
         return float(np.mean(correct if mask is None else correct[mask]))
 
 
+def score_step(module: Functional[RewardModule], mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted score of rows at a level or an ensemble of them, whole on every device."""
+    return jax.jit(
+        lambda params, latents, prompt, levels, keys: module.bind(params).score(
+            latents, prompt, levels, draw_noise(keys, latents.shape)
+        ),
+        out_shardings=NamedSharding(mesh, WHOLE),
+    )
+
+
 class PairScorer:
     """Scores a split's distinct (image, prompt) rows once each, in batches of one size a bucket.
 
@@ -88,12 +98,7 @@ class PairScorer:
         self._rows, self._chosen, self._rejected = distinct_rows(self.pairs)
         self._bucket = np.empty(len(self._rows), int)
         self._bucket[self._chosen] = self._bucket[self._rejected] = pair_buckets
-        self._score = jax.jit(
-            lambda params, latents, prompt, levels, keys: module.bind(params).score(
-                latents, prompt, levels, draw_noise(keys, latents.shape)
-            ),
-            out_shardings=NamedSharding(mesh, WHOLE),
-        )
+        self._score = score_step(module, mesh)
         self._shapes = {
             bucket: records.images[int(self._rows[np.flatnonzero(self._bucket == bucket)[0], 0])].latents.shape
             for bucket in np.unique(self._bucket)

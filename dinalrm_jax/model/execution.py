@@ -6,9 +6,9 @@ from typing import Literal
 from dinalrm_jax.mapping import check_types
 
 Dtype = Literal["float32", "bfloat16"]
-AttentionImplementation = Literal["auto", "xla", "cudnn", "grouped"]
+AttentionImplementation = Literal["auto", "xla", "grouped", "chunked", "splash", "cudnn"]
 Layers = Literal["loop", "scan"]
-Remat = Literal["none", "dots", "block"]
+Remat = Literal["none", "dots", "block", "attention"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +19,9 @@ class ExecutionConfig:
     attention: see `backbone.attention.attend`.
     layers: "loop" unrolls the blocks (fastest on CPU); "scan" stacks each run of equal blocks
         between taps and scans over it (compiles several times quicker, for GPU and TPU).
-    remat: what a block keeps for its backward pass: everything ("none"), matrix products
-        ("dots"; not on CPUs, whose compiler keeps everything then) or only its inputs ("block"; on
-        CPUs without forward-mode differentiation).
+    remat: what a block keeps for its backward pass: everything ("none"), matrix products ("dots"), its inputs and
+        what its attention gives ("attention"; both not on CPUs, whose compiler keeps everything then) or only its
+        inputs ("block"; on CPUs without forward-mode differentiation).
     """
 
     dtype: Dtype = "float32"

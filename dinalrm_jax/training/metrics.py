@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 
 from dinalrm_jax.devices import processes
-from dinalrm_jax.devices.peaks import peak_flops
+from dinalrm_jax.devices.chips import peak_flops
 
 
 class NonFiniteLoss(RuntimeError):

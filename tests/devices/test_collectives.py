@@ -13,11 +13,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import configs.hpdv3 as hpdv3
-from benchmarks.abstract_step import compile_step
 from benchmarks.collectives import Collective, collectives
 from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.mapping import from_mapping
 from dinalrm_jax.model.reward import is_trainable, reward_functional
+from dinalrm_jax.timing.forecast import abstract_batch, abstract_step
 from dinalrm_jax.training.objectives import SIGMA_BINS
 
 
@@ -30,7 +30,10 @@ def test_data_parallelism_reduces_trainable_gradients_only():
     config = from_mapping(TrainConfig, hpdv3.get_config("smoke"))
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, layers="loop"))
     mesh = Mesh(np.array(jax.devices()).reshape(-1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    found = collectives(compile_step(config, mesh, resolution=64, pairs=1, tokens=9).as_text(), mesh.size)
+    found = collectives(
+        abstract_step(config, mesh).lower(abstract_batch(config, mesh, (64, 64), mesh.size, 9)).compile().as_text(),
+        mesh.size,
+    )
     shapes = reward_functional(config.model, config.execution).shapes
     idle = [name for name in shapes if name.startswith("head.attn") and ".to_k_" in name and name.endswith("bias")]
     trainable = sum(4 * shape.size for name, shape in shapes.items() if is_trainable(name) and name not in idle)
@@ -47,10 +50,11 @@ jax.config.update("jax_platforms", "cpu")
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 import configs.hpdv3 as hpdv3
-from benchmarks.abstract_step import compile_step
+from dinalrm_jax.timing.forecast import abstract_batch, abstract_step
 from benchmarks.collectives import collectives
 from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.mapping import from_mapping
+from dinalrm_jax.timing.forecast import abstract_batch, abstract_step
 
 config = from_mapping(TrainConfig, hpdv3.get_config("smoke"))
 config = dataclasses.replace(
@@ -60,7 +64,7 @@ config = dataclasses.replace(
 )
 devices = np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices).reshape(8, 1, 1)
 mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-text = compile_step(config, mesh, resolution=64, pairs=2, tokens=9).as_text()
+text = abstract_step(config, mesh).lower(abstract_batch(config, mesh, (64, 64), 16, 9)).compile().as_text()
 found = collectives(text, 8)
 print(json.dumps([[one.kind, one.dtypes, one.result_bytes] for one in found]))
 """

@@ -28,7 +28,7 @@ from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.parameters import functional
 from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.scenes import rehearsal
-from dinalrm_jax.timing.work import CLIP_G, CLIP_L
+from dinalrm_jax.timing.programs import CLIP_G, CLIP_L
 from dinalrm_jax.weights.verify import ReleasedInTorch
 from tests.conftest import ROOT, randomized
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinalrm_jax.devices.peaks import peak_flops
+from dinalrm_jax.devices.chips import peak_flops
 from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
 
 UNITS = {"pairs": 4, "images": 8}

@@ -7,10 +7,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from dinalrm_jax.devices.mesh import platform
+from dinalrm_jax.model.backbone.attention.per_device import SAVED
+
+
+def _attention(primitive, *_, **params) -> bool:
+    """What an attention gives: under its name, or, of cuDNN's whose rows JAX does not name, by its operation."""
+    named = primitive.name == "name" and params["name"] == SAVED
+    return named or primitive.name.startswith("dot_product_attention_fwd")
+
 
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
+    "attention": _attention,
 }
 
 

@@ -13,7 +13,6 @@ from diffusers import SD3Transformer2DModel
 from dinalrm_jax import noise
 from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.model import tables
-from dinalrm_jax.model.backbone.attention import attend
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
 from dinalrm_jax.model.backbone.sd3.weights import table, unused_by_truncation
@@ -158,24 +157,3 @@ def test_geometry_errors():
     latents, _, prompt = random_inputs(TINY_SD3)
     with pytest.raises(ValueError, match="keeps 3 of 4 blocks and has no output layers"):
         model.backbone.velocity(latents, np.array([1.0, 1.0]), prompt)
-
-
-@pytest.mark.parametrize(
-    ("heads", "dtype", "tolerance"), [(8, "float32", 1e-5), (3, "float32", 1e-5), (8, "bfloat16", 3e-2)]
-)
-def test_grouped_attention_is_attention(heads, dtype, tolerance):
-    """Values and gradients against XLA's in float32; in bfloat16, to its rounding of numbers of order one."""
-    rng = np.random.default_rng(0)
-    query, key, value, weights = rng.standard_normal((4, 2, 19, heads, 16)).astype(np.float32)
-    query *= 3  # sharp and flat rows
-
-    def loss(implementation, *arrays):
-        out = attend(*arrays, implementation).astype(jnp.float32)
-        return (out * weights).sum(), out
-
-    rounded = [jnp.asarray(x, dtype) for x in (query, key, value)]
-    widened = [x.astype(jnp.float32) for x in rounded]
-    derive = jax.jit(jax.grad(loss, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
-    for ours, theirs in zip(*map(jax.tree.leaves, (derive("grouped", *rounded), derive("xla", *widened)))):
-        scale = np.abs(theirs).max()
-        np.testing.assert_allclose(ours.astype(jnp.float32) / scale, theirs / scale, atol=tolerance)
