@@ -25,7 +25,8 @@ class Setting:
     dtype: Compute dtype; with load, the dtype that weights are loaded to.
     attention: Which implementation of attention runs.
     layers: How the blocks run: one after another in the program (loop), or as the body of a loop (scan).
-    remat: What a block keeps for its backward pass: everything (none), matrix products (dots) or its inputs (block).
+    remat: What a block keeps for its backward pass: everything (none), matrix products (dots), its
+        inputs and what its attention gives (attention) or its inputs (block).
     merged: Add LoRA into the weights first; train has no such mode.
     data: Devices that split the batch; XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of a CPU.
     fsdp: Devices that split the batch, and hold a part of the parameters each.
