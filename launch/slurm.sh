@@ -25,4 +25,8 @@ if [ "$module" = dinalrm_jax.train ]; then
     flags+=(--config "$CONFIG")
     if [ -n "${WORKDIR:-}" ]; then flags+=(--workdir "$WORKDIR"); fi
 fi
+# Nothing else is on these GPUs, and JAX alone would leave a quarter of their memory; and gradients are summed while other
+# work goes on, which XLA does where it is told to.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_latency_hiding_scheduler=true"
 exec srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m "$module" "${flags[@]}" --distributed "$@"

@@ -9,10 +9,15 @@ import subprocess
 import sys
 import time
 
+import kubernetes_validate
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
+from dinalrm_jax.cli.configs import load_run
+from dinalrm_jax.cli.flags import parse
+from dinalrm_jax.cli.options import ServeOptions, TrainOptions
 from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.sources.datasets import preprocess
 from dinalrm_jax.model.encoding import EncodersConfig
@@ -235,3 +240,43 @@ def test_a_process_that_comes_late_to_the_first_exchange_does_not_end_the_job():
     for process in processes:
         _, stderr = process.communicate(timeout=150)
         assert process.returncode == 0, stderr
+
+
+def manifests(name):
+    return list(yaml.safe_load_all((ROOT / "launch" / name).read_text()))
+
+
+def commands(pod):
+    return [" ".join([*container["command"], *container["args"]]) for container in pod["containers"]]
+
+
+def test_the_manifests_are_what_kubernetes_takes():
+    """Every key by Kubernetes' own schemas; a JobSet's, which is no kind of its own there, by those of its Job."""
+    (jobset,) = manifests("gke_tpu.yaml")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    wrapped = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]}, **job["template"]}
+    for manifest in (wrapped, *manifests("serve.yaml")):
+        kubernetes_validate.validate(manifest, "1.34", strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate({**wrapped, "spec": {**wrapped["spec"], "paralelism": 4}}, "1.34", strict=True)
+
+
+def test_the_manifests_start_what_there_is():
+    """Flags that the commands take, probes that the server answers, more time to end than it drains."""
+    job = manifests("gke_tpu.yaml")[0]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (train,) = commands(job["template"]["spec"])
+    trained = parse(TrainOptions, train.split()[3:])
+    assert trained.distributed
+    load_run(trained.config, trained.overrides)
+    assert job["parallelism"] == job["completions"]
+    deployment, service = manifests("serve.yaml")
+    pod = deployment["spec"]["template"]["spec"]
+    (serve,) = commands(pod)
+    served = parse(ServeOptions, serve.split()[3:])
+    assert pod["terminationGracePeriodSeconds"] > served.server.drain_s
+    container = pod["containers"][0]
+    assert served.server.port == container["ports"][0]["containerPort"] == service["spec"]["ports"][0]["port"]
+    answered = (ROOT / "dinalrm_jax" / "server" / "app.py").read_text()
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert f'web.get("{container[probe]["httpGet"]["path"]}"' in answered
+    assert served.api_key_env == container["env"][0]["name"]

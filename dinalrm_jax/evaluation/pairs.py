@@ -1,13 +1,17 @@
 """The scorer of records: a split's pairs at several noise levels and of their ensembles, on all devices."""
 
+import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from dinalrm_jax.data.images import map_ahead
 from dinalrm_jax.data.loader import distinct_rows
 from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.data.records import RecordsError
@@ -149,7 +153,26 @@ class PairScorer:
         Raises:
             NonFiniteScores: a score that is not finite.
         """
-        scores = np.stack([self._score_rows(params, level, draw, progress) for level in levels])
+        scores = np.empty((len(levels), len(self._rows)), np.float32)
+        with ThreadPoolExecutor(1) as pool:
+            for bucket in np.unique(self._bucket):
+                same = np.flatnonzero(self._bucket == bucket)
+                by_size = collections.defaultdict(list)
+                for place, level in enumerate(levels):
+                    size, program = self._programs[self._key(bucket, level)]
+                    by_size[size].append((place, program))
+                for size, programs in by_size.items():
+                    batches = [same[start : start + size] for start in range(0, len(same), size)]
+                    # Each batch is read once for all of its levels, while the one before it is scored.
+                    read = functools.partial(self._read, size=size, draw=draw)
+                    for rows, inputs in zip(batches, map_ahead(pool, read, batches, ahead=1)):
+                        latents, prompt, keys = put_rows(inputs, size, self._mesh)
+                        for place, program in programs:
+                            with jax.set_mesh(self._mesh):
+                                scored = program(params, latents, prompt, np.asarray(levels[place], np.float32), keys)
+                            scores[place, rows] = np.asarray(scored)[: len(rows)]
+                            check_finite(scores[place, rows])
+                            progress(len(rows))
         return PairScores(
             tuple(levels),
             scores[:, self._chosen],
@@ -171,13 +194,13 @@ class PairScorer:
         size, devices = self._batch_size, row_devices(self._mesh)
         first = np.flatnonzero(self._bucket == bucket)[0]
         while True:
-            rows = np.full(len(local_rows(size, self._mesh)), first)
-            inputs = self._inputs(rows, size, level, NoiseDraw(0))
+            latents, prompt, keys = put_rows(self._read(np.array([first]), size, NoiseDraw(0)), size, self._mesh)
             with jax.set_mesh(self._mesh):
-                compiled = compile_if_it_fits(self._score.lower(params, *inputs), fits)
+                lowered = self._score.lower(params, latents, prompt, np.asarray(level, np.float32), keys)
+            compiled = compile_if_it_fits(lowered, fits)
             if processes.all_agree(compiled is not None):
                 return size, compiled
-            what = f"evaluation at {level_name(level)} of {size} latents {inputs[0].shape[1:]}"
+            what = f"evaluation at {level_name(level)} of {size} latents {latents.shape[1:]}"
             if size == devices:
                 raise ConfigError(
                     f"{what} does not fit the devices' memory beside what they hold, and is one row a device "
@@ -186,33 +209,16 @@ class PairScorer:
             size = devices * (size // devices // 2)
             processes.say(f"{what} does not fit beside what the devices hold; trying {size}")
 
-    def _score_rows(self, params: Params, level: Level, draw: NoiseDraw, progress) -> np.ndarray:
-        scores = np.empty(len(self._rows), np.float32)
-        for bucket in np.unique(self._bucket):
-            size, program = self._programs[self._key(bucket, level)]
-            same, local = np.flatnonzero(self._bucket == bucket), local_rows(size, self._mesh)
-            for start in range(0, len(same), size):
-                rows = same[start : start + size]
-                inputs = self._inputs(np.resize(rows, size)[local], size, level, draw)
-                with jax.set_mesh(self._mesh):
-                    scored = program(params, *inputs)
-                scores[rows] = np.asarray(scored)[: len(rows)]
-                check_finite(scores[rows])
-                progress(len(rows))
-        return scores
-
-    def _inputs(self, rows: np.ndarray, size: int, level: Level, draw: NoiseDraw):
-        """Latents, prompts, levels and noise keys of this process's rows of a batch, on the mesh."""
+    def _read(self, rows: np.ndarray, size: int, draw: NoiseDraw):
+        """Latents, prompts and noise keys of this process's part of a batch, repeated to fill it; on the host."""
+        rows = np.resize(rows, size)[local_rows(size, self._mesh)]
         images = [self._records.images[int(image)] for image, _ in self._rows[rows]]
         prompts = [self._records.prompts[int(prompt)] for _, prompt in self._rows[rows]]
         prompt = PromptEmbeds(
             np.stack([row.prompt_embeds for row in prompts]), np.stack([row.pooled_prompt_embeds for row in prompts])
         )
         keys = np.ascontiguousarray(draw.keys([image.name for image in images]))
-        latents, prompt, keys = put_rows(
-            (np.stack([image.latents for image in images]), prompt, keys), size, self._mesh
-        )
-        return latents, prompt, np.asarray(level, np.float32), keys
+        return np.stack([image.latents for image in images]), prompt, keys
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,17 +114,18 @@ def fit(
             logged = any(row["step"] == first and held_out.headline in row for row in read_metrics(workdir, name))
             if first and not processes.all_agree(logged):
                 evaluate(first, state)  # which a run that was killed after the save of this step did not get to
-        batches = iter(stream)
+        batches, metrics = iter(stream), None
         log.start()
         with processes.progress(total=stage.steps, initial=first, desc=name, unit="step") as bar:
             for step in range(first + 1, stage.steps + 1):
                 started = time.perf_counter()
                 form, batch, position = next(batches)
                 waited = time.perf_counter() - started
-                jax.block_until_ready(state.step)  # at most one step in flight
                 window.before(step)
                 program, flops = programs[form]
+                before = metrics
                 state, metrics = program(state, frozen, batch)
+                jax.block_until_ready(before)  # one step runs, one waits for it: the devices never wait for the host
                 log.add(step, metrics, stream.units, waited=waited, flops=flops / devices)
                 window.after(step, state)
                 bar.update()
