@@ -49,7 +49,7 @@ def add_noise(
     return (1 - sigma) * latents + sigma * noise
 
 
-def draw_noise(key: AnyArray, shape: tuple[Any, ...]) -> jax.Array:
+def draw_noise(key: Any, shape: tuple[Any, ...]) -> jax.Array:
     """Standard normal noise of `shape` (B, H, W, C): one draw for all rows, or B keys for B draws.
 
     (A size may be a symbol of jax.export's.)

@@ -18,9 +18,9 @@ from dinalrm_jax.evaluation.scoring import Level, ranks, score_images
 from dinalrm_jax.model import lora
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import RewardModelConfig
-from dinalrm_jax.model.execution import Dtype, ExecutionConfig
+from dinalrm_jax.model.execution import DtypeOrAuto, ExecutionConfig
 from dinalrm_jax.model.parameters import Params
-from dinalrm_jax.model.reward import check_levels, is_trainable, jitted_score, reward_functional, store
+from dinalrm_jax.model.reward import check_levels, chosen_dtype, is_trainable, jitted_score, reward_functional, store
 from dinalrm_jax.noise import NoiseDraw, draw_noise, seed_key
 from dinalrm_jax.preference import LossConfig
 from dinalrm_jax.training.run_weights import open_checkpoint
@@ -66,7 +66,7 @@ class RewardModel:
         cls,
         checkpoint: str | pathlib.Path,
         base_model: str | pathlib.Path | None = None,
-        dtype: Dtype = "bfloat16",
+        dtype: DtypeOrAuto = "auto",
         backbone: Params | None = None,
         revision: str | None = None,
     ) -> "RewardModel":
@@ -77,7 +77,8 @@ class RewardModel:
                 WORKDIR/reward/checkpoints/STEP.
             base_model: directory or hub id in diffusers layout; required for the released layout. Of a
                 native checkpoint, which holds its backbone, only text encoders and VAE are read from it.
-            dtype: compute dtype; frozen weights are stored in it, LoRA and head in float32.
+            dtype: compute dtype; frozen weights are stored in it, LoRA and head in float32. "auto" is that of the
+                given backbone or, without one, float32 on CPUs, which compute it as fast, and bfloat16 elsewhere.
             backbone: a whole transformer's parameters (`weights.pretrained.load_backbone`), on the device in
                 `dtype`, as a policy has them. The frozen part is taken from them as it is: nothing is read or
                 held twice. They must be those that the checkpoint was trained on.
@@ -89,7 +90,8 @@ class RewardModel:
             ConfigError: a configuration of another kind of model, or a directory's revision.
             FileNotFoundError: not a checkpoint, with what was looked for.
         """
-        return cls.loaded(open_checkpoint(checkpoint, base_model, ExecutionConfig(dtype=dtype), backbone, revision))
+        execution = ExecutionConfig(dtype=chosen_dtype(dtype, backbone))
+        return cls.loaded(open_checkpoint(checkpoint, base_model, execution, backbone, revision))
 
     @classmethod
     def loaded(cls, opened: PretrainedModel) -> "RewardModel":

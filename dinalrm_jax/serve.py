@@ -21,6 +21,7 @@ from absl import logging as absl_logging
 
 from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.reward import chosen_dtype
 from dinalrm_jax.server.app import RewardServer
 from dinalrm_jax.server.protocol import read_api_key
 from dinalrm_jax.training.run_weights import open_checkpoint
@@ -51,7 +52,7 @@ def main(options: ServeOptions) -> None:
     configure_logging(options.log_json)
     enable_compilation_cache()
     api_key = read_api_key(options.api_key_env)
-    execution = ExecutionConfig(dtype=options.dtype)
+    execution = ExecutionConfig(dtype=chosen_dtype(options.dtype))
     model = open_checkpoint(options.checkpoint, options.base_model, execution, revision=options.revision)
     asyncio.run(RewardServer(model, options.server, options.checkpoint, api_key).serve())
 

@@ -9,7 +9,7 @@ import pytest
 import dinalrm_jax as dina
 from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig
-from dinalrm_jax.model.reward import jitted_score, reward_functional, store
+from dinalrm_jax.model.reward import chosen_dtype, jitted_score, reward_functional, store
 from tests.conftest import GOLDEN, TINY, TINY_SD3, random_inputs
 
 
@@ -108,6 +108,11 @@ def test_reward_under_shard_map(tiny_model, inputs):
 
 def test_bfloat16_keeps_the_order(golden_model, cases, golden_prompt):
     """Scores well apart keep their order; the deviation itself is measured in docs/measured.md."""
+    assert dina.RewardModel.from_pretrained(GOLDEN, GOLDEN).execution.dtype == "float32"  # on this CPU
+    assert (chosen_dtype("auto", half_arrays := {"weight": jnp.zeros(1, "bfloat16")}), chosen_dtype("auto")) == (
+        "bfloat16", "float32",
+    )  # fmt: skip
+    assert chosen_dtype("float32", half_arrays) == "float32"
     half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="bfloat16")
     assert half.params["backbone.context_embedder.weight"].dtype == jnp.bfloat16
     assert half.params["head.head.weight"].dtype == jnp.float32

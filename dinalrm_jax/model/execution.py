@@ -6,6 +6,7 @@ from typing import Literal
 from dinalrm_jax.mapping import check_types
 
 Dtype = Literal["float32", "bfloat16"]
+DtypeOrAuto = Literal["auto", "float32", "bfloat16"]  # "auto": float32 on CPUs, bfloat16 elsewhere
 AttentionImplementation = Literal["auto", "xla", "grouped", "chunked", "splash", "cudnn"]
 Layers = Literal["loop", "scan"]
 Remat = Literal["none", "dots", "block", "attention"]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from dinalrm_jax.devices.sharding import WHOLE, Rules, under
 from dinalrm_jax.model.backbone.family import Features, family_of
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import RewardModelConfig
-from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.execution import Dtype, DtypeOrAuto, ExecutionConfig
 from dinalrm_jax.model.head import RULES, RewardHead
 from dinalrm_jax.model.lora import add_lora
 from dinalrm_jax.model.parameters import Functional, Params, functional
@@ -141,6 +142,15 @@ def stored_dtype(name: str, execution: ExecutionConfig) -> str:
 def store(params: Params, execution: ExecutionConfig) -> Params:
     """Parameters in the dtypes they are held in."""
     return {name: array.astype(stored_dtype(name, execution)) for name, array in params.items()}
+
+
+def chosen_dtype(dtype: DtypeOrAuto, backbone: Params | None = None) -> Dtype:
+    """What "auto" is: the dtype that a backbone's arrays have or, without them, what this machine is best at."""
+    if dtype != "auto":
+        return dtype
+    if backbone:
+        return cast(Dtype, str(next(iter(backbone.values())).dtype))
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def stored_shapes(config: RewardModelConfig, execution: ExecutionConfig) -> dict[str, jax.ShapeDtypeStruct]:

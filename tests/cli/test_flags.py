@@ -71,7 +71,7 @@ def test_kinds_of_values():
         (options.ScoreOptions, [*SCORE, "--seed"], "--seed needs a value: a whole number"),
         (options.ScoreOptions, ["--prompt=a"], r"this command needs --checkpoint \("),
         (options.ScoreOptions, ["--checkpoint=c"], "give either --prompt or --prompt-file"),
-        (options.ScoreOptions, [*SCORE, "--dtype=bfloat"], "takes one of float32, bfloat16.*did you mean bfloat16"),
+        (options.ScoreOptions, [*SCORE, "--dtype=bfloat"], "takes one of auto, float32.*did you mean bfloat16"),
         (options.ServeOptions, ["--checkpoint=c", "--port=70000"], "port must lie in 0..65535, got 70000"),
         (options.ScoreOptions, [*SCORE, "--sigma=1.5"], r"--sigma takes levels in \[0, 1\].*got \(1.5,\)"),
         (options.EvaluateOptions, [*DATA, "--ensemble=0.2,2"], r"--ensemble takes levels in \[0, 1\]"),
