@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinalrm_jax import noise, preference, sampling
+    from dinalrm_jax import alignment, noise, preference, sampling
     from dinalrm_jax.evaluation.scoring import normalize
     from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
     from dinalrm_jax.reward_model import RewardModel
@@ -19,6 +19,7 @@ __all__ = [
     "PromptEmbeds",
     "RewardModel",
     "__version__",
+    "alignment",
     "noise",
     "normalize",
     "preference",

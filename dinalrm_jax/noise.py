@@ -111,16 +111,6 @@ def schedule_sigmas(shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sampling_sigmas(steps: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.Array:
-    """FlowMatchEuler's levels for so many sampling steps, from 1 down to 0: (steps + 1,).
-
-    As diffusers has it, evenly spread between the ends of the training table and shifted once more.
-    """
-    table = schedule_sigmas(shift, num_train_timesteps)
-    t = jnp.linspace(table[0], table[-1], steps)
-    return jnp.append(shift * t / (1 + (shift - 1) * t), 0.0)
-
-
 def nearest_schedule_sigma(sigma: ArrayLike, shift: float = 3.0, num_train_timesteps: int = 1000) -> jax.Array:
     """The released code's level: the nearest of `schedule_sigmas`.
 

@@ -27,7 +27,7 @@ from dinalrm_jax.weights.pretrained import load_backbone
 def sampler(policy: Functional, sigmas: np.ndarray) -> Callable:
     """(params, noise (B, H, W, C), prompt) -> clean latents, by Euler's method.
 
-    SD3.5's own levels are shifted (`dina.noise.sampling_sigmas`), the quickstart's generator was trained on
+    SD3.5's own levels are shifted (`dina.sampling.schedule`), the quickstart's generator was trained on
     evenly spread ones.
     """
 

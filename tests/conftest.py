@@ -147,3 +147,10 @@ def rehearsal_source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("hpdv3") / "source"
     rehearsal.write_hpdv3(directory, train_pairs=9, eval_pairs=3)
     return directory
+
+
+@pytest.fixture(scope="session")
+def alignment_cases():
+    """Random arrays, and what verl-omni's scheduler and losses and LPO's selection compute from them."""
+    with np.load(ROOT / "tests" / "golden" / "alignment.npz") as found:
+        return {name: found[name] for name in found.files}

@@ -13,7 +13,7 @@ COMMANDS = ("train", "evaluate", "preprocess", "convert", "score", "serve", "ben
 PARTS = (
     "mapping", "disk", "noise", "preference", "sampling",
     "devices", "model", "weights", "encoders", "data", "scenes", "config", "evaluation", "training",
-    "reward_model", "__init__", "server", "timing", "cli", *COMMANDS,
+    "reward_model", "alignment", "__init__", "server", "timing", "cli", *COMMANDS,
 )  # fmt: skip
 
 
