@@ -14,12 +14,12 @@ import time
 
 import numpy as np
 from absl import app, flags
+from dinalrm_jax.devices.peaks import PEAK_FLOPS
 
 from benchmarks.scaling import SIDE, TOKENS, pair_flops
 from dinalrm_jax.data import records
 from dinalrm_jax.data.loader import TrainingBatches
 from dinalrm_jax.data.records import ImageRecord, PairRecord, PromptRecord, Records
-from dinalrm_jax.devices.peaks import PEAK_FLOPS
 from dinalrm_jax.model.encoding import EncodersConfig
 
 IMAGES, PROMPTS, PAIRS, BATCH = 256, 128, 512, 32

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinalrm_jax import alignment, noise, preference, sampling
     from dinalrm_jax.evaluation.scoring import normalize
+    from dinalrm_jax.generator import Generator
     from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
     from dinalrm_jax.reward_model import RewardModel
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Generator",
     "PreferenceBatch",
     "PromptEmbeds",
     "RewardModel",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Generator": "dinalrm_jax.generator",
     "PreferenceBatch": "dinalrm_jax.model.batch",
     "PromptEmbeds": "dinalrm_jax.model.batch",
     "RewardModel": "dinalrm_jax.reward_model",

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dinalrm_jax.data.images import ImageSource, read_rgb
-from dinalrm_jax.encoders.load import ImageCodec, load_image_codec, load_prompt_encoder
+from dinalrm_jax.encoders.load import ImageCodec, image_codec, prompt_encoder
 from dinalrm_jax.evaluation.scoring import Level, ranks, score_images
 from dinalrm_jax.model import lora
 from dinalrm_jax.model.batch import PromptEmbeds
@@ -217,7 +217,7 @@ class RewardModel:
             ConfigError, WeightsError, FileNotFoundError: no base model, or one that is not an SD3 pipeline.
         """
         _check_list("prompts", "text", prompts)
-        return _prompt_encoder(self.config.encoders, self.base_model, self.execution.dtype)(list(prompts))
+        return prompt_encoder(self.config.encoders, self.base_model, self.execution.dtype)(list(prompts))
 
     def encode_image(self, images: Sequence[ImageSource], size: tuple[int, int] | None = None) -> np.ndarray:
         """Images to clean, scaled latents, by this model's VAE: the mode of its posterior.
@@ -251,7 +251,7 @@ class RewardModel:
     @property
     def image_codec(self) -> ImageCodec:
         """This model's VAE, loaded on first use; errors as for `encode_prompt`."""
-        return _image_codec(self.config.encoders, self.base_model)
+        return image_codec(self.config.encoders, self.base_model)
 
     def score(
         self,
@@ -328,11 +328,6 @@ class RewardModel:
             raise ValueError("this model has no LoRA adapters to merge")
         config = dataclasses.replace(self.config, lora=None)
         return dataclasses.replace(self, config=config, params=lora.merge(self.params, self.config.lora))
-
-
-# Encoders are several times the size of the model, so there is one of each, shared by the models that use it.
-_prompt_encoder = functools.lru_cache(maxsize=1)(load_prompt_encoder)
-_image_codec = functools.lru_cache(maxsize=1)(load_image_codec)
 
 
 def _check_prompt(prompt: PromptEmbeds) -> None:

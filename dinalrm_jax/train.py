@@ -50,7 +50,7 @@ from dinalrm_jax.training.step import TrainState, assemble
 from dinalrm_jax.training.stopping import Stopped
 from dinalrm_jax.training.stream import PairStream
 from dinalrm_jax.training.sweep import sweep_runs
-from dinalrm_jax.weights.pretrained import save_backbone
+from dinalrm_jax.weights.pretrained import Origin, save_backbone
 
 
 def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
@@ -126,7 +126,9 @@ def train_generator(setup: Setup) -> None:
     )
     whole = gather(state.result)
     if processes.is_first():
-        save_backbone(transformer, whole, setup.workdir / "generator" / "backbone")
+        # Evenly drawn levels ask for an even schedule, unless the transformer comes from elsewhere.
+        origin = Origin(config.model.encoders, 1.0 if setup.base_model is None else 3.0)
+        save_backbone(transformer, whole, setup.workdir / "generator" / "backbone", origin)
     processes.barrier("generator")
 
 

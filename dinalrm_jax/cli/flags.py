@@ -45,6 +45,7 @@ class Flag:
     aliases: further names.
     positional: it takes the arguments that have no name.
     prefix: it takes all flags whose name begins like this, as they stand.
+    whole: a list whose values may hold commas, and are given one by one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Flag:
     aliases: tuple[str, ...] = ()
     positional: bool = False
     prefix: str | None = None
+    whole: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -74,6 +76,7 @@ def flag(
     aliases: Sequence[str] = (),
     positional: bool = False,
     prefix: str | None = None,
+    whole: bool = False,
     names: Mapping[str, str] | None = None,
 ) -> Any:
     """A field with more to it than name, type and default; see `Flag`.
@@ -81,7 +84,7 @@ def flag(
     Args:
         names: of a config's fields whose flags are called otherwise, by their path in it ("encoders.kind").
     """
-    told = {"metavar": metavar, "aliases": tuple(aliases), "positional": positional, "prefix": prefix}
+    told = {"metavar": metavar, "aliases": tuple(aliases), "positional": positional, "prefix": prefix, "whole": whole}
     return dataclasses.field(default=default, metadata=told | {"names": names or {}})
 
 
@@ -113,6 +116,7 @@ def _flags(cls: Any, path: tuple[str, ...], instance: Any, helps: Mapping[str, s
             field.metadata.get("aliases", ()),
             field.metadata.get("positional", False),
             field.metadata.get("prefix"),
+            field.metadata.get("whole", False),
         )
 
 
@@ -252,6 +256,8 @@ def _find(name: str, named: Mapping[str, Flag]) -> Flag:
 
 
 def _values(flag: Flag, text: str) -> tuple:
+    if flag.whole:
+        return (_value(flag, text),)
     return tuple(_value(flag, part.strip()) for part in text.split(",")) if text else ()
 
 

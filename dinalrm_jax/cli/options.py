@@ -222,6 +222,57 @@ class ScoreOptions(ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(JobOptions):
+    """What `generate` is told.
+
+    base_model: The pipeline or backbone to sample from; a directory or hub id.
+    policy: A LoRA to add to it; a directory, or a file in diffusers' layout.
+    prompt: A prompt; give the flag again for more.
+    prompts: A text file with a prompt a line.
+    negative_prompt: What images should not show.
+    output: Directory to write, which must not exist or be empty.
+    count: Images of every prompt.
+    checkpoint: A reward model that ranks each prompt's images.
+    sigma: The noise levels that it ranks at.
+    size: HEIGHTxWIDTH in pixels; 512x512, or as large as the backbone was trained for, where it is not given.
+    steps: Steps of the sampler.
+    guidance: Scale of classifier-free guidance; 1 for none.
+    seed: Seed of the initial noise.
+    text_length: T5 tokens of a prompt; 256, or what the backbone was trained with, where it is not given.
+    batch_size: Images in one program.
+    preview: Decode with TAESD3 in the VAE's place; a directory, or the hub id madebyollin/taesd3.
+    dtype: Compute dtype; auto is float32 on CPUs and bfloat16 elsewhere.
+    """
+
+    base_model: str = flag(metavar="BASE_MODEL")
+    policy: str | None = flag(None, metavar="LORA")
+    prompt: tuple[str, ...] = flag((), metavar="TEXT", whole=True)
+    prompts: str | None = flag(None, metavar="FILE")
+    negative_prompt: str = ""
+    output: str = flag(metavar="DIR")
+    count: int = 1
+    checkpoint: str | None = flag(None, metavar="CHECKPOINT")
+    sigma: tuple[float, ...] = (0.2, 0.5, 0.7)
+    size: str | None = flag(None, metavar="HEIGHTxWIDTH")
+    steps: int = 28
+    guidance: float = 4.5
+    seed: int = 0
+    text_length: int | None = None
+    batch_size: int = 4
+    preview: str | None = flag(None, metavar="TAESD3")
+    dtype: DtypeOrAuto = "auto"
+
+    def __post_init__(self):
+        at_least(self, 1, ("count", "steps", "batch_size"))
+        at_least(self, 0, ("guidance",))
+        are_levels(self, ("sigma",))
+        if not self.sigma:
+            raise UsageError("--sigma names no level to rank at")
+        if bool(self.prompt) == (self.prompts is not None):
+            raise UsageError("give either --prompt, once or more, or --prompts with a file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeOptions(ModelOptions):
     """What `serve` is told.
 

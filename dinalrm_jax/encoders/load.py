@@ -164,3 +164,8 @@ def _required(base_model: str | pathlib.Path | None) -> str | pathlib.Path:
             "on the command line --base-model (a directory or hub id in diffusers layout)"
         )
     return base_model
+
+
+# Encoders are several times the size of a model, so there is one of each, shared by the models that use it.
+prompt_encoder = functools.lru_cache(maxsize=1)(load_prompt_encoder)
+image_codec = functools.lru_cache(maxsize=1)(load_image_codec)

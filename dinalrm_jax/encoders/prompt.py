@@ -64,6 +64,11 @@ class SD3PromptEncoder:
         ids = [self._tokens(tokenizer, prompts, n) for tokenizer, n in zip(self._tokenizers, lengths)]
         return self._encode(self._params, *split_locally(ids))
 
+    def longer(self, prompts: Sequence[str]) -> list[int]:
+        """Which prompts have more tokens than T5 is given here; CLIP reads the first 77 of any."""
+        counts = [len(self._tokenizers[2](prompt)["input_ids"]) for prompt in prompts]
+        return [place for place, count in enumerate(counts) if count > self.text_length]
+
     @staticmethod
     def _tokens(tokenizer, prompts: Sequence[str], length: int) -> np.ndarray:
         encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)

@@ -83,8 +83,8 @@ def as_csv(rows: Sequence[ScoredImage]) -> str:
     return text.getvalue()
 
 
-def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5) -> None:
-    """A contact sheet: images in rank order with their scores, prompt by prompt."""
+def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5, scored: bool = True) -> None:
+    """A contact sheet: images in rank order, prompt by prompt, with their scores where they are `scored`."""
     groups = [[row for row in rows if row.prompt == prompt] for prompt in dict.fromkeys(row.prompt for row in rows)]
     heights = [-(-len(group) // columns) for group in groups]
     wide = min(columns, max(map(len, groups)))
@@ -102,7 +102,7 @@ def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5
                 thumbnail.thumbnail((320, 320))
                 axis.imshow(thumbnail)
                 error = "" if row.standard_error is None else f" ± {row.standard_error:.2f}"
-                axis.set_title(f"{row.rank}.  {row.score:+.2f}{error}", fontsize=11)
+                axis.set_title(f"{row.rank}.  {row.score:+.2f}{error}" if scored else f"{row.rank}", fontsize=11)
                 name = shortened(pathlib.Path(row.image).name, 34)
                 below: dict[str, Any] = {"ha": "center", "va": "top", "transform": axis.transAxes}
                 axis.text(0.5, -0.03, name, fontsize=7, parse_math=False, **below)

@@ -77,11 +77,12 @@ class Conv2d(nnx.Module):
         *,
         stride: int = 1,
         padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+        use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
         init = _uniform((in_channels * kernel**2) ** -0.5)
         self.weight = nnx.Param(init(rngs.params(), (out_channels, in_channels, kernel, kernel)))
-        self.bias = nnx.Param(init(rngs.params(), (out_channels,)))
+        self.bias = nnx.Param(init(rngs.params(), (out_channels,))) if use_bias else None
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -93,7 +94,7 @@ class Conv2d(nnx.Module):
             self.padding,
             dimension_numbers=("NHWC", "OIHW", "NHWC"),
         )
-        return y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -5,10 +5,12 @@ An adapted projection computes `x W^T + b + (alpha / rank) (x A^T) B^T`, with A 
 """
 
 import dataclasses
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dinalrm_jax.mapping import ConfigError
@@ -45,6 +47,24 @@ def add_lora(projections: Iterable[Linear], config: LoRAConfig, *, rngs: nnx.Rng
         linear.lora_A = nnx.LoRAParam(jax.random.normal(key, (config.rank, in_features)) / config.rank)
         linear.lora_B = nnx.LoRAParam(jnp.zeros((out_features, config.rank)))
         linear.lora_scale = config.scale
+
+
+def init_adapters(shapes: Mapping[str, jax.ShapeDtypeStruct], config: LoRAConfig, seed: int) -> dict[str, np.ndarray]:
+    """Adapters alone of a module that has them, as `add_lora` draws them: A normal with deviation 1 / rank, B zero.
+
+    Args:
+        shapes: `Functional.shapes`.
+        config: rank and alpha.
+        seed: of A; the draws of a name depend on nothing else.
+    """
+    drawn = {}
+    for name, shape in shapes.items():
+        if name.endswith(".lora_A"):
+            bits = int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little")
+            drawn[name] = np.random.default_rng(bits).standard_normal(shape.shape, np.float32) / config.rank
+        elif name.endswith(".lora_B"):
+            drawn[name] = np.zeros(shape.shape, np.float32)
+    return drawn
 
 
 def merge(params: dict[str, jax.Array], config: LoRAConfig) -> dict[str, jax.Array]:

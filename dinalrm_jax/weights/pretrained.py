@@ -28,6 +28,7 @@ from dinalrm_jax.model.backbone.family import (
     transformer_functional,
 )
 from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.parameters import Params, split
 from dinalrm_jax.model.reward import is_trainable, reward_functional
@@ -200,10 +201,42 @@ def save_reward_model(
         save_safetensors(directory / "trained.safetensors", tables.dump(trained, tables.IDENTITY))
 
 
-def save_backbone(config: BackboneConfig, params: Mapping[str, AnyArray], output: str | pathlib.Path) -> None:
-    """Writes a native backbone, whole or not at all."""
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """How a backbone was trained.
+
+    encoders: what made its latents and prompt embeddings.
+    shift: of its schedule, `sampling.schedule`: 3 for SD3, 1 where levels were drawn evenly.
+    """
+
+    encoders: EncodersConfig = EncodersConfig("sd3", 256)
+    shift: float = 3.0
+
+
+def origin_of(base_model: str | pathlib.Path) -> Origin:
+    """How a backbone was trained, as its files say.
+
+    Raises:
+        ConfigError: a native backbone that does not say it.
+    """
+    directory = resolve(base_model, (*TRANSFORMER_FILES, "scheduler/*"))
+    config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
+    if "format" in config:
+        if config.get("origin") is None:
+            raise ConfigError(
+                f"{directory} does not say which encoders it was trained with; train it again, or convert it"
+            )
+        return from_mapping(Origin, config["origin"], f"{directory}/config.json, origin")
+    scheduler = directory / "scheduler" / "scheduler_config.json"
+    return Origin(shift=float(read_json(scheduler).get("shift", 1.0))) if scheduler.is_file() else Origin()
+
+
+def save_backbone(
+    config: BackboneConfig, params: Mapping[str, AnyArray], output: str | pathlib.Path, origin: Origin | None = None
+) -> None:
+    """Writes a native backbone, whole or not at all; without an origin it cannot be sampled from alone."""
     with whole_directory(output) as directory:
-        _write_config(directory, "backbone", to_mapping(config))
+        _write_config(directory, "backbone", to_mapping(config), origin=origin and to_mapping(origin))
         save_safetensors(directory / "backbone.safetensors", tables.dump(params, tables.IDENTITY))
 
 

@@ -18,8 +18,10 @@ from dinalrm_jax.mapping import ConfigError, Variants
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.layers import Linear
+from dinalrm_jax.model.lora import LoRAConfig, add_lora
 from dinalrm_jax.model.parameters import Functional, functional
 from dinalrm_jax.model.tables import Table
+from dinalrm_jax.noise import AnyArray
 
 DEFAULT = "sd3"  # of a configuration that names no family, as files had none before there were several
 
@@ -54,7 +56,7 @@ class LatentSpec:
         """Image tokens of latents of this size."""
         return (height // self.patch) * (width // self.patch)
 
-    def validate(self, latents: jax.Array) -> None:
+    def validate(self, latents: AnyArray) -> None:
         """Raises ValueError unless `latents` is (B, H, W, channels) of a size that the backbone can patch."""
         shape = latents.shape
         if len(shape) != 4:
@@ -233,12 +235,15 @@ def family_in_diffusers(class_name: str | None, where: str) -> Family:
 
 
 def transformer_functional(
-    config: BackboneConfig, execution: ExecutionConfig, *, zero_init: bool = False
+    config: BackboneConfig, execution: ExecutionConfig, *, zero_init: bool = False, lora: LoRAConfig | None = None
 ) -> Functional:
-    """The whole transformer, velocity included, as a pure function of named parameters."""
+    """The whole transformer, velocity included, as a pure function of named parameters; with adapters where asked."""
     family = family_of(config)
 
     def build(rngs: nnx.Rngs) -> Any:
-        return family.build(config, execution, num_blocks=None, zero_init=zero_init, rngs=rngs)
+        transformer = family.build(config, execution, num_blocks=None, zero_init=zero_init, rngs=rngs)
+        if lora is not None:
+            add_lora(family.adapted(transformer, False), lora, rngs=rngs)
+        return transformer
 
     return functional(build, family.sharding)
