@@ -6,7 +6,7 @@ import pathlib
 import runpy
 import sys
 
-COMMANDS = ("train", "evaluate", "preprocess", "convert", "score", "generate", "serve", "benchmark", "client")
+COMMANDS = ("train", "align", "evaluate", "preprocess", "convert", "score", "generate", "serve", "benchmark", "client")
 
 
 def sentence(command: str) -> str:

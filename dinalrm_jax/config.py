@@ -7,7 +7,7 @@ from dinalrm_jax.data.config import MixedConfig
 from dinalrm_jax.devices.mesh import MeshConfig
 from dinalrm_jax.mapping import ConfigError, at_least, refuse_ignored
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
-from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.noise import SigmaConfig
 from dinalrm_jax.preference import LossConfig
@@ -209,3 +209,151 @@ class SweepConfig:
             raise ConfigError(f"a sweep needs seeds and runs of different names, got {names} and {self.seeds}")
         if len({run.generator for run in self.runs if run.generator is not None}) > 1:
             raise ConfigError("runs of a sweep share one generator a seed, so their generator stages must be equal")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReFLConfig:
+    """Reward feedback learning (docs/method.md, Alignment): the reward's own gradient at one denoising step.
+
+    steps, guidance: of the sampler, up to the step that trains; that one is computed without guidance.
+    first, last: the step that trains is drawn from these, counted from 0, the last one among them.
+    """
+
+    steps: int = 40
+    guidance: float = 4.5
+    first: int = 30
+    last: int = 39
+
+    def __post_init__(self):
+        if not 0 <= self.first <= self.last < self.steps:
+            raise ConfigError(f"0 <= first <= last < steps is needed, got {self.first}, {self.last} and {self.steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowGRPOConfig:
+    """Flow-GRPO (docs/method.md, Alignment): images of one prompt against each other, by their log-probabilities.
+
+    steps, guidance: of the sampler; the steps that train are computed without guidance.
+    kind, noise_level: of the steps with noise; see `sampling.transition`.
+    window: how many steps have noise, and train.
+    first, last: the window lies within the steps first .. last - 1; where is drawn anew for every batch.
+    group: images of a prompt.
+    scale: whose deviation advantages are divided by: of all rewards of a device's batch, or of the group's.
+    advantage_clip: the largest advantage.
+    """
+
+    steps: int = 10
+    guidance: float = 1.0
+    kind: Literal["cps", "sde", "dance"] = "cps"
+    noise_level: float = 0.8
+    window: int = 3
+    first: int = 0
+    last: int = 5
+    group: int = 18
+    scale: Literal["global", "group"] = "global"
+    advantage_clip: float = 5.0
+
+    def __post_init__(self):
+        if not (self.first >= 0 and 1 <= self.window <= self.last - self.first and self.last < self.steps):
+            raise ConfigError(
+                f"a window of {self.window} steps must lie within first..last - 1 = {self.first}..{self.last - 1} and "
+                f"before the last of {self.steps} steps, whose noise is none"
+            )
+        if self.noise_level <= 0:
+            raise ConfigError(f"noise_level {self.noise_level} gives no log-probability; it must be above 0")
+        if self.group < 2:
+            raise ConfigError(f"a group has at least 2 images to compare, got {self.group}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """The reward that a policy is tuned with.
+
+    checkpoint: a reward model on the policy's own backbone; released, native or of a training run.
+    sigma: the noise levels that it scores at; several are the token-level ensemble.
+    scale: what the raw score is multiplied by (0.1 in the released recipes; no matter to Flow-GRPO).
+    """
+
+    checkpoint: str
+    sigma: tuple[float, ...] = (0.4,)
+    scale: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyEvaluationConfig:
+    """How a policy is watched: images of held-out prompts with the same noise every time, without noise on the way.
+
+    prompts: how many of the file's last prompts are held out.
+    steps, guidance: of the sampler.
+    sigma: levels that the reward scores at here, not those that it trains with: what rises at one level only is no
+        better picture.
+    images: how many of them are drawn side by side over the run.
+    """
+
+    prompts: int = 16
+    steps: int = 28
+    guidance: float = 4.5
+    sigma: tuple[float, ...] = (0.2, 0.5, 0.7)
+    images: int = 8
+
+    def __post_init__(self):
+        at_least(self, 1, ("prompts", "steps", "images"))
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignConfig:
+    """A generator tuned with a reward model.
+
+    base_model: the generator: a diffusers pipeline or a native backbone.
+    prompts: a text file with a prompt a line; None: captions of drawn scenes,
+    scene_captions: so many of them, of the quickstart's combinations.
+    reward: what is made larger.
+    tuning: the stage; its batch_size counts images.
+    refl, flow_grpo: the algorithm, one of them.
+    lora: the policy's adapters, on all blocks.
+    reference_weight: weight of the squared distance between the policy's velocities and the generator's own at the
+        steps that train; for Flow-GRPO of the KL divergence.
+    height, width: of the images, in pixels.
+    text_length: T5 tokens that the policy reads; the reward reads as many as it was trained with.
+    """
+
+    name: str
+    base_model: str
+    reward: RewardConfig
+    tuning: StageConfig
+    prompts: str | None = None
+    scene_captions: int = 0
+    refl: ReFLConfig | None = None
+    flow_grpo: FlowGRPOConfig | None = None
+    lora: LoRAConfig = LoRAConfig(rank=32, alpha=64.0)
+    reference_weight: float = 0.0
+    height: int = 512
+    width: int = 512
+    text_length: int = 256
+    seed: int = 0
+    evaluation: PolicyEvaluationConfig = PolicyEvaluationConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    mesh: MeshConfig = MeshConfig()
+    wandb_project: str | None = None
+    profile: ProfileConfig = ProfileConfig()
+
+    def __post_init__(self):
+        if (self.prompts is None) == (self.scene_captions == 0):
+            raise ConfigError(
+                "name the prompts: a file (prompts=...), or a number of drawn scenes (scene_captions=...)"
+            )
+        if (self.refl is None) == (self.flow_grpo is None):
+            raise ConfigError("an alignment has one algorithm: give either refl or flow_grpo")
+        if self.tuning.steps is None:
+            raise ConfigError("tuning is so many steps long; give steps, not epochs")
+        refuse_ignored(self.tuning, ("sigma",), "an alignment draws no noise levels to train at")
+        if self.flow_grpo is not None:
+            if self.tuning.micro_batches > 1:
+                raise ConfigError("flow_grpo compares images of a whole batch; tuning.micro_batches must be 1")
+            if self.tuning.batch_size % self.flow_grpo.group:
+                raise ConfigError(
+                    f"tuning.batch_size {self.tuning.batch_size} must be a multiple of flow_grpo.group "
+                    f"{self.flow_grpo.group}"
+                )
+        if self.reference_weight < 0:
+            raise ConfigError(f"reference_weight must not be negative, got {self.reference_weight}")

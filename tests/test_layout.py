@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "dinalrm_jax"
 COMMANDS = (
     "train",
+    "align",
     "evaluate",
     "preprocess",
     "convert",
@@ -79,7 +80,7 @@ def test_there_is_no_circle():
 
 
 def test_the_root_stays_small():
-    assert len(list(PACKAGE.glob("*.py"))) <= 19  # two commands and a handle more than once: generate, generator
+    assert len(list(PACKAGE.glob("*.py"))) <= 20  # the commands train .. client, two handles, the pure functions
 
 
 @pytest.mark.parametrize("name", ["evaluation", "weights", "model", "devices", "encoders"])

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 import dinalrm_jax
 from dinalrm_jax.cli.flags import UsageError
-from dinalrm_jax.config import SweepConfig, TrainConfig
+from dinalrm_jax.config import AlignConfig, SweepConfig, TrainConfig
 from dinalrm_jax.mapping import from_mapping, keys_below
 
 
@@ -61,6 +61,11 @@ def load_run(file: str, overrides: Sequence[str]) -> TrainConfig | SweepConfig:
     values = load_config(file, overrides, (TrainConfig, SweepConfig))
     kind: type[TrainConfig | SweepConfig] = SweepConfig if "runs" in values else TrainConfig
     return from_mapping(kind, values)
+
+
+def load_align(file: str, overrides: Sequence[str]) -> AlignConfig:
+    """The alignment that a config file and the command line's overrides describe; errors as `load_run`'s."""
+    return from_mapping(AlignConfig, load_config(file, overrides, (AlignConfig,)))
 
 
 def load_config(file: str, overrides: Sequence[str], kinds: Sequence[type]) -> ConfigDict:

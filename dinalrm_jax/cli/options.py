@@ -81,6 +81,20 @@ class TrainOptions(JobOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignOptions(JobOptions):
+    """What `align` is told.
+
+    config: The experiment's file, for instance configs/refl.py; a packaged config where there is no such file.
+    workdir: Directory of everything the run writes; runs/NAME, with the config's name, where it is not given.
+    overrides: Change one value of the config, for instance --config.seed=1 or --config.tuning.steps=100.
+    """
+
+    config: str = flag(metavar="FILE")
+    workdir: str | None = flag(None, metavar="DIR")
+    overrides: tuple[str, ...] = flag((), metavar="KEY=VALUE", prefix="config.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ModelOptions, JobOptions):
     """What `evaluate` is told.
 

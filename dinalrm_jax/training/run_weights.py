@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dinalrm_jax.config import SweepConfig, TrainConfig
+from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.config import RewardModelConfig
@@ -72,7 +72,7 @@ def _training_step(directory: pathlib.Path) -> pathlib.Path | None:
 def _open_training(directory: pathlib.Path, base_model, execution: ExecutionConfig, backbone) -> PretrainedModel:
     workdir = directory.parents[2]
     claim = read_claim(workdir)
-    if isinstance(claim.config, SweepConfig) or directory.parents[1].name != "reward":
+    if not isinstance(claim.config, TrainConfig) or directory.parents[1].name != "reward":
         raise ConfigError(f"{directory} is not the checkpoint of a reward model, but of another stage")
     config = claim.config
     if base_model is not None and config.base_model is not None:

@@ -11,11 +11,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dinalrm_jax.config import SweepConfig, TrainConfig
+from dinalrm_jax.config import AlignConfig, SweepConfig, TrainConfig
 from dinalrm_jax.devices import processes
 from dinalrm_jax.disk import remove_leftovers, write_json
 from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping
 
+RunConfig = TrainConfig | SweepConfig | AlignConfig
 # What may change between two starts on a workdir: it says how a run is computed, spread, watched and saved, or where
 # its inputs lie (fingerprints say what they are). Everything else decides the result.
 FREE = (
@@ -26,14 +27,16 @@ FREE = (
     r"init_from",
     r"mesh\..*",
     r"execution\.(attention|layers|remat)",
-    r"(generator|reward)\.(log_every|checkpoint_every|evaluate_every|micro_batches)",
+    r"reward\.checkpoint",
+    r"prompts",
+    r"(generator|reward|tuning)\.(log_every|checkpoint_every|evaluate_every|micro_batches)",
     r"evaluation\.(batch_size|levels|ensemble)(\.\d+)?",
     r"rehearsal\.preparation\.threads",
     r"wandb_project",
     r"profile\..*",
 )
 PLACES = ("base_model", "init_from")
-STEPS = re.compile(r"(generator|reward)\.(steps|epochs)")
+STEPS = re.compile(r"(generator|reward|tuning)\.(steps|epochs)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Claim:
     """
 
     run: str
-    config: TrainConfig | SweepConfig
+    config: RunConfig
     inputs: Mapping[str, str]
     image_sizes: tuple[tuple[int, int], ...] = ()
 
@@ -64,7 +67,8 @@ def read_claim(workdir: pathlib.Path) -> Claim | None:
         return None
     try:
         found = json.loads(path.read_text())
-        kind: type[TrainConfig | SweepConfig] = SweepConfig if "runs" in found["config"] else TrainConfig
+        marks = {"runs": SweepConfig, "tuning": AlignConfig}
+        kind: type[RunConfig] = next((kind for mark, kind in marks.items() if mark in found["config"]), TrainConfig)
         sizes = tuple((height, width) for height, width in found.get("image_sizes", ()))
         return Claim(found["run"], from_mapping(kind, found["config"]), found["inputs"], sizes)
     except (ValueError, KeyError, TypeError) as error:
@@ -74,7 +78,7 @@ def read_claim(workdir: pathlib.Path) -> Claim | None:
         ) from None
 
 
-def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig, inputs: Mapping[str, str]) -> None:
+def check_workdir(workdir: pathlib.Path, config: RunConfig, inputs: Mapping[str, str]) -> None:
     """Raises ConfigError if the directory holds a run that would end otherwise; says what changed.
 
     Args:
@@ -97,7 +101,7 @@ def check_workdir(workdir: pathlib.Path, config: TrainConfig | SweepConfig, inpu
 
 def claim_workdir(
     workdir: pathlib.Path,
-    config: TrainConfig | SweepConfig,
+    config: RunConfig,
     inputs: Mapping[str, str],
     image_sizes: Sequence[tuple[int, int]] = (),
 ) -> str:
@@ -122,7 +126,7 @@ def claim_workdir(
     return run
 
 
-def _may_change(name: str, old: Any, new: Any, workdir: pathlib.Path, config: TrainConfig | SweepConfig) -> bool:
+def _may_change(name: str, old: Any, new: Any, workdir: pathlib.Path, config: RunConfig) -> bool:
     """Whether a value may differ between two starts on a workdir."""
     if isinstance(config, SweepConfig):
         if re.fullmatch(r"seeds\.\d+", name):
@@ -132,7 +136,7 @@ def _may_change(name: str, old: Any, new: Any, workdir: pathlib.Path, config: Tr
         return False  # weights that a run did not start from, or did
     if any(re.fullmatch(pattern, name) for pattern in FREE):
         return True
-    if (match := STEPS.fullmatch(name)) and isinstance(config, TrainConfig):
+    if (match := STEPS.fullmatch(name)) and not isinstance(config, SweepConfig):
         # A longer run passes through a shorter one, unless its learning rate knows the end; a finished
         # generator is what the reward stage stands on.
         stage = getattr(config, match[1])

@@ -76,9 +76,9 @@ def test_what_the_released_layout_does_not_hold_is_not_exported(tmp_path):
 
 
 def test_bfloat16_native_checkpoint(golden_model, tmp_path):
-    half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN)
+    half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="bfloat16")
     half.save(tmp_path / "native")
-    again = dina.RewardModel.from_pretrained(tmp_path / "native")
+    again = dina.RewardModel.from_pretrained(tmp_path / "native", dtype="bfloat16")
     chex.assert_trees_all_equal(again.params, half.params)
     assert again.execution.dtype == "bfloat16"
 

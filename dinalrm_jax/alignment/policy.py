@@ -1,0 +1,192 @@
+"""What an alignment works on: prompts, a policy beside its reference, and a reward on the same backbone."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dinalrm_jax import sampling
+from dinalrm_jax.config import AlignConfig
+from dinalrm_jax.devices.sharding import local_rows, put_rows, row_sharded
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.batch import PromptEmbeds
+from dinalrm_jax.model.parameters import Functional, Params
+from dinalrm_jax.noise import timestep
+from dinalrm_jax.scenes import draw
+from dinalrm_jax.training.stream import Form
+
+POLICY, REWARD = "policy.", "reward."  # before the names of their parameters, which lie in one dict
+Encode = Callable[[Sequence[str]], PromptEmbeds]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """B prompts: as the policy reads them, the negative ones of guidance, and as the reward reads them."""
+
+    prompt: PromptEmbeds
+    negative: PromptEmbeds
+    reward_prompt: PromptEmbeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A generator with adapters.
+
+    Attributes:
+        tuned: the transformer with adapters.
+        plain: without.
+        shape: (H, W, C) of the latents.
+        shift: of its schedule.
+    """
+
+    tuned: Functional
+    plain: Functional
+    shape: tuple[int, int, int]
+    shift: float
+
+    def velocity(self, params: Params) -> Callable[[jax.Array, jax.Array, PromptEmbeds], jax.Array]:
+        """Of latents (B, H, W, C), levels (B,) and prompts, by parameters under their common names."""
+        return _velocity(self.tuned, params)
+
+    def reference(self, params: Params) -> Callable[[jax.Array, jax.Array, PromptEmbeds], jax.Array]:
+        """The same without adapters; no gradient flows through it."""
+        plain = {name: array for name, array in params.items() if ".lora_" not in name}
+        return _velocity(self.plain, jax.lax.stop_gradient(plain))
+
+    def schedule(self, steps: int) -> np.ndarray:
+        return sampling.schedule(steps, self.shift)
+
+
+def _velocity(transformer: Functional, params: Params):
+    own = {name.removeprefix(POLICY): array for name, array in params.items() if name.startswith(POLICY)}
+    module = transformer.bind(own)
+    return lambda latents, sigma, prompt: module.velocity(latents, timestep(sigma), prompt).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A frozen reward model within an alignment.
+
+    Attributes:
+        score: (params, latents, prompt, keys) -> (B,), of parameters under the reward model's own names.
+        scale: what the score is multiplied by.
+    """
+
+    score: Callable[..., jax.Array]
+    scale: float
+
+    def __call__(self, params: Params, latents: jax.Array, prompt: PromptEmbeds, keys: jax.Array) -> jax.Array:
+        """(B,) raw scores of clean latents, each with noise of its own key; differentiable in the latents."""
+        own = {name.removeprefix(REWARD): array for name, array in params.items() if name.startswith(REWARD)}
+        return self.score(jax.lax.stop_gradient(own), latents, prompt, keys)
+
+
+def read_prompts(config: AlignConfig) -> tuple[list[str], list[str]]:
+    """The prompts to train on and those held out, the file's last ones.
+
+    Raises:
+        ConfigError: an empty line, or too few prompts.
+        FileNotFoundError: no such file.
+    """
+    if config.prompts is None:
+        rng = np.random.default_rng(config.seed)
+        prompts = [draw.caption(draw.draw_scene(rng, draw.TRAINED)) for _ in range(config.scene_captions)]
+    else:
+        prompts = pathlib.Path(config.prompts).read_text().splitlines()
+    empty = [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]
+    if empty:
+        raise ConfigError(f"{config.prompts}, line {empty[0]}: an empty prompt")
+    held_out = config.evaluation.prompts
+    if len(prompts) <= held_out:
+        raise ConfigError(
+            f"there are {len(prompts)} prompts, of which evaluation.prompts = {held_out} are held out; none "
+            "is left to train on"
+        )
+    return prompts[:-held_out], prompts[-held_out:]
+
+
+class PromptStream:
+    """Endless batches of prompts in an order of their own every epoch: a `training.stream.Stream`.
+
+    Args:
+        prompts: to train on.
+        encode, encode_for_reward: texts to embeddings.
+        batch_size: images of a batch, over all processes.
+        group: images of a prompt, one after the other.
+        seed: of the order.
+        mesh: over whose devices rows are split.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        encode: Encode,
+        encode_for_reward: Encode,
+        batch_size: int,
+        group: int,
+        seed: int,
+        mesh: Mesh,
+    ):
+        self._prompts, self._group, self._seed, self._mesh = prompts, group, seed, mesh
+        self._encode = functools.lru_cache(maxsize=4096)(lambda text: _row(encode, text))
+        self._encode_for_reward = functools.lru_cache(maxsize=4096)(lambda text: _row(encode_for_reward, text))
+        self._batch_size, self._next = batch_size, 0
+        self.units: Mapping[str, int] = {"images": batch_size, "prompts": batch_size // group}
+        example = self._batch([prompts[0]])
+        abstract = jax.tree.map(lambda x: row_sharded((batch_size, *x.shape[1:]), x.dtype, mesh), example)
+        self.forms: Mapping[Form, PromptBatch] = {(): abstract}
+
+    def restore(self, position: Mapping[str, Any]) -> None:
+        self._next = position["prompts"]
+
+    def __iter__(self) -> Iterator[tuple[Form, PromptBatch, dict[str, Any]]]:
+        while True:
+            count = self._batch_size // self._group
+            places = [self._place(self._next + number) for number in range(count)]
+            self._next += count
+            rows = [place for place in places for _ in range(self._group)]
+            local = [self._prompts[rows[row]] for row in local_rows(self._batch_size, self._mesh)]
+            batch = put_rows(self._batch(local), self._batch_size, self._mesh)
+            yield (), batch, {"prompts": self._next}
+
+    def _place(self, number: int) -> int:
+        """Which prompt is the so-manieth of the run."""
+        epoch, within = divmod(number, len(self._prompts))
+        return int(np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))[within])
+
+    def _batch(self, texts: Sequence[str]) -> PromptBatch:
+        def stacked(encode, texts):
+            return jax.tree.map(lambda *rows: np.stack(rows), *(encode(text) for text in texts))
+
+        return PromptBatch(
+            stacked(self._encode, texts),
+            stacked(self._encode, len(texts) * [""]),
+            stacked(self._encode_for_reward, texts),
+        )
+
+
+def _row(encode: Encode, text: str) -> PromptEmbeds:
+    return jax.tree.map(lambda array: np.asarray(array[0]), encode([text]))
+
+
+def row_randomness(keys: jax.Array, count: int) -> list[jax.Array]:
+    """`count` independent keys of every row, (B,) each."""
+    return list(jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys))
+
+
+def distance(velocity: jax.Array, reference: jax.Array) -> jax.Array:
+    """(B,) mean squared difference."""
+    return jnp.square(velocity - reference).mean(axis=tuple(range(1, velocity.ndim)))
+
+
+def norm_ratio(velocity: jax.Array, reference: jax.Array) -> jax.Array:
+    """(B,) |v| / |v_ref|: a policy that only turns the reward up leaves 1."""
+    axes = tuple(range(1, velocity.ndim))
+    return jnp.sqrt(jnp.square(velocity).sum(axis=axes) / jnp.square(reference).sum(axis=axes))
