@@ -6,9 +6,9 @@
 
 Data: about 0.8M pairs, so one epoch is 25,000 steps of 32 pairs. Records take 0.5 MB an image of
 1024 x 1024 and 1.7 MB a prompt.
-Hardware: 8 accelerators of 80 GB or more as configured (4 pairs each): by XLA's own count for TPU v5p a
-step at 1024 x 1024 takes 61 GiB of each device, nearly all of it activations; `micro_batches`
-divides those, `--config.mesh.fsdp=8` makes 0.9 GiB of the 4.8 GiB of weights and optimizer (docs/measured.md).
+Hardware: 8 accelerators as configured (4 pairs each): by XLA's own count a step at 1024 x 1024 takes 12 to 13
+GiB of a TPU v5e, v5p, v6e or an H100; `micro_batches` divides the activations, `--config.mesh.fsdp=8` weights and
+optimizer (docs/measured.md). `--check-memory --for v5e:2x4` asks the compiler beforehand.
 On more hosts: launch/slurm.sh, launch/tpu_pod.sh.
 Time and accuracy: not measured here. The paper reports 75.04 % on HPDv3 at one level and 74.86 % for
 the ensemble (paper).

@@ -100,6 +100,7 @@ def test_python_snippets(published, tmp_path, monkeypatch):
     np.testing.assert_allclose(session["served"], exact.score_latents(latents, prompt, nearest), atol=1e-4)
     assert exact.score_latents(session["improved"], prompt, 0.4).sum() > at_once.sum()
     assert session["model"].execution.remat == "block"
+    assert session["images"].shape == (1, 64, 64, 3)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_commands(checkout, published, preferences):
             command += " --config.model.num_blocks=1 --config.model.visual_taps='(1,)' --config.model.text_taps='(1,)'"
         elif "dinalrm_jax.train" in command:
             command += f" {SHORT if 'hpdv2' in command else SHORT_SCENES}"
-        elif any(f"dinalrm_jax.{name} " in command for name in ("score", "evaluate", "serve", "client")):
+        elif any(f"dinalrm_jax.{name} " in command for name in ("score", "generate", "evaluate", "serve", "client")):
             command = with_stand_ins(command, {**published, "8000": port})
             command += " --sigma 0.4" if "evaluate" in command else ""
         if "dinalrm_jax.serve" in command:
@@ -185,7 +186,7 @@ def test_commands(checkout, published, preferences):
             assert "is ready" in result.stdout
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0
-    assert ran == (4 if preferences else 8)
+    assert ran == (4 if preferences else 10)
     if preferences:
         report = (checkout / "runs" / "hpdv2" / "run" / "report" / "report.md").read_text()
         assert "Baseline without a model, the larger image file wins" in report
