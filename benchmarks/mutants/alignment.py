@@ -1,0 +1,71 @@
+"""Mutants of attention kernels, sampling, adapters, alignment, and of what is said of other devices."""
+
+from benchmarks.mutants import Mutant
+
+KERNELS = "dinalrm_jax/model/backbone/attention"
+OF_KERNELS, OF_STEPS = "tests/model/backbone/test_attention.py", "tests/test_sampling.py"
+OF_LOSSES, OF_RUNS = "tests/alignment/test_losses.py", "tests/alignment/test_align.py"
+OF_GENERATOR, OF_PLANS = "tests/test_generator.py", "tests/timing/test_plan.py"
+SAMPLING, GRPO = "dinalrm_jax/sampling.py", "dinalrm_jax/alignment/flow_grpo.py"
+ADAPTER, POLICY = "dinalrm_jax/weights/adapter.py", "dinalrm_jax/alignment/policy.py"
+
+MUTANTS = [
+    Mutant("padded keys are seen", f"{KERNELS}/splash.py", "key < keys)", "key >= 0)", OF_KERNELS),
+    Mutant("splash forgets the scale", f"{KERNELS}/splash.py", "(query * dim**-0.5, QUERIES)", "(query, QUERIES)", OF_KERNELS),
+    Mutant("splash names nothing that it keeps", f"{KERNELS}/splash.py", "residual_checkpoint_name=SAVED", "residual_checkpoint_name=None",
+           f"{OF_KERNELS} -k twice"),
+    Mutant("heads are rows' neighbours", f"{KERNELS}/splash.py", "reshape(batch, heads, -1, dim)", "reshape(heads, batch, -1, dim).swapaxes(0, 1)",
+           OF_KERNELS),
+    Mutant("chunked drops the shared term", f"{KERNELS}/chunked.py", "(weights * (by_weights - shared))", "(weights * by_weights)",
+           OF_KERNELS),
+    Mutant("chunked keeps the last chunk's keys only", f"{KERNELS}/chunked.py", "by_keys += jnp", "by_keys = jnp", OF_KERNELS),
+    Mutant("chunked loses its output's name", f"{KERNELS}/chunked.py", "out = checkpoint_name(_joined(out, query.shape[1]), SAVED)",
+           "out = _joined(out, query.shape[1])", f"{OF_KERNELS} -k twice"),
+    Mutant("cuDNN without padding", f"{KERNELS}/cudnn.py", "-x.shape[1] % UNIT", "0", f"{OF_KERNELS} -k lower"),
+    Mutant("cuDNN's forward pass is computed again", "dinalrm_jax/model/backbone/remat.py", 'startswith("dot_product_attention_fwd")',
+           'startswith("dot_product_attention_none")', f"{OF_KERNELS} -k twice"),
+    Mutant("a kernel whose heads do not divide", f"{KERNELS}/per_device.py", "if HEAD_AXIS in free and heads %", "if False and heads %",
+           f"{OF_KERNELS} -k divide"),
+    Mutant("float32 on GPUs goes to cuDNN", f"{KERNELS}/attend.py", 'if on == "gpu" and jnp.dtype(dtype) in cudnn.DTYPES:', 'if on == "gpu":',
+           f"{OF_KERNELS} -k auto"),
+    Mutant("a schedule that is shifted once", SAMPLING, "t = np.linspace(1.0, lowest, steps)", "t = np.linspace(1.0, 0.001, steps)", OF_STEPS),
+    Mutant("sde's drift has the wrong sign", SAMPLING, "x * (1 - spread * h / (2 * s))", "x * (1 + spread * h / (2 * s))", OF_STEPS),
+    Mutant("sde's first step is infinite", SAMPLING, "jnp.where(sigma == 1, jnp.asarray(second, jnp.float32), sigma)", "sigma", OF_STEPS),
+    Mutant("cps keeps the noise's whole weight", SAMPLING, "below**2 - std**2", "below**2", OF_STEPS),
+    Mutant("dance's score has the wrong sign", SAMPLING, "score = -(x -", "score = (x -", OF_STEPS),
+    Mutant("a density without its constant", SAMPLING, "- 0.5 * math.log(2 * math.pi)", "", OF_STEPS),
+    Mutant("gradients flow to what was sampled", SAMPLING, "jnp.square(jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) - t.mean)",
+           "jnp.square(jnp.asarray(x, jnp.float32) - t.mean)", OF_STEPS),
+    Mutant("guidance the other way round", SAMPLING, "guidance * (found - without)", "guidance * (without - found)", OF_STEPS),
+    Mutant("a window of one step less", SAMPLING, "inside = (place >= 0) & (place < length)", "inside = (place >= 0) & (place < length - 1)", OF_STEPS),
+    Mutant("rows share their noise", SAMPLING, "lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))(keys)",
+           "lambda key: jax.random.normal(jax.random.fold_in(keys[0], index), x.shape[1:]))(keys)", OF_STEPS),
+    Mutant("the deviation of a population", GRPO, "jnp.std(rewards, ddof=1)", "jnp.std(rewards)", OF_LOSSES),
+    Mutant("the lesser of clipped and not", GRPO, "jnp.maximum(-advantages * ratio", "jnp.minimum(-advantages * ratio", OF_LOSSES),
+    Mutant("the guard without its bias", GRPO, "jnp.asarray(old_log_prob) + bias)", "jnp.asarray(old_log_prob))", OF_LOSSES),
+    Mutant("DPO prefers the rejected", "dinalrm_jax/alignment/dpo.py", "gain[0::2] - gain[1::2]", "gain[1::2] - gain[0::2]", OF_LOSSES),
+    Mutant("NFT's mixtures are one", "dinalrm_jax/alignment/nft.py", "(1 + beta) * old - beta * v", "(1 - beta) * old + beta * v", OF_LOSSES),
+    Mutant("LPO keeps pairs that are too near", "dinalrm_jax/alignment/lpo.py", "gap > jnp.asarray(threshold)", "gap >= 0", OF_LOSSES),
+    Mutant("ReFL makes the reward smaller", "dinalrm_jax/alignment/refl.py", "return -reward.scale * raw", "return reward.scale * raw",
+           f"{OF_RUNS} -k one_step"),
+    Mutant("ReFL jumps from the wrong level", "dinalrm_jax/alignment/refl.py", "sampling.clean(latents, velocity, sigma)",
+           "sampling.clean(latents, velocity, 0.9 * sigma)", f"{OF_RUNS} -k one_step"),
+    Mutant("the reference is the policy", POLICY, 'if ".lora_" not in name}', "}", f"{OF_RUNS} -k 'one_step or start'"),
+    Mutant("Flow-GRPO makes the reward smaller", GRPO, "losses = -advantages * jnp.exp", "losses = advantages * jnp.exp", f"{OF_RUNS} -k gradient"),
+    Mutant("advantages over no groups", GRPO, "jnp.arange(len(everywhere)) // config.group", "jnp.zeros(len(everywhere), int)", f"{OF_RUNS} -k gradient"),
+    Mutant("the order of prompts begins anew", POLICY, 'self._next = position["prompts"]', "self._next = 0", f"{OF_RUNS} -k order"),
+    Mutant("every epoch has one order of prompts", POLICY, "default_rng([self._seed, epoch])", "default_rng([self._seed])", f"{OF_RUNS} -k order"),
+    Mutant("a reward of another backbone", "dinalrm_jax/align.py", "if weights is not None and weights != model.digest:", "if False:",
+           f"{OF_RUNS} -k refused"),
+    Mutant("alpha is the rank", ADAPTER, 'float(peft.get("lora_alpha", rank))', "float(rank)", f"{OF_GENERATOR} -k adapters"),
+    Mutant("another backbone's LoRA", "dinalrm_jax/generator.py", "if backbone is not None and backbone != digest(params, lambda name: False):",
+           "if False:", f"{OF_GENERATOR} -k fit"),
+    Mutant("the second image of a prompt is the first", "dinalrm_jax/generator.py", "seen[prompt] += 1", "seen[prompt] += 0", f"{OF_GENERATOR} -k batch"),
+    Mutant("no negative prompts", "dinalrm_jax/generator.py", "encode([negative_prompts[row] for row in rows])", "encode(['' for row in rows])",
+           f"{OF_GENERATOR} -k diffusers"),
+    Mutant("the preview without its clamp", "dinalrm_jax/encoders/taesd3.py", "3 * jnp.tanh(latents / 3)", "latents", f"{OF_GENERATOR} -k preview"),
+    Mutant("the worst image is the first", "dinalrm_jax/generate.py", "order = ranks([scores[row] for row in members])",
+           "order = ranks([-scores[row] for row in members])", f"{OF_GENERATOR} -k ranks"),
+    Mutant("what does not fit, fits", "dinalrm_jax/timing/plan.py", "return self.needed <= self.available", "return True", OF_PLANS),
+    Mutant("a mesh's part of a batch is all of it", "dinalrm_jax/timing/plan.py", "memory.argument_size_in_bytes / GIB", "2 * memory.argument_size_in_bytes / GIB", OF_PLANS),
+]  # fmt: skip
