@@ -50,7 +50,7 @@ MUTANTS = [
            f"{OF_RUNS} -k one_step"),
     Mutant("ReFL jumps from the wrong level", "dinalrm_jax/alignment/refl.py", "sampling.clean(latents, velocity, sigma)",
            "sampling.clean(latents, velocity, 0.9 * sigma)", f"{OF_RUNS} -k one_step"),
-    Mutant("the reference is the policy", POLICY, 'if ".lora_" not in name}', "}", f"{OF_RUNS} -k 'one_step or start'"),
+    Mutant("the reference is the policy", POLICY, 'if ".lora_" not in name}', "}", f"{OF_RUNS} -k one_step"),
     Mutant("Flow-GRPO makes the reward smaller", GRPO, "losses = -advantages * jnp.exp", "losses = advantages * jnp.exp", f"{OF_RUNS} -k gradient"),
     Mutant("advantages over no groups", GRPO, "jnp.arange(len(everywhere)) // config.group", "jnp.zeros(len(everywhere), int)", f"{OF_RUNS} -k gradient"),
     Mutant("the order of prompts begins anew", POLICY, 'self._next = position["prompts"]', "self._next = 0", f"{OF_RUNS} -k order"),
