@@ -1,7 +1,7 @@
 """The CLIP text tower (transformers' `CLIPTextModelWithProjection`) in Flax NNX."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class CLIPTextTransformer(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = CLIPEmbeddings(config, rngs=rngs)
-        self.encoder = CLIPEncoder(config, rngs=rngs)
+        self.encoder = CLIPEncoder(config, causal=True, rngs=rngs)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, input_ids: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
@@ -87,15 +87,38 @@ class CLIPEmbeddings(nnx.Module):
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
 
 
+class Tower(Protocol):
+    """What the layers of a text or image tower need to know."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def hidden_act(self) -> Literal["quick_gelu", "gelu"]: ...
+
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
 class CLIPEncoder(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
-        self.layers = nnx.List(CLIPEncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers))
+    def __init__(self, config: Tower, *, causal: bool, rngs: nnx.Rngs):
+        layers = range(config.num_hidden_layers)
+        self.layers = nnx.List(CLIPEncoderLayer(config, causal=causal, rngs=rngs) for _ in layers)
 
 
 class CLIPEncoderLayer(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Tower, *, causal: bool, rngs: nnx.Rngs):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = CLIPAttention(config.hidden_size, config.num_attention_heads, rngs=rngs)
+        self.self_attn = CLIPAttention(config.hidden_size, config.num_attention_heads, causal=causal, rngs=rngs)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config, rngs=rngs)
 
@@ -105,8 +128,8 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPAttention(nnx.Module):
-    def __init__(self, dim: int, heads: int, *, rngs: nnx.Rngs):
-        self.heads = heads
+    def __init__(self, dim: int, heads: int, *, causal: bool, rngs: nnx.Rngs):
+        self.heads, self.causal = heads, causal
         self.q_proj = Linear(dim, dim, rngs=rngs)
         self.k_proj = Linear(dim, dim, rngs=rngs)
         self.v_proj = Linear(dim, dim, rngs=rngs)
@@ -116,12 +139,12 @@ class CLIPAttention(nnx.Module):
         query, key, value = (
             project(x).reshape(*x.shape[:2], self.heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        out = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
         return self.out_proj(out.reshape(x.shape))
 
 
 class CLIPMLP(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Tower, *, rngs: nnx.Rngs):
         self.activation = config.hidden_act
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
