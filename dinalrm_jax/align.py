@@ -15,6 +15,7 @@ answer_help(__name__, __doc__, AlignOptions)  # before the imports that take a s
 import dataclasses
 import hashlib
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -27,10 +28,10 @@ from dinalrm_jax.cli.configs import load_align
 from dinalrm_jax.config import AlignConfig
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import enable_compilation_cache
-from dinalrm_jax.devices.mesh import check_batch_size, make_mesh
+from dinalrm_jax.devices.mesh import check_batch_size, make_mesh, row_devices
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
-from dinalrm_jax.encoders.load import image_codec, load_prompt_encoder
+from dinalrm_jax.encoders.load import image_codec, prompt_encoder
 from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.lora import init_adapters
@@ -64,7 +65,12 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
         check_workdir(workdir, config, {})
         mesh = make_mesh(config.mesh)
         group = 1 if config.flow_grpo is None else config.flow_grpo.group
-        check_batch_size("tuning.batch_size", config.tuning.batch_size, config.tuning.micro_batches * group, mesh)
+        check_batch_size("tuning.batch_size", config.tuning.batch_size, config.tuning.micro_batches, mesh)
+        if config.tuning.batch_size % (group * row_devices(mesh)):
+            raise ConfigError(
+                f"tuning.batch_size {config.tuning.batch_size} must be a multiple of flow_grpo.group x mesh.data x "
+                f"mesh.fsdp = {group} x {mesh.shape['data']} x {mesh.shape['fsdp']}; a prompt's images stay together"
+            )
         prompts, held_out = read_prompts(config)
 
         # The generator, once for the policy, its reference and the reward.
@@ -96,8 +102,8 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
         encoders = origin.encoders
         if encoders.kind == "sd3":
             encoders = dataclasses.replace(encoders, text_length=config.text_length)
-        encode = load_prompt_encoder(encoders, config.base_model, config.execution.dtype)
-        encode_for_reward = load_prompt_encoder(model.config.encoders, config.base_model, config.execution.dtype)
+        encode = prompt_encoder(encoders, config.base_model, config.execution.dtype)
+        encode_for_reward = prompt_encoder(model.config.encoders, config.base_model, config.execution.dtype)
         stream = PromptStream(prompts, encode, encode_for_reward, config.tuning.batch_size, group, config.seed, mesh)
         texts = hashlib.sha256("\n".join(prompts + held_out).encode()).hexdigest()[:16]
         name = claim_workdir(
@@ -123,8 +129,9 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
         after, result = watch.samples(state.result), gather(state.result)
         if processes.is_first():
             named = {name.removeprefix(POLICY): array for name, array in result.items()}
-            if not (workdir / "policy").exists():
-                save_adapter(workdir / "policy", config.lora, named, digest(base, lambda name: False))
+            if (workdir / "policy").exists():  # of fewer steps, or of this very end
+                shutil.rmtree(workdir / "policy")
+            save_adapter(workdir / "policy", config.lora, named, digest(base, lambda name: False))
             codec = image_codec(origin.encoders, config.base_model)
             print(report(workdir, held_out, before, after, codec, config.evaluation.images))
         processes.barrier("policy")

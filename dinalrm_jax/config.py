@@ -233,7 +233,7 @@ class ReFLConfig:
 class FlowGRPOConfig:
     """Flow-GRPO (docs/method.md, Alignment): images of one prompt against each other, by their log-probabilities.
 
-    steps, guidance: of the sampler; the steps that train are computed without guidance.
+    steps, guidance: of the sampler, and of the steps that train.
     kind, noise_level: of the steps with noise; see `sampling.transition`.
     window: how many steps have noise, and train.
     first, last: the window lies within the steps first .. last - 1; where is drawn anew for every batch.

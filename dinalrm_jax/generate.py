@@ -99,6 +99,7 @@ def main(options: GenerateOptions) -> None:
     output, prompts = pathlib.Path(options.output), read_prompts(options)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists already and is not empty; choose another output or remove it first")
+    processes.barrier("output")  # which the first process makes
     size = None if options.size is None else parse_bucket(options.size)
     generator = Generator.from_pretrained(options.base_model, options.policy, options.dtype)
     model = None if options.checkpoint is None else RewardModel.from_pretrained(

@@ -93,16 +93,19 @@ class HeldOutPrompts:
             )
 
         self._sample = jax.jit(sample, out_shardings=NamedSharding(mesh, WHOLE))
+        self._program: jax.stages.Compiled | None = None
 
     def compile(self, trained: Params) -> None:
         """Before the first step, so that what does not fit says so at once."""
-        with jax.set_mesh(self._mesh):
-            self._sample.lower({**self._frozen, **trained}, *self._inputs).compile()
+        if self._program is None:
+            with jax.set_mesh(self._mesh):
+                self._program = self._sample.lower({**self._frozen, **trained}, *self._inputs).compile()
 
     def samples(self, trained: Params) -> PolicySamples:
         """What the policy with these adapters makes of the prompts."""
+        self.compile(trained)
         with jax.set_mesh(self._mesh):
-            found = self._sample({**self._frozen, **trained}, *self._inputs)
+            found = self._program({**self._frozen, **trained}, *self._inputs)
         return PolicySamples(*(np.asarray(array)[: len(self.prompts)] for array in found))
 
     def __call__(self, trained: Params) -> dict[str, float]:

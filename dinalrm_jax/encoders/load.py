@@ -167,5 +167,12 @@ def _required(base_model: str | pathlib.Path | None) -> str | pathlib.Path:
 
 
 # Encoders are several times the size of a model, so there is one of each, shared by the models that use it.
-prompt_encoder = functools.lru_cache(maxsize=1)(load_prompt_encoder)
+_sd3_prompt_encoder = functools.lru_cache(maxsize=1)(SD3PromptEncoder)
 image_codec = functools.lru_cache(maxsize=1)(load_image_codec)
+
+
+def prompt_encoder(config: EncodersConfig, base_model: str | pathlib.Path | None, dtype: str) -> PromptEncoder:
+    """`load_prompt_encoder`, loaded once for all text lengths and all that use it."""
+    if config.kind == "tiny":
+        return load_prompt_encoder(config, base_model, dtype)
+    return _sd3_prompt_encoder(_required(base_model), EncodersConfig.text_length, dtype).with_length(config.text_length)

@@ -1,5 +1,6 @@
 """Prompts to SD3's embeddings: tokenizers, the two CLIP towers, T5, and their assembly."""
 
+import copy
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -63,6 +64,12 @@ class SD3PromptEncoder:
         lengths = (CLIP_TOKENS, CLIP_TOKENS, self.text_length)
         ids = [self._tokens(tokenizer, prompts, n) for tokenizer, n in zip(self._tokenizers, lengths)]
         return self._encode(self._params, *split_locally(ids))
+
+    def with_length(self, text_length: int) -> "SD3PromptEncoder":
+        """The same encoders, on the same weights, for so many T5 tokens."""
+        other = copy.copy(self)
+        other.text_length = text_length
+        return other
 
     def longer(self, prompts: Sequence[str]) -> list[int]:
         """Which prompts have more tokens than T5 is given here; CLIP reads the first 77 of any."""
