@@ -28,7 +28,7 @@ from dinalrm_jax.cli.configs import load_align
 from dinalrm_jax.config import AlignConfig
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import enable_compilation_cache
-from dinalrm_jax.devices.mesh import check_batch_size, make_mesh, row_devices
+from dinalrm_jax.devices.mesh import check_batch_size, make_mesh
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.encoders.load import image_codec, prompt_encoder
@@ -66,10 +66,10 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
         mesh = make_mesh(config.mesh)
         group = 1 if config.flow_grpo is None else config.flow_grpo.group
         check_batch_size("tuning.batch_size", config.tuning.batch_size, config.tuning.micro_batches, mesh)
-        if config.tuning.batch_size % (group * row_devices(mesh)):
+        if config.tuning.batch_size % (group * mesh.shape["data"]):
             raise ConfigError(
-                f"tuning.batch_size {config.tuning.batch_size} must be a multiple of flow_grpo.group x mesh.data x "
-                f"mesh.fsdp = {group} x {mesh.shape['data']} x {mesh.shape['fsdp']}; a prompt's images stay together"
+                f"tuning.batch_size {config.tuning.batch_size} must be a multiple of flow_grpo.group x mesh.data = "
+                f"{group} x {mesh.shape['data']}: a prompt's images lie at one place along data"
             )
         prompts, held_out = read_prompts(config)
 
@@ -79,6 +79,10 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
         tuned = transformer_functional(transformer, config.execution, lora=config.lora)
         shardings = tuned.shardings(mesh)
         base = place(arrays, config.execution.dtype, {name: shardings[name] for name in arrays})
+        if config.height % spec.unit or config.width % spec.unit:
+            raise ConfigError(
+                f"height and width must be multiples of {spec.unit}, got {config.height} and {config.width}"
+            )
         shape = (config.height // spec.downsampling, config.width // spec.downsampling, spec.channels)
         spec.validate(np.broadcast_to(np.float32(0), (1, *shape)))
         policy = Policy(tuned, transformer_functional(transformer, config.execution), shape, origin.shift)

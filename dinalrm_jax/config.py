@@ -238,7 +238,7 @@ class FlowGRPOConfig:
     window: how many steps have noise, and train.
     first, last: the window lies within the steps first .. last - 1; where is drawn anew for every batch.
     group: images of a prompt.
-    scale: whose deviation advantages are divided by: of all rewards of a device's batch, or of the group's.
+    scale: whose deviation advantages are divided by: of all rewards of the batch, or of the group's.
     advantage_clip: the largest advantage.
     """
 
@@ -355,5 +355,13 @@ class AlignConfig:
                     f"tuning.batch_size {self.tuning.batch_size} must be a multiple of flow_grpo.group "
                     f"{self.flow_grpo.group}"
                 )
+        levels = (*self.reward.sigma, *self.evaluation.sigma)
+        if not self.reward.sigma or not self.evaluation.sigma or not all(0 <= level <= 1 for level in levels):
+            raise ConfigError(f"reward.sigma and evaluation.sigma hold levels in [0, 1], got {levels}")
+        if set(self.reward.sigma) & set(self.evaluation.sigma):
+            raise ConfigError(
+                f"evaluation.sigma {self.evaluation.sigma} must be other levels than those that train, reward.sigma "
+                f"{self.reward.sigma}"
+            )
         if self.reference_weight < 0:
             raise ConfigError(f"reference_weight must not be negative, got {self.reference_weight}")

@@ -32,7 +32,7 @@ from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.encoders.taesd3 import Preview
 from dinalrm_jax.evaluation.ranking import ScoredImage, as_csv, draw_sheet
 from dinalrm_jax.evaluation.scoring import normalize, ranks
-from dinalrm_jax.generator import Generator
+from dinalrm_jax.generator import Generator, numbered
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.reward_model import RewardModel
@@ -111,18 +111,24 @@ def main(options: GenerateOptions) -> None:
             f"{len(cut)} of {len(prompts)} prompts are longer than the text encoders read, and are cut: the first is "
             f"{prompts[cut[0]][:60]!r}"
         )
-    mine = range(jax.process_index(), len(prompts), jax.process_count())
-    places = [place for place in mine for _ in range(options.count)]
-    texts = [prompts[place] for place in places]
+    everything = [place for place in range(len(prompts)) for _ in range(options.count)]
+    numbers = numbered([prompts[place] for place in everything])
+    mine = [row for row, place in enumerate(everything) if place % jax.process_count() == jax.process_index()]
+    places, texts = [everything[row] for row in mine], [prompts[everything[row]] for row in mine]
     if not texts:
         return
     with tqdm(total=len(texts), desc="sampling", unit="image") as bar:
         latents = generator.sample(
             texts, size, options.steps, options.guidance, options.seed, negative_prompts=options.negative_prompt,
-            text_length=options.text_length, batch_size=options.batch_size, progress=bar.update,
+            text_length=options.text_length, numbers=[numbers[row] for row in mine], batch_size=options.batch_size,
+            progress=bar.update,
         )  # fmt: skip
     scores = None if model is None else scores_of(model, texts, latents, options)
-    images = generator.decode(latents, options.batch_size) if preview is None else preview.decode(latents)
+    images = (
+        generator.decode(latents, options.batch_size)
+        if preview is None
+        else preview.decode(latents, options.batch_size)
+    )
     output.mkdir(parents=True, exist_ok=True)
     rows = save_images(options, texts, places, images, scores)
     several = f"_{jax.process_index()}" if jax.process_count() > 1 else ""

@@ -89,6 +89,7 @@ class Generator:
         negative_prompts: str | Sequence[str] | None = None,
         text_length: int | None = None,
         *,
+        numbers: Sequence[int] | None = None,
         batch_size: int = 4,
         progress: Callable[[int], object] = lambda count: None,
     ) -> np.ndarray:
@@ -106,6 +107,7 @@ class Generator:
             noise: (B, H/8, W/8, C) initial latents, used as they are; `seed` is ignored.
             negative_prompts: one text, or one a prompt; the empty one where none is given.
             text_length: T5 tokens; 256, or what the backbone was trained with, where it is not given.
+            numbers: of the images among those of their prompt, where these prompts are a part of more.
             batch_size: images in one program.
             progress: called with the number of images after every batch.
 
@@ -128,7 +130,8 @@ class Generator:
             raise ValueError(f"{len(prompts)} prompts but initial noise for {len(noise)}")
         self.config.latents.validate(np.broadcast_to(np.float32(0), (len(prompts), *shape)))
         encode = self._prompt_encoder(text_length)
-        keys = NoiseDraw(seed).keys(_numbered(prompts))
+        numbers = numbered(prompts) if numbers is None else numbers
+        keys = NoiseDraw(seed).keys([f"{prompt}\0{number}" for prompt, number in zip(prompts, numbers, strict=True)])
         sample = _sampler(self.config, self.execution, float(guidance))
         sigmas = sampling.schedule(steps, self.origin.shift)
         found = []
@@ -194,14 +197,14 @@ class Generator:
         return size[0] // spec.downsampling, size[1] // spec.downsampling, spec.channels
 
 
-def _numbered(prompts: Sequence[str]) -> list[str]:
-    """Names that tell apart the images of one prompt."""
+def numbered(prompts: Sequence[str]) -> list[int]:
+    """How often each prompt stood before."""
     seen: collections.Counter[str] = collections.Counter()
-    names = []
+    numbers = []
     for prompt in prompts:
-        names.append(f"{prompt}\0{seen[prompt]}")
+        numbers.append(seen[prompt])
         seen[prompt] += 1
-    return names
+    return numbers
 
 
 @functools.lru_cache(maxsize=8)

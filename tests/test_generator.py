@@ -169,7 +169,7 @@ def test_we_read_adapters_of_peft(tiny_pipeline, generator, tmp_path):
         tmp_path / "peft" / "adapter_model.safetensors",
     )
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 12, "bias": "none"}))
-    for path in (written, tmp_path / "peft"):
+    for path in (written, tmp_path / "peft", tmp_path / "peft" / "adapter_model.safetensors"):
         policy = dina.Generator.from_pretrained(tiny_pipeline, path)
         scale = np.abs(theirs).max()
         np.testing.assert_allclose(our_velocity(policy.config, policy.params) / scale, theirs / scale, atol=1e-5)
@@ -196,7 +196,7 @@ def test_adapters_that_do_not_fit(generator, tiny_pipeline, tmp_path):
     named = {f"base_model.model.{name}.weight": array for name, array in adapters.items()}
     save_file(named, tmp_path / "dora" / "adapter_model.safetensors")
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "use_dora": True}))
-    with pytest.raises(ConfigError, match="a LoRA with DoRA"):
+    with pytest.raises(ConfigError, match="a LoRA with use_dora"):
         load_adapter(tmp_path / "dora", generator.config)
 
 

@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from dinalrm_jax import sampling
-from dinalrm_jax.alignment.policy import Policy, PromptBatch, Reward, distance, norm_ratio, row_randomness
+from dinalrm_jax.alignment.policy import Policy, PromptBatch, Reward, distance, norm_ratio, of_the_first, row_randomness
 from dinalrm_jax.config import FlowGRPOConfig
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.noise import AnyArray, draw_noise
@@ -101,7 +101,7 @@ def flow_grpo_objective(
     def objective(params: Params, batch: PromptBatch, keys: jax.Array):
         rows = len(keys)
         noise_keys, window_keys, step_keys, reward_keys = row_randomness(keys, 4)
-        begin = jax.random.randint(window_keys[0], (), config.first, config.last - config.window + 1)
+        begin = of_the_first(jax.random.randint(window_keys[0], (), config.first, config.last - config.window + 1))
         still = policy.velocity(jax.lax.stop_gradient(params))
         rolled = sampling.rollout(
             sampling.guided(still, batch.prompt, batch.negative, config.guidance),

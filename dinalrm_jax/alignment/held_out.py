@@ -72,13 +72,15 @@ class HeldOutPrompts:
         self._size = -(-len(prompts) // row_devices(mesh)) * row_devices(mesh)
         rows = np.resize(np.arange(len(prompts)), self._size)[local_rows(self._size, mesh)]
         texts = [self.prompts[row] for row in rows]
-        keys = NoiseDraw(EVALUATION_SEED).keys([f"{row}\0{self.prompts[row]}" for row in rows])
-        inputs = encode(texts), encode(len(texts) * [""]), encode_for_reward(texts), keys
+        # The reward's noise is not that which the image was made of: that one would lie on the image's own path.
+        names = [f"{row}\0{self.prompts[row]}" for row in rows]
+        keys, reward_keys = (NoiseDraw(seed).keys(names) for seed in (EVALUATION_SEED, EVALUATION_SEED + 1))
+        inputs = encode(texts), encode(len(texts) * [""]), encode_for_reward(texts), keys, reward_keys
         self._inputs = put_rows(jax.tree.map(np.asarray, inputs), self._size, mesh)
         sigmas = jnp.asarray(policy.schedule(config.evaluation.steps))
         guidance = config.evaluation.guidance
 
-        def sample(params, prompt, negative, reward_prompt, keys):
+        def sample(params, prompt, negative, reward_prompt, keys, reward_keys):
             noise = draw_noise(keys, (self._size, *policy.shape))
             velocity, reference = policy.velocity(params), policy.reference(params)
             latents = sampling.rollout(sampling.guided(velocity, prompt, negative, guidance), noise, sigmas).latents
@@ -86,8 +88,8 @@ class HeldOutPrompts:
             own, plain = velocity(noise, level, prompt), reference(noise, level, prompt)
             return (
                 latents,
-                watched(params, latents, reward_prompt, keys),
-                trained_on(params, latents, reward_prompt, keys),
+                watched(params, latents, reward_prompt, reward_keys),
+                trained_on(params, latents, reward_prompt, reward_keys),
                 distance(own, plain),
                 norm_ratio(own, plain),
             )

@@ -22,6 +22,7 @@ from dinalrm_jax.scenes import draw
 from dinalrm_jax.training.stream import Form
 
 POLICY, REWARD = "policy.", "reward."  # before the names of their parameters, which lie in one dict
+PROMPTS_KEPT = 256  # encoded, on the host: about 1 GB of SD3.5's
 Encode = Callable[[Sequence[str]], PromptEmbeds]
 
 
@@ -135,8 +136,8 @@ class PromptStream:
         mesh: Mesh,
     ):
         self._prompts, self._group, self._seed, self._mesh = prompts, group, seed, mesh
-        self._encode = functools.lru_cache(maxsize=4096)(lambda text: _row(encode, text))
-        self._encode_for_reward = functools.lru_cache(maxsize=4096)(lambda text: _row(encode_for_reward, text))
+        self._encode = functools.lru_cache(maxsize=PROMPTS_KEPT)(lambda text: _row(encode, text))
+        self._encode_for_reward = functools.lru_cache(maxsize=PROMPTS_KEPT)(lambda text: _row(encode_for_reward, text))
         self._batch_size, self._next = batch_size, 0
         self.units: Mapping[str, int] = {"images": batch_size, "prompts": batch_size // group}
         example = self._batch([prompts[0]])
@@ -173,12 +174,19 @@ class PromptStream:
 
 
 def _row(encode: Encode, text: str) -> PromptEmbeds:
-    return jax.tree.map(lambda array: np.asarray(array[0]), encode([text]))
+    return jax.tree.map(lambda array: np.asarray(array[0], np.float16), encode([text]))  # as records hold them
 
 
 def row_randomness(keys: jax.Array, count: int) -> list[jax.Array]:
     """`count` independent keys of every row, (B,) each."""
     return list(jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys))
+
+
+def of_the_first(value: jax.Array) -> jax.Array:
+    """A device's integer, replaced by that of the first along `data`: loops with collectives must agree on it."""
+    if "data" not in jax.sharding.get_abstract_mesh().manual_axes:
+        return value
+    return jax.lax.psum(jnp.where(jax.lax.axis_index("data") == 0, value, 0), "data")
 
 
 def distance(velocity: jax.Array, reference: jax.Array) -> jax.Array:

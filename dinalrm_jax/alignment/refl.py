@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dinalrm_jax import sampling
-from dinalrm_jax.alignment.policy import Policy, PromptBatch, Reward, distance, norm_ratio, row_randomness
+from dinalrm_jax.alignment.policy import Policy, PromptBatch, Reward, distance, norm_ratio, of_the_first, row_randomness
 from dinalrm_jax.config import ReFLConfig
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.noise import draw_noise
@@ -16,14 +16,14 @@ def refl_objective(
 ) -> Objective[PromptBatch]:
     """`-scale reward(x - sigma v) + reference_weight |v - v_ref|^2` at one step of a rollout.
 
-    The rollout up to there has no gradient. Which step it is, the first row's key says: one for the rows of a
-    device, which run in one loop.
+    The rollout up to there has no gradient. Which step it is, the first row's key says, one for all devices: they run
+    one loop.
     """
     sigmas = jnp.asarray(policy.schedule(config.steps))
 
     def objective(params: Params, batch: PromptBatch, keys: jax.Array):
         noise_keys, stop_keys, reward_keys = row_randomness(keys, 3)
-        stop = jax.random.randint(stop_keys[0], (), config.first, config.last + 1)
+        stop = of_the_first(jax.random.randint(stop_keys[0], (), config.first, config.last + 1))
         noise = draw_noise(noise_keys, (len(keys), *policy.shape))
         still = policy.velocity(jax.lax.stop_gradient(params))
         guided = sampling.guided(still, batch.prompt, batch.negative, config.guidance)

@@ -77,7 +77,8 @@ class Preview:
         self._params = on_local_devices(params, jnp.float32)
         self._decode = jax.jit(lambda params, latents: module.bind(params)(latents))
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
+    def decode(self, latents: np.ndarray, batch_size: int = 4) -> np.ndarray:
         """(B, H/8, W/8, 16) clean, scaled latents -> (B, H, W, 3) uint8."""
-        pixels = np.asarray(self._decode(self._params, split_locally(latents.astype(np.float32))))
+        parts = [latents[start : start + batch_size].astype(np.float32) for start in range(0, len(latents), batch_size)]
+        pixels = np.concatenate([np.asarray(self._decode(self._params, split_locally(part))) for part in parts])
         return np.clip(np.round(255 * pixels), 0, 255).astype(np.uint8)

@@ -26,7 +26,7 @@ from dinalrm_jax.model.parameters import split
 from dinalrm_jax.model.reward import is_trainable, reward_functional, stored_shapes
 from dinalrm_jax.timing.plan import Plan, as_table, plan
 from dinalrm_jax.training.objectives import reward_objective
-from dinalrm_jax.training.setup import trained_sizes
+from dinalrm_jax.training.setup import check_stages, trained_sizes
 from dinalrm_jax.training.step import AssembledStep, assemble
 
 
@@ -61,6 +61,7 @@ def forecast(
         ConfigError: a mesh or an attention that the devices do not have.
     """
     mesh = make_mesh(config.mesh, target.devices())
+    check_stages(config, mesh)
     largest = max(sizes, key=lambda size: size[0] * size[1])
     tokens = config.model.encoders.text_length + (CLIP_TOKENS if config.model.encoders.kind == "sd3" else 0)
     step, batch = abstract_step(config, mesh), abstract_batch(config, mesh, largest, config.reward.batch_size, tokens)
@@ -108,6 +109,8 @@ def check_memory(config: TrainConfig | SweepConfig, devices: str, workdir: pathl
         spec = config.model.transformer.latents
         side = spec.downsampling * spec.trained_side
         sizes, of = ((side, side),), f"images of {side} x {side}, as there are no records yet"
+    if config.reward.steps is None:  # how many they are is no matter to the program
+        config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, steps=1000, epochs=None))
     plans = forecast(config, Target.parse(devices), sizes, processes.say)
     print(f"{as_table(plans)}\n{of}: {advice(config, plans)}")
     return int(not all(one.fits for one in plans.values()))

@@ -127,8 +127,7 @@ def _make_step(
 
     The metric `finite` is 1 where the new parameters and their average hold no NaN or infinity.
 
-    The randomness of a row depends on (seed, step, its place in the batch) only: neither mesh nor micro-batches
-    change it.
+    A row's key depends on (seed, step, its place in the batch) only: neither mesh nor micro-batches change it.
     """
 
     def loss_and_metrics(params: Params, frozen: Params, batch: B, keys: jax.Array):

@@ -82,8 +82,10 @@ def load_adapter(
         header, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     said = json.loads(header.get(METADATA, "{}"))
     peft = {key.removeprefix("transformer."): value for key, value in said.items()}
-    if file.name == PEFT_FILE and (path / PEFT_CONFIG).is_file():
-        peft = read_json(path / PEFT_CONFIG)
+    if file.name == PEFT_FILE:
+        if not (file.parent / PEFT_CONFIG).is_file():
+            raise FileNotFoundError(f"{file.parent} holds no {PEFT_CONFIG}, which says the LoRA's alpha")
+        peft = read_json(file.parent / PEFT_CONFIG)
     return *_checked(tensors, peft, transformer, str(file)), header.get(BACKBONE)
 
 
@@ -122,7 +124,10 @@ def _checked(
             f"{file} has adapters of several ranks or alphas ({sorted(ranks)}, {sorted(alphas)}); this takes one"
         )
     (rank,) = ranks
-    if peft.get("use_dora") or peft.get("use_rslora") or peft.get("bias", "none") != "none":
-        raise ConfigError(f"{file} is a LoRA with DoRA, rsLoRA or biases, which this does not compute")
+    beyond = [
+        key for key in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "modules_to_save") if peft.get(key)
+    ]
+    if beyond or peft.get("bias", "none") != "none":
+        raise ConfigError(f"{file} is a LoRA with {', '.join(beyond) or 'biases'}, which this does not compute")
     alpha = alphas.pop() if alphas else float(peft.get("lora_alpha", rank))
     return LoRAConfig(rank, alpha), adapters
