@@ -78,6 +78,20 @@ def test_one_level_and_an_ensemble_of_one(scene_model, records):
     np.testing.assert_allclose(single, ensemble, atol=1e-5)
 
 
+def test_a_record_is_read_once_for_all_levels(scene_model, records, monkeypatch):
+    scorer, params = make_scorer(scene_model, records)
+    read, seen = scorer._read, []
+
+    def reading(rows, **how):
+        seen.extend(rows.tolist())
+        return read(rows, **how)
+
+    monkeypatch.setattr(scorer, "_read", reading)
+    scorer.run(params, LEVELS, DRAW)
+    assert len(LEVELS) > 1
+    assert sorted(seen) == list(range(scorer.row_count()))
+
+
 def test_max_pairs_are_spread_over_all(scene_model, records):
     pairs = records.pairs("eval")
     module = reward_functional(scene_model.config, scene_model.execution)

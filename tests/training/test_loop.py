@@ -11,6 +11,7 @@ from dinalrm_jax.config import OptimizerConfig, StageConfig
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.devices.sharding import put_rows, row_sharded
 from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.training import loop
 from dinalrm_jax.training.ahead import compile_ahead
 from dinalrm_jax.training.loop import fit
 from dinalrm_jax.training.metrics import MetricsLog, read_metrics
@@ -104,6 +105,36 @@ def test_any_batch_trains_and_a_resumed_run_is_an_undisturbed_one(tmp_path):
     np.testing.assert_array_equal(resumed.ema["w"], whole.ema["w"])
     with pytest.raises(ConfigError, match="line: .* is at step 6 already, beyond the 2 asked for"):
         run(tmp_path / "parts", steps=2)
+
+
+def test_a_step_waits_at_the_device_while_another_runs(tmp_path, monkeypatch):
+    """The host waits for a step only after the one behind it was dispatched."""
+    happened, results = [], {}
+    make, wait = loop.compile_ahead, jax.block_until_ready
+
+    def noting(program):
+        def dispatch(*arguments):
+            state, metrics = program(*arguments)
+            results[id(metrics)] = metrics, len(results) + 1  # kept, so that no other has its identity
+            happened.append(("dispatched", len(results)))
+            return state, metrics
+
+        return dispatch
+
+    def waiting(value):
+        if id(value) in results:
+            happened.append(("awaited", results[id(value)][1]))
+        return wait(value)
+
+    monkeypatch.setattr(
+        loop, "compile_ahead", lambda *a: {form: (noting(p), flops) for form, (p, flops) in make(*a).items()}
+    )
+    monkeypatch.setattr(jax, "block_until_ready", waiting)
+    run(tmp_path / "run", log_every=STEPS, checkpoint_every=STEPS)
+    steps = [("dispatched", 1)]
+    for number in range(2, STEPS + 1):
+        steps += [("dispatched", number), ("awaited", number - 1)]
+    assert happened[: len(steps)] == steps
 
 
 def test_the_state_with_the_highest_headline_is_kept(tmp_path):
