@@ -10,8 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from dinalrm_jax.model.backbone.attention.per_device import SAVED, per_device
 
-# Tiles of a v5e's VMEM. By the compiler's estimate of 4,301 tokens, forward and backward, 512 : 1024 : 512 takes 14 %
-# longer, and blocks of all keys do not fit.
+# Tiles that fit a v5e's VMEM, forward and backward (tests compile them with libtpu); blocks of all keys do not.
 QUERIES, KEYS, KEYS_AT_ONCE = 512, 1536, 512
 
 
