@@ -15,13 +15,10 @@ from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.mapping import with_defaults
 
 
-def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "ensemble"):
-        raise ValueError(f"this config knows the variant :ensemble, not :{variant}")
+def values() -> dict:
     width, taps = 96, (1, 3, 5)
-    return with_defaults(TrainConfig, {
-        "ensemble_term": {"count": 3, "weight": 0.5} if variant else None,
-        "name": "quickstart_ensemble" if variant else "quickstart",
+    return {
+        "name": "quickstart",
         "seed": 0,
         "scenes": {"train_pairs": 12_000, "eval_pairs": 400, "image_size": 64, "seed": 0},
         "model": {
@@ -58,4 +55,13 @@ def get_config(variant: str = "") -> ConfigDict:
             "evaluate_every": 200,
         },
         "loss": {"name": "fidelity", "variance": "calibrated", "k": 2.0, "sigma_0": 0.1},
-    })  # fmt: skip
+    }  # fmt: skip
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "ensemble"):
+        raise ValueError(f"this config knows the variant :ensemble, not :{variant}")
+    if variant:
+        term = {"count": 3, "weight": 0.5}
+        return with_defaults(TrainConfig, values() | {"name": "quickstart_ensemble", "ensemble_term": term})
+    return with_defaults(TrainConfig, values())

@@ -11,7 +11,7 @@ from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.noise import SigmaConfig
 from dinalrm_jax.preference import LossConfig
-from dinalrm_jax.scenes.config import RehearsalConfig, ScenesConfig
+from dinalrm_jax.scenes.config import RehearsalConfig, SamplesConfig, ScenesConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +146,7 @@ class TrainConfig:
     data: directory of records (`dinalrm_jax.data.records`); None: WORKDIR/data, or
     mixture: several of them, each with a weight.
     scenes: draw the quickstart's scenes into `data` where it does not exist; None: it must exist.
+    samples: the reward's pairs are pictures by the generator that this run trains on its scenes, judged by rules.
     rehearsal: make base model and data from nothing, instead of `data`, `scenes` and `base_model`.
     base_model: a diffusers directory or a native backbone to start from; None: random weights.
     init_from: a reward model to go on from, native (with its own backbone, unless base_model names one) or released
@@ -164,6 +165,7 @@ class TrainConfig:
     data: str | None = None
     mixture: tuple[MixedConfig, ...] = ()
     scenes: ScenesConfig | None = None
+    samples: SamplesConfig | None = None
     base_model: str | None = None
     init_from: str | None = None
     generator: StageConfig | None = None
@@ -186,6 +188,8 @@ class TrainConfig:
             raise ConfigError("a rehearsal makes its own data and base model; leave scenes, data and base_model out")
         if self.generator is not None:
             refuse_ignored(self.generator, ("evaluate_every",), "a generator is not evaluated while it trains")
+        if self.samples is not None and (self.generator is None or self.scenes is None):
+            raise ConfigError("samples are those of a generator of scenes; give scenes and generator too")
         if self.mixture and (self.data or self.scenes is not None or self.rehearsal is not None):
             raise ConfigError("mixture names the data; leave data, scenes and rehearsal out")
         if self.init_from is not None and (self.generator is not None or self.rehearsal is not None):
@@ -217,12 +221,14 @@ class ReFLConfig:
 
     steps, guidance: of the sampler, up to the step that trains; that one is computed without guidance.
     first, last: the step that trains is drawn from these, counted from 0, the last one among them.
+    scale: of the reward, within the loss.
     """
 
     steps: int = 40
     guidance: float = 4.5
     first: int = 30
     last: int = 39
+    scale: float = 0.1
 
     def __post_init__(self):
         if not 0 <= self.first <= self.last < self.steps:
@@ -236,10 +242,13 @@ class FlowGRPOConfig:
     steps, guidance: of the sampler, and of the steps that train.
     kind, noise_level: of the steps with noise; see `sampling.transition`.
     window: how many steps have noise, and train.
-    first, last: the window lies within the steps first .. last - 1; where is drawn anew for every batch.
+    first, last: the window lies within the steps first .. last - 1; where is drawn for every image.
     group: images of a prompt.
     scale: whose deviation advantages are divided by: of all rewards of the batch, or of the group's.
     advantage_clip: the largest advantage.
+    clip_range: how far a ratio of probabilities may go from 1 and still have a gradient.
+    updates: of the optimizer from one rollout, each from its part of the images.
+    guard: GRPO-Guard's ratios (arXiv 2510.22319), freed of their bias and brought to one scale for all steps.
     """
 
     steps: int = 10
@@ -252,8 +261,16 @@ class FlowGRPOConfig:
     group: int = 18
     scale: Literal["global", "group"] = "global"
     advantage_clip: float = 5.0
+    clip_range: float = 3e-6
+    updates: int = 2
+    guard: bool = False
 
     def __post_init__(self):
+        at_least(self, 1, ("updates",))
+        if self.clip_range <= 0:
+            raise ConfigError(f"clip_range must be above 0, got {self.clip_range}")
+        if self.guard and self.kind == "cps":
+            raise ConfigError('guard needs the kind "sde" or "dance": the log-probability of "cps" has no variance')
         if not (self.first >= 0 and 1 <= self.window <= self.last - self.first and self.last < self.steps):
             raise ConfigError(
                 f"a window of {self.window} steps must lie within first..last - 1 = {self.first}..{self.last - 1} and "
@@ -266,17 +283,98 @@ class FlowGRPOConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
-    """The reward that a policy is tuned with.
+class DPOConfig:
+    """Diffusion-DPO (docs/method.md, Alignment): the chosen image's error of flow matching against the rejected one's.
 
-    checkpoint: a reward model on the policy's own backbone; released, native or of a training run.
-    sigma: the noise levels that it scores at; several are the token-level ensemble.
-    scale: what the raw score is multiplied by (0.1 in the released recipes; no matter to Flow-GRPO).
+    beta: how soon a pair counts as learned.
+    records: directory of pairs (`preprocess` makes one); None: the best and the worst of a prompt's images,
+    group: so many of them,
+    steps, guidance: by this sampler,
+    updates: from which the optimizer makes so many updates.
     """
 
-    checkpoint: str
+    beta: float = 2000.0
+    records: str | None = None
+    group: int = 8
+    steps: int = 10
+    guidance: float = 1.0
+    updates: int = 1
+
+    def __post_init__(self):
+        at_least(self, 1, ("steps", "updates"))
+        if self.records is not None:
+            refuse_ignored(self, ("group", "steps", "guidance", "updates"), "pairs of records are not sampled")
+        if self.group < 2:
+            raise ConfigError(f"a group has at least 2 images to compare, got {self.group}")
+
+
+@dataclasses.dataclass(frozen=True)
+class NFTConfig:
+    """DiffusionNFT (docs/method.md, Alignment): towards the images that were judged well, away from the others.
+
+    steps, guidance: of the sampler. The averaged policy samples; `tuning.optimizer.ema_decay` says how old it is.
+    group: images of a prompt.
+    levels: at so many noise levels is every image learned.
+    beta: how far the two mixtures go from the policy that sampled.
+    advantage_clip: the largest advantage.
+    updates: of the optimizer from one rollout, each from its part of the images.
+    """
+
+    steps: int = 10
+    guidance: float = 1.0
+    group: int = 8
+    levels: int = 2
+    beta: float = 0.1
+    advantage_clip: float = 5.0
+    updates: int = 1
+
+    def __post_init__(self):
+        at_least(self, 1, ("steps", "levels", "updates"))
+        if self.group < 2 or self.beta <= 0:
+            raise ConfigError(
+                f"a group has at least 2 images to compare and beta is above 0, got {self.group} and {self.beta}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """A reward that a policy is tuned with.
+
+    checkpoint: a reward model on the policy's own backbone: released, native or of a training run. None: the share of
+        its caption that a drawn scene shows, by rules, which has no gradient (a control; the tiny encoders only).
+    sigma: the noise levels that it scores at; several are the token-level ensemble.
+    weight: of its advantages, or of its scores for ReFL, where there are several.
+    """
+
+    checkpoint: str | None
     sigma: tuple[float, ...] = (0.4,)
-    scale: float = 0.1
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if self.checkpoint is None:
+            refuse_ignored(self, ("sigma",), "rules take no noise level")
+        if not self.sigma or not all(0 <= level <= 1 for level in self.sigma):
+            raise ConfigError(f"sigma holds levels in [0, 1], got {self.sigma}")
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """A judge of decoded images that no policy is tuned with.
+
+    kind: "scenes" are the rules for drawn scenes; the others are `evaluation.judges`.
+    model, head, tokenizer: of those, as for `python -m dinalrm_jax.judge`.
+    """
+
+    kind: Literal["scenes", "clip", "pickscore", "hpsv2", "aesthetic"]
+    model: str | None = None
+    head: str | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self):
+        if self.kind == "scenes":
+            refuse_ignored(self, ("model", "head", "tokenizer"), "the rules have no weights")
+        elif self.model is None:
+            raise ConfigError(f"the judge {self.kind!r} needs its model, a directory or hub id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +385,10 @@ class PolicyEvaluationConfig:
     steps, guidance: of the sampler.
     sigma: levels that the reward scores at here, not those that it trains with: what rises at one level only is no
         better picture.
-    images: how many of them are drawn side by side over the run.
+    images: how many of them are drawn at every evaluation.
+    noises: the reward scores every image under so many noises; their spread is the reward's own error.
+    judges: of the decoded images; the first one says which state is the best, where there is one.
+    patience: a run ends where the first judge fell at so many evaluations one after the other; 0: it does not.
     """
 
     prompts: int = 16
@@ -295,9 +396,15 @@ class PolicyEvaluationConfig:
     guidance: float = 4.5
     sigma: tuple[float, ...] = (0.2, 0.5, 0.7)
     images: int = 8
+    noises: int = 2
+    judges: tuple[JudgeConfig, ...] = ()
+    patience: int = 0
 
     def __post_init__(self):
         at_least(self, 1, ("prompts", "steps", "images"))
+        at_least(self, 2, ("noises",))
+        if self.patience and not self.judges:
+            raise ConfigError("patience waits for what a judge says; name one in evaluation.judges")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,13 +413,14 @@ class AlignConfig:
 
     base_model: the generator: a diffusers pipeline or a native backbone.
     prompts: a text file with a prompt a line; None: captions of drawn scenes,
-    scene_captions: so many of them, of the quickstart's combinations.
+    scene_captions: so many of them to train on, and others that are held out.
     reward: what is made larger.
-    tuning: the stage; its batch_size counts images.
-    refl, flow_grpo: the algorithm, one of them.
+    mixed: further rewards, each normalised apart where advantages are compared.
+    tuning: the stage; its batch_size counts images (of `dpo.records` pairs), its sigma is drawn from by DPO and NFT.
+    refl, flow_grpo, dpo, nft: the algorithm, one of them.
     lora: the policy's adapters, on all blocks.
     reference_weight: weight of the squared distance between the policy's velocities and the generator's own at the
-        steps that train; for Flow-GRPO of the KL divergence.
+        steps that train; for Flow-GRPO of the KL divergence. DPO has beta for it.
     height, width: of the images, in pixels.
     text_length: T5 tokens that the policy reads; the reward reads as many as it was trained with.
     """
@@ -325,6 +433,9 @@ class AlignConfig:
     scene_captions: int = 0
     refl: ReFLConfig | None = None
     flow_grpo: FlowGRPOConfig | None = None
+    dpo: DPOConfig | None = None
+    nft: NFTConfig | None = None
+    mixed: tuple[RewardConfig, ...] = ()
     lora: LoRAConfig = LoRAConfig(rank=32, alpha=64.0)
     reference_weight: float = 0.0
     height: int = 512
@@ -342,26 +453,45 @@ class AlignConfig:
             raise ConfigError(
                 "name the prompts: a file (prompts=...), or a number of drawn scenes (scene_captions=...)"
             )
-        if (self.refl is None) == (self.flow_grpo is None):
-            raise ConfigError("an alignment has one algorithm: give either refl or flow_grpo")
+        chosen = [name for name in ("refl", "flow_grpo", "dpo", "nft") if getattr(self, name) is not None]
+        if len(chosen) != 1:
+            raise ConfigError(
+                f"an alignment has one algorithm: give refl, flow_grpo, dpo or nft, got {', '.join(chosen) or 'none'}"
+            )
         if self.tuning.steps is None:
             raise ConfigError("tuning is so many steps long; give steps, not epochs")
-        refuse_ignored(self.tuning, ("sigma",), "an alignment draws no noise levels to train at")
-        if self.flow_grpo is not None:
-            if self.tuning.micro_batches > 1:
-                raise ConfigError("flow_grpo compares images of a whole batch; tuning.micro_batches must be 1")
-            if self.tuning.batch_size % self.flow_grpo.group:
-                raise ConfigError(
-                    f"tuning.batch_size {self.tuning.batch_size} must be a multiple of flow_grpo.group "
-                    f"{self.flow_grpo.group}"
-                )
-        levels = (*self.reward.sigma, *self.evaluation.sigma)
-        if not self.reward.sigma or not self.evaluation.sigma or not all(0 <= level <= 1 for level in levels):
-            raise ConfigError(f"reward.sigma and evaluation.sigma hold levels in [0, 1], got {levels}")
-        if set(self.reward.sigma) & set(self.evaluation.sigma):
+        if self.dpo is None and self.nft is None:
+            refuse_ignored(self.tuning, ("sigma",), f"{chosen[0]} draws no noise levels to train at")
+        if self.dpo is not None and self.reference_weight:
+            raise ConfigError("DPO's loss holds the policy near its reference by beta; reference_weight has no place")
+        if self.dpo is not None and self.dpo.records is not None and self.mixed:
+            raise ConfigError("pairs of records are not scored; leave mixed out")
+        if self.refl is not None and any(reward.checkpoint is None for reward in (self.reward, *self.mixed)):
+            raise ConfigError("refl needs the reward's gradient, which rules do not have; give a checkpoint")
+        if self.tuning.batch_size % (self.group * self.updates):
+            raise ConfigError(
+                f"tuning.batch_size {self.tuning.batch_size} must be a multiple of the group x the updates of a "
+                f"rollout, {self.group} x {self.updates}"
+            )
+        if self.reward.checkpoint is not None and set(self.reward.sigma) & set(self.evaluation.sigma):
             raise ConfigError(
                 f"evaluation.sigma {self.evaluation.sigma} must be other levels than those that train, reward.sigma "
                 f"{self.reward.sigma}"
             )
+        levels = self.evaluation.sigma
+        if not levels or not all(0 <= level <= 1 for level in levels):
+            raise ConfigError(f"evaluation.sigma holds levels in [0, 1], got {levels}")
         if self.reference_weight < 0:
             raise ConfigError(f"reference_weight must not be negative, got {self.reference_weight}")
+
+    @property
+    def group(self) -> int:
+        """Images of a prompt in a batch."""
+        grouped = self.flow_grpo or self.nft or (self.dpo if self.dpo and self.dpo.records is None else None)
+        return 1 if grouped is None else grouped.group
+
+    @property
+    def updates(self) -> int:
+        """Of the optimizer in a step."""
+        grouped = self.flow_grpo or self.nft or self.dpo
+        return 1 if grouped is None else grouped.updates

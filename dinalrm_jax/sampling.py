@@ -37,11 +37,13 @@ class Rollout(NamedTuple):
     latents: (B, H, W, C) at the level where it stopped.
     window: (length + 1, B, H, W, C) the latents before every step of a row's window, and after the last one.
     log_prob: (length, B) of those steps.
+    mean: (length, B, H, W, C) of their transitions.
     """
 
     latents: jax.Array
     window: jax.Array
     log_prob: jax.Array
+    mean: jax.Array
 
 
 def schedule(steps: int, shift: float = 3.0) -> np.ndarray:
@@ -122,6 +124,19 @@ def log_prob(kind: str, t: Transition, x: Float[AnyArray, "b ..."]) -> Float[Arr
     std = jnp.where(t.std > 0, t.std, 1.0)
     density = -square / (2 * std**2) - jnp.log(std) - 0.5 * math.log(2 * math.pi)
     return jnp.where(t.std > 0, density, 0.0)
+
+
+def log_ratio(
+    kind: str, t: Transition, old_mean: Float[AnyArray, "b ..."], x: Float[AnyArray, "b ..."]
+) -> Float[Array, " b"]:
+    """(B,) `log_prob` of the latents `x` under a transition, less that under one of another mean.
+
+    As one product, `(m - m_old) (2 x - m - m_old)`: the difference of two log-densities would lose to rounding what a
+    clip range of 1e-6 asks for. No gradient flows to `x` and the old mean.
+    """
+    x, old = (jax.lax.stop_gradient(jnp.asarray(array, jnp.float32)) for array in (x, old_mean))
+    product = ((t.mean - old) * (2 * x - t.mean - old)).mean(axis=tuple(range(1, x.ndim)))
+    return product if kind == "cps" else product / (2 * jnp.square(t.std))
 
 
 def clean(latents: Float[AnyArray, "b ..."], velocity: Float[AnyArray, "b ..."], sigma: ArrayLike) -> jax.Array:
@@ -223,11 +238,11 @@ def rollout(
     second = sigmas[1]
 
     def step(index, carry):
-        x, kept, log_probs = carry
+        x, kept, log_probs, means = carry
         sigma, following = sigmas[index], sigmas[index + 1]
         found = velocity(x, jnp.broadcast_to(sigma, rows))
         if not length:
-            return transition("euler", x, found, sigma, following).mean, kept, log_probs
+            return transition("euler", x, found, sigma, following).mean, kept, log_probs, means
         place = index - begin  # within each row's window
         inside = (place >= 0) & (place < length)
         t = transition(kind, x, found, sigma, following, jnp.where(inside, noise_level, 0.0), second)
@@ -236,12 +251,13 @@ def rollout(
         here = jnp.arange(length)[:, None] == place  # (length, B)
         log_probs = jnp.where(here, log_prob(kind, t, after), log_probs)
         here, last = _wide(here, x), _wide((place == length - 1)[None], x)
+        means = jnp.where(here, t.mean, means)
         kept = kept.at[:-1].set(jnp.where(here, x, kept[:-1])).at[-1:].set(jnp.where(last, after, kept[-1:]))
-        return after, kept, log_probs
+        return after, kept, log_probs, means
 
-    kept, log_probs = jnp.zeros((length + 1, *x.shape)), jnp.zeros((length, rows))
+    kept, log_probs, means = (jnp.zeros(s) for s in ((length + 1, *x.shape), (length, rows), (length, *x.shape)))
     last = len(sigmas) - 1 if stop is None else stop
-    return jax.lax.stop_gradient(Rollout(*jax.lax.fori_loop(start, last, step, (x, kept, log_probs))))
+    return jax.lax.stop_gradient(Rollout(*jax.lax.fori_loop(start, last, step, (x, kept, log_probs, means))))
 
 
 def _like(value: jax.Array, x: jax.Array) -> jax.Array:

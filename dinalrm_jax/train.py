@@ -24,13 +24,14 @@ from jax.sharding import NamedSharding
 
 from dinalrm_jax.cli.configs import load_run
 from dinalrm_jax.config import ProfileConfig, StageConfig, SweepConfig, TrainConfig
-from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScorer, PairScores
 from dinalrm_jax.evaluation.scoring import Level, NonFiniteScores
+from dinalrm_jax.generator import Generator
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.execution import ExecutionConfig
@@ -38,6 +39,8 @@ from dinalrm_jax.model.parameters import Functional, Params, draw, split
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.noise import NoiseDraw
+from dinalrm_jax.scenes.config import SamplesConfig
+from dinalrm_jax.scenes.samples import write_sample_records
 from dinalrm_jax.timing.forecast import check_memory
 from dinalrm_jax.training.checkpoint import BestCheckpoint, CheckpointError
 from dinalrm_jax.training.finish import report, save_model
@@ -67,14 +70,16 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         setup = set_up(config, workdir)
         config, mesh = setup.config, setup.mesh
         module = reward_functional(config.model, config.execution)
-        judged = config.evaluation
-        scorer = PairScorer(
-            module, setup.records, "eval", mesh, batch_size=judged.batch_size, max_pairs=judged.max_pairs
-        )
 
         # The backbone: loaded or random; then, where asked for, trained as a flow-matching generator.
         if config.generator is not None and not (workdir / "generator" / "backbone").exists():
             train_generator(setup)
+        if config.samples is not None:
+            setup = with_samples(setup, config.samples)
+        judged = config.evaluation
+        scorer = PairScorer(
+            module, setup.records, "eval", mesh, batch_size=judged.batch_size, max_pairs=judged.max_pairs
+        )
         shardings = module.shardings(mesh)
         frozen = place(frozen_arrays(config, workdir, setup.inputs), config.execution.dtype, shardings)
 
@@ -130,6 +135,21 @@ def train_generator(setup: Setup) -> None:
         origin = Origin(config.model.encoders, 1.0 if setup.base_model is None else 3.0)
         save_backbone(transformer, whole, setup.workdir / "generator" / "backbone", origin)
     processes.barrier("generator")
+
+
+def with_samples(setup: Setup, config: SamplesConfig) -> Setup:
+    """The run on pairs of its generator's own pictures, WORKDIR/samples, which are drawn where they are not there."""
+    directory = setup.workdir / "samples"
+    if not directory.exists() and processes.is_first():
+        generator = Generator.from_pretrained(setup.workdir / "generator" / "backbone", dtype="float32")
+        (size,) = setup.image_sizes
+
+        def sample(captions, numbers, steps):
+            return generator.sample(captions, size, steps, 1.0, config.seed, numbers=numbers, batch_size=64)
+
+        write_sample_records(directory, config, setup.config.model.encoders, sample)
+    processes.barrier("samples")
+    return dataclasses.replace(setup, records=Records(directory))
 
 
 def train_stage(

@@ -176,3 +176,15 @@ def test_a_straight_path_needs_one_step():
     clean, noise = np.random.default_rng(0).standard_normal((2, 1, 2, 2, 4)).astype(np.float32)
     found = sampling.euler(lambda x, sigma: noise - clean, noise, np.array([1.0, 0.0]))
     np.testing.assert_allclose(found, clean, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cps", "sde", "dance"])
+def test_a_ratio_is_the_difference_of_two_log_probabilities(kind):
+    rng = np.random.default_rng(0)
+    x, v, w = (rng.standard_normal((3, 4, 4, 2)) for _ in range(3))
+    sigma, following = np.array([0.9, 0.6, 0.3]), np.array([0.8, 0.5, 0.1])
+    now, before = (sampling.transition(kind, x, each, sigma, following, 0.7, 0.95) for each in (v, v + 0.1 * w))
+    after = before.mean + 0.3 * rng.standard_normal(x.shape)
+    wanted = sampling.log_prob(kind, now, after) - sampling.log_prob(kind, before, after)
+    np.testing.assert_allclose(sampling.log_ratio(kind, now, before.mean, after), wanted, rtol=2e-4, atol=1e-6)
+    np.testing.assert_array_equal(sampling.log_ratio(kind, now, now.mean, after), 0)

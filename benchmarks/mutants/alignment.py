@@ -7,6 +7,7 @@ OF_KERNELS, OF_STEPS = "tests/model/backbone/test_attention.py", "tests/test_sam
 OF_LOSSES, OF_RUNS = "tests/alignment/test_losses.py", "tests/alignment/test_align.py"
 OF_GENERATOR, OF_PLANS = "tests/test_generator.py", "tests/timing/test_plan.py"
 SAMPLING, GRPO = "dinalrm_jax/sampling.py", "dinalrm_jax/alignment/flow_grpo.py"
+REWARDS = "dinalrm_jax/alignment/rewards.py"
 ADAPTER, POLICY = "dinalrm_jax/weights/adapter.py", "dinalrm_jax/alignment/policy.py"
 
 MUTANTS = [
@@ -41,21 +42,21 @@ MUTANTS = [
     Mutant("a window of one step less", SAMPLING, "inside = (place >= 0) & (place < length)", "inside = (place >= 0) & (place < length - 1)", OF_STEPS),
     Mutant("rows share their noise", SAMPLING, "lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))(keys)",
            "lambda key: jax.random.normal(jax.random.fold_in(keys[0], index), x.shape[1:]))(keys)", OF_STEPS),
-    Mutant("the deviation of a population", GRPO, "jnp.std(rewards, ddof=1)", "jnp.std(rewards)", OF_LOSSES),
+    Mutant("the deviation of a population", REWARDS, "jnp.std(rewards, ddof=1)", "jnp.std(rewards)", OF_LOSSES),
     Mutant("the lesser of clipped and not", GRPO, "jnp.maximum(-advantages * ratio", "jnp.minimum(-advantages * ratio", OF_LOSSES),
-    Mutant("the guard without its bias", GRPO, "jnp.asarray(old_log_prob) + bias)", "jnp.asarray(old_log_prob))", OF_LOSSES),
+    Mutant("the guard without its bias", GRPO, "jnp.exp((log_ratio + bias)", "jnp.exp((log_ratio)", OF_LOSSES),
     Mutant("DPO prefers the rejected", "dinalrm_jax/alignment/dpo.py", "gain[0::2] - gain[1::2]", "gain[1::2] - gain[0::2]", OF_LOSSES),
     Mutant("NFT's mixtures are one", "dinalrm_jax/alignment/nft.py", "(1 + beta) * old - beta * v", "(1 - beta) * old + beta * v", OF_LOSSES),
     Mutant("LPO keeps pairs that are too near", "dinalrm_jax/alignment/lpo.py", "gap > jnp.asarray(threshold)", "gap >= 0", OF_LOSSES),
-    Mutant("ReFL makes the reward smaller", "dinalrm_jax/alignment/refl.py", "return -reward.scale * raw", "return reward.scale * raw",
+    Mutant("ReFL makes the reward smaller", "dinalrm_jax/alignment/refl.py", "return -config.scale * rewards", "return config.scale * rewards",
            f"{OF_RUNS} -k one_step"),
     Mutant("ReFL jumps from the wrong level", "dinalrm_jax/alignment/refl.py", "sampling.clean(latents, velocity, sigma)",
            "sampling.clean(latents, velocity, 0.9 * sigma)", f"{OF_RUNS} -k one_step"),
     Mutant("the reference is the policy", POLICY, 'if ".lora_" not in name}', "}", f"{OF_RUNS} -k one_step"),
-    Mutant("Flow-GRPO makes the reward smaller", GRPO, "losses = -advantages * jnp.exp", "losses = advantages * jnp.exp", f"{OF_RUNS} -k gradient"),
-    Mutant("advantages over no groups", GRPO, "jnp.arange(len(everywhere)) // config.group", "jnp.zeros(len(everywhere), int)", f"{OF_RUNS} -k gradient"),
+    Mutant("Flow-GRPO makes the reward smaller", GRPO, "loss = _clipped(jnp.exp(log_ratio), rolled", "loss = -_clipped(jnp.exp(log_ratio), rolled", f"{OF_RUNS} -k gradient"),
+    Mutant("advantages over no groups", REWARDS, "jnp.arange(len(everywhere)) // group", "jnp.zeros(len(everywhere), int)", f"{OF_RUNS} -k gradient"),
     Mutant("the order of prompts begins anew", POLICY, 'self._next = position["prompts"]', "self._next = 0", f"{OF_RUNS} -k order"),
-    Mutant("every epoch has one order of prompts", POLICY, "default_rng([self._seed, epoch])", "default_rng([self._seed])", f"{OF_RUNS} -k order"),
+    Mutant("every epoch has one order of prompts", POLICY, "default_rng([seed, epoch])", "default_rng([seed])", f"{OF_RUNS} -k order"),
     Mutant("a reward of another backbone", "dinalrm_jax/align.py", "if weights is not None and weights != model.digest:", "if False:",
            f"{OF_RUNS} -k refused"),
     Mutant("alpha is the rank", ADAPTER, 'float(peft.get("lora_alpha", rank))', "float(rank)", f"{OF_GENERATOR} -k adapters"),
@@ -69,4 +70,21 @@ MUTANTS = [
            "order = ranks([-scores[row] for row in members])", f"{OF_GENERATOR} -k ranks"),
     Mutant("what does not fit, fits", "dinalrm_jax/timing/plan.py", "return self.needed <= self.available", "return True", OF_PLANS),
     Mutant("a mesh's part of a batch is all of it", "dinalrm_jax/timing/plan.py", "memory.argument_size_in_bytes / GIB", "2 * memory.argument_size_in_bytes / GIB", OF_PLANS),
+    Mutant("a ratio of the wrong sign", SAMPLING, "((t.mean - old) * (2 * x - t.mean - old))", "((old - t.mean) * (2 * x - t.mean - old))", OF_STEPS),
+    Mutant("every update is the first", GRPO, "% config.updates == 0", "% 1 == 0", f"{OF_RUNS} -k fresh"),
+    Mutant("one update of several", "dinalrm_jax/training/step.py", "parts = _in_parts((collected, learning), collection.updates, ROW_AXES)",
+           "parts = _in_parts((collected, learning), 1, ROW_AXES)", "tests/training/test_step.py -k collection"),
+    Mutant("a collection by the average", "dinalrm_jax/training/step.py", "state.result if collection.averaged else state.params", "state.result",
+           "tests/training/test_step.py -k who_collects"),
+    Mutant("the worst image is chosen", "dinalrm_jax/alignment/dpo.py", "(jnp.argmax, jnp.argmin)", "(jnp.argmin, jnp.argmax)", f"{OF_RUNS} -k dpo"),
+    Mutant("NFT's old policy is the new one", "dinalrm_jax/alignment/nft.py", "velocity, judged.old_velocity[:, number], reference",
+           "velocity, velocity, reference", f"{OF_RUNS} -k nft_learns"),
+    Mutant("a run does not end early", "dinalrm_jax/training/loop.py", "return not processes.all_agree(reason is None)", "return False",
+           "tests/training/test_loop.py -k told"),
+    Mutant("the rules count nothing", "dinalrm_jax/scenes/verify.py", "abs(len(found) - group.count)", "abs(0)", "tests/scenes/test_verify.py"),
+    Mutant("everything is on its side", "dinalrm_jax/scenes/verify.py", "[side] < EDGE", "[side] < 1", "tests/scenes/test_verify.py"),
+    Mutant("people prefer the worse", "dinalrm_jax/scenes/samples.py", "(one, other) if gap > 0 else (other, one)",
+           "(other, one) if gap > 0 else (one, other)", "tests/scenes/test_samples.py"),
+    Mutant("a judge's fall is no hacking", "dinalrm_jax/alignment/held_out.py", "fell > ALARM * error > 0", "fell < ALARM * error",
+           f"{OF_RUNS} -k verdict"),
 ]  # fmt: skip

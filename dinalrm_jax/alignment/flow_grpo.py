@@ -1,42 +1,20 @@
 """Flow-GRPO (arXiv 2505.05470): images of one prompt are judged against each other; docs/method.md, Alignment."""
 
-from typing import Literal
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from dinalrm_jax import sampling
-from dinalrm_jax.alignment.policy import Policy, PromptBatch, Reward, distance, norm_ratio, of_the_first, row_randomness
+from dinalrm_jax.alignment.policy import Policy, PromptBatch, distance, like, norm_ratio, row_randomness
+from dinalrm_jax.alignment.rewards import Rewards
 from dinalrm_jax.config import FlowGRPOConfig
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.noise import AnyArray, draw_noise
 from dinalrm_jax.training.objectives import Objective
-
-EPSILON = 1e-4  # beside the deviation, so that equal rewards give no advantage instead of a division by 0
-
-
-def group_advantages(
-    rewards: Float[AnyArray, " n"], groups: Int[AnyArray, " n"], scale: Literal["global", "group"] = "global"
-) -> Float[Array, " n"]:
-    """`(reward - mean of its group) / (standard deviation + 1e-4)`.
-
-    Args:
-        rewards: (N,).
-        groups: (N,) integers; images of one prompt have the same one.
-        scale: whose deviation (with n - 1 in its denominator): of all rewards, or of the group's own. A group of one
-            has no advantage.
-    """
-    rewards, groups = jnp.asarray(rewards, jnp.float32), jnp.asarray(groups)
-    same = (groups[:, None] == groups).astype(jnp.float32)
-    count = same.sum(axis=1)
-    centred = rewards - same @ rewards / count
-    if scale == "global":
-        return centred / (jnp.std(rewards, ddof=1) + EPSILON)
-    if scale != "group":
-        raise ValueError(f'scale must be "global" or "group", got {scale!r}')
-    return centred / (jnp.sqrt(same @ jnp.square(centred) / jnp.maximum(count - 1, 1)) + EPSILON)
+from dinalrm_jax.training.step import Collection
 
 
 def policy_loss(
@@ -50,7 +28,8 @@ def policy_loss(
 
     Log-probabilities are means over a latent's elements, so that ratios stay within 1e-3 of 1, and so does clip_range.
     """
-    return _clipped(jnp.exp(jnp.asarray(log_prob) - jnp.asarray(old_log_prob)), advantages, clip_range, advantage_clip)
+    ratio = jnp.exp(jnp.asarray(log_prob) - jnp.asarray(old_log_prob))
+    return _clipped(ratio, advantages, clip_range, advantage_clip).mean()
 
 
 def guarded_policy_loss(
@@ -75,83 +54,127 @@ def guarded_policy_loss(
         std: the diffusion coefficient: `transition(..).std / sqrt_dt` of "sde" and "dance".
         sqrt_dt: the square root of the step in sigma.
     """
+    log_ratio = jnp.asarray(log_prob) - jnp.asarray(old_log_prob)
+    return _guarded(log_ratio, advantages, mean, old_mean, std, sqrt_dt, clip_range, advantage_clip).mean()
+
+
+def _guarded(
+    log_ratio: jax.Array, advantages, mean, old_mean, std, sqrt_dt, clip_range: float, advantage_clip: float
+) -> jax.Array:
+    """(B,) of `guarded_policy_loss`."""
     std, sqrt_dt = jnp.mean(jnp.asarray(std)), jnp.mean(jnp.asarray(sqrt_dt))
     scale = std * sqrt_dt
     drift = jnp.square(jnp.asarray(mean) - jnp.asarray(old_mean))
     bias = drift.mean(axis=tuple(range(1, drift.ndim))) / (2 * scale**2)
-    ratio = jnp.exp((jnp.asarray(log_prob) - jnp.asarray(old_log_prob) + bias) * scale)
-    return _clipped(ratio, advantages, clip_range, advantage_clip) / sqrt_dt**2
+    return _clipped(jnp.exp((log_ratio + bias) * scale), advantages, clip_range, advantage_clip) / sqrt_dt**2
 
 
 def _clipped(ratio: jax.Array, advantages, clip_range: float, advantage_clip: float) -> jax.Array:
+    """(B,) of `policy_loss`."""
     advantages = jnp.clip(jnp.asarray(advantages), -advantage_clip, advantage_clip)
-    return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip_range, 1 + clip_range)).mean()
+    return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip_range, 1 + clip_range))
 
 
-def flow_grpo_objective(
-    policy: Policy, reward: Reward, config: FlowGRPOConfig, reference_weight: float
-) -> Objective[PromptBatch]:
-    """One update a rollout: `-A exp(log p - log p at the rollout)` of the window's steps, and the KL's estimate.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rolled:
+    """What Flow-GRPO learns from: B sampled images, w steps of each.
 
-    The policy that samples is the one that is updated, so ratios are 1 and no clip of theirs would ever act.
+    Attributes:
+        batch: their prompts.
+        first: (B,) the window's first step.
+        window: (B, w + 1, H, W, C) latents before every step of it, and after the last.
+        old_mean: (B, w, H, W, C) of the steps' transitions when they were sampled.
+        rewards: (B,) raw, by name.
+        advantage: (B,).
+        fresh: (B,) whether the policy that is updated is still the one that sampled.
+    """
+
+    batch: PromptBatch
+    first: jax.Array
+    window: jax.Array
+    old_mean: jax.Array
+    rewards: dict[str, jax.Array]
+    advantage: jax.Array
+    fresh: jax.Array
+
+
+def flow_grpo(
+    policy: Policy, rewards: Rewards, config: FlowGRPOConfig, reference_weight: float
+) -> tuple[Collection, Objective[Rolled]]:
+    """Images of every prompt by a rollout, and the clipped loss of its steps with noise beside their KL divergence.
+
     A group's images are neighbours in the batch; "global" scale is that of all devices along `data`.
     """
     sigmas = jnp.asarray(policy.schedule(config.steps))
 
-    def objective(params: Params, batch: PromptBatch, keys: jax.Array):
-        rows = len(keys)
+    def rows(params: Params, batch: PromptBatch, keys: jax.Array) -> Rolled:
         noise_keys, window_keys, step_keys, reward_keys = row_randomness(keys, 4)
-        begin = of_the_first(jax.random.randint(window_keys[0], (), config.first, config.last - config.window + 1))
-        still = policy.velocity(jax.lax.stop_gradient(params))
+        latest = config.last - config.window
+        first = jax.vmap(lambda key: jax.random.randint(key, (), config.first, latest + 1))(window_keys)
         rolled = sampling.rollout(
-            sampling.guided(still, batch.prompt, batch.negative, config.guidance),
-            draw_noise(noise_keys, (rows, *policy.shape)),
+            sampling.guided(policy.velocity(params), batch.prompt, batch.negative, config.guidance),
+            draw_noise(noise_keys, (len(keys), *policy.shape)),
             sigmas,
             kind=config.kind,
             noise_level=config.noise_level,
             keys=step_keys,
-            window=begin,
+            window=first,
             length=config.window,
         )
-        raw = jax.lax.stop_gradient(reward(params, rolled.latents, batch.reward_prompt, reward_keys))
-        advantages = _of_all_devices(raw, config)
-        tuned, plain = policy.velocity(params), policy.reference(params)
-        guided = sampling.guided(tuned, batch.prompt, batch.negative, config.guidance)
-        reference_of = sampling.guided(plain, batch.prompt, batch.negative, config.guidance)
+        raw = rewards(params, rolled.latents, batch, reward_keys)
+        window, mean = (array.swapaxes(0, 1) for array in (rolled.window, rolled.mean))
+        empty = jnp.zeros(len(keys))
+        return Rolled(batch, first, window, mean, raw, empty, empty)
+
+    def together(rolled: Rolled) -> Rolled:
+        advantage = rewards.advantages(rolled.rewards, config.group, config.scale)
+        advantage = jnp.clip(advantage, -config.advantage_clip, config.advantage_clip)
+        # Along `data` and `fsdp` every device's rows begin at a multiple of the updates.
+        fresh = jnp.arange(len(advantage)) % config.updates == 0
+        return dataclasses.replace(rolled, advantage=advantage, fresh=fresh)
+
+    def objective(params: Params, rolled: Rolled, keys: jax.Array):
+        batch = rolled.batch
+        guided = sampling.guided(policy.velocity(params), batch.prompt, batch.negative, config.guidance)
+        reference_of = sampling.guided(policy.reference(params), batch.prompt, batch.negative, config.guidance)
 
         def step(number: jax.Array):
-            x, after = rolled.window[number], rolled.window[number + 1]
-            sigma, following = sigmas[begin + number], sigmas[begin + number + 1]
-            level = jnp.broadcast_to(sigma, rows)
-            velocity, reference = guided(x, level), reference_of(x, level)
-            mean, wanted = (
+            x, after, old = rolled.window[:, number], rolled.window[:, number + 1], rolled.old_mean[:, number]
+            sigma, following = sigmas[rolled.first + number], sigmas[rolled.first + number + 1]
+            velocity, reference = guided(x, sigma), reference_of(x, sigma)
+            t, wanted = (
                 sampling.transition(config.kind, x, v, sigma, following, config.noise_level, sigmas[1])
                 for v in (velocity, reference)
             )
-            log_ratio = sampling.log_prob(config.kind, mean, after) - rolled.log_prob[number]
+            # A ratio to itself is 1 by definition, and not up to how two programs round.
+            old = jnp.where(like(rolled.fresh, x), jax.lax.stop_gradient(t.mean), old)
+            log_ratio = sampling.log_ratio(config.kind, t, old, after)
+            sqrt_dt = jnp.sqrt(sigma - following)
+            if config.guard:
+                guarded = jax.vmap(
+                    lambda r, a, m, o, std, dt: _guarded(
+                        r[None], a[None], m[None], o[None], std, dt, config.clip_range, config.advantage_clip
+                    )[0]
+                )
+                loss = guarded(log_ratio, rolled.advantage, t.mean, old, t.std / sqrt_dt, sqrt_dt)
+            else:
+                loss = _clipped(jnp.exp(log_ratio), rolled.advantage, config.clip_range, config.advantage_clip)
             # The KL divergence is divided by what the released code divides it by: without the step's length.
-            spread = mean.std if config.kind == "cps" else mean.std / jnp.sqrt(sigma - following)
-            kl = distance(mean.mean, wanted.mean) / (2 * spread**2)
-            return log_ratio, kl, norm_ratio(velocity, reference)
+            spread = t.std if config.kind == "cps" else t.std / sqrt_dt
+            kl = distance(t.mean, wanted.mean) / (2 * spread**2)
+            return loss, log_ratio, kl, norm_ratio(velocity, reference)
 
-        log_ratio, kl, ratio = (found.mean(axis=0) for found in jax.lax.map(step, jnp.arange(config.window)))
-        losses = -advantages * jnp.exp(log_ratio) + reference_weight * kl
-        metrics = {
-            "reward": raw, "advantage": advantages, "log_ratio": jnp.abs(log_ratio), "kl": kl, "velocity_ratio": ratio,
-        }  # fmt: skip
-        return losses, metrics
+        found = jax.lax.map(step, jnp.arange(config.window))
+        loss, _, kl, velocity_ratio = (array.mean(axis=0) for array in found)
+        log_ratio = found[1]
+        metrics = rolled.rewards | {
+            "advantage": jnp.abs(rolled.advantage),
+            "log_ratio": jnp.abs(log_ratio).mean(axis=0),
+            "clipped": (jnp.abs(jnp.expm1(log_ratio)) > config.clip_range).mean(axis=0),
+            "kl": kl,
+            "velocity_ratio": velocity_ratio,
+        }
+        return loss + reference_weight * kl, metrics
 
-    return objective
-
-
-def _of_all_devices(rewards: jax.Array, config: FlowGRPOConfig) -> jax.Array:
-    """This device's advantages, clipped; rewards of others count for the deviation."""
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    everywhere, first = rewards, jnp.zeros((), jnp.int32)
-    if "data" in axes:
-        everywhere = jax.lax.all_gather(rewards, "data", tiled=True)
-        first = jax.lax.axis_index("data") * len(rewards)
-    groups = jnp.arange(len(everywhere)) // config.group
-    advantages = group_advantages(everywhere, groups, config.scale)
-    own = jax.lax.dynamic_slice_in_dim(advantages, first, len(rewards))
-    return jnp.clip(own, -config.advantage_clip, config.advantage_clip)
+    return Collection(rows, together, config.updates), objective

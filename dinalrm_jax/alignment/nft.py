@@ -1,11 +1,20 @@
 """DiffusionNFT (arXiv 2509.16117): the forward process alone, towards what was judged well and away from the rest."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from dinalrm_jax.noise import AnyArray
+from dinalrm_jax import sampling
+from dinalrm_jax.alignment.policy import Policy, PromptBatch, distance, norm_ratio, row_randomness
+from dinalrm_jax.alignment.rewards import Rewards
+from dinalrm_jax.config import NFTConfig
+from dinalrm_jax.model.parameters import Params
+from dinalrm_jax.noise import AnyArray, SigmaConfig, add_noise, draw_noise, sampler
+from dinalrm_jax.training.objectives import Objective
+from dinalrm_jax.training.step import Collection
 
 LEAST = 1e-5  # of the error that a row's loss is divided by
 
@@ -39,6 +48,13 @@ def nft_loss(
         beta: how far the mixtures go from the old policy.
         kl: of the squared distance to the reference.
     """
+    return nft_losses(velocity, old_velocity, ref_velocity, x0, x_sigma, sigma, weight, beta, kl, advantage_clip).mean()
+
+
+def nft_losses(
+    velocity, old_velocity, ref_velocity, x0, x_sigma, sigma, weight, beta: float, kl: float, advantage_clip: float
+) -> jax.Array:
+    """(B,) of `nft_loss`."""
     v, x0, x_sigma = jnp.asarray(velocity), jnp.asarray(x0), jnp.asarray(x_sigma)
     old, reference = (jax.lax.stop_gradient(jnp.asarray(x)) for x in (old_velocity, ref_velocity))
     axes = tuple(range(1, v.ndim))
@@ -52,5 +68,75 @@ def nft_loss(
     towards = relative_error(beta * v + (1 - beta) * old)
     away = relative_error((1 + beta) * old - beta * v)
     weight = jnp.asarray(weight)
-    policy = advantage_clip * ((weight * towards + (1 - weight) * away) / beta).mean()
-    return policy + kl * jnp.square(v - reference).mean()
+    policy = advantage_clip * (weight * towards + (1 - weight) * away) / beta
+    return policy + kl * jnp.square(v - reference).mean(axis=axes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What DiffusionNFT learns from: B sampled images, each noised at several levels.
+
+    Attributes:
+        batch: their prompts.
+        x0: (B, H, W, C).
+        levels: (B, n).
+        noise, old_velocity: (B, n, H, W, C); what the sampling policy says there.
+        rewards: (B,) raw, by name.
+        weight: (B,) of `nft_weight`.
+    """
+
+    batch: PromptBatch
+    x0: jax.Array
+    levels: jax.Array
+    noise: jax.Array
+    old_velocity: jax.Array
+    rewards: dict[str, jax.Array]
+    weight: jax.Array
+
+
+def nft(
+    policy: Policy, rewards: Rewards, config: NFTConfig, reference_weight: float, sigma: SigmaConfig
+) -> tuple[Collection, Objective[Judged]]:
+    """Images of every prompt by the averaged policy, and `nft_loss` towards and away from them."""
+    sigmas, sample_sigma = jnp.asarray(policy.schedule(config.steps)), sampler(sigma)
+
+    def rows(params: Params, batch: PromptBatch, keys: jax.Array) -> Judged:
+        noise_keys, level_keys, eps_keys, reward_keys = row_randomness(keys, 4)
+        velocity = policy.velocity(params)
+        guided = sampling.guided(velocity, batch.prompt, batch.negative, config.guidance)
+        x0 = sampling.rollout(guided, draw_noise(noise_keys, (len(keys), *policy.shape)), sigmas).latents
+        raw = rewards(params, x0, batch, reward_keys)
+
+        def at_a_level(number: jax.Array):
+            def of(keys):
+                return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+            level = jax.vmap(lambda key: sample_sigma(key, ()))(of(level_keys))
+            noise = draw_noise(of(eps_keys), x0.shape)
+            return level, noise, velocity(add_noise(x0, level, noise), level, batch.prompt)
+
+        found = jax.lax.map(at_a_level, jnp.arange(config.levels))
+        levels, noise, old = (array.swapaxes(0, 1) for array in found)
+        return Judged(batch, x0, levels, noise, old, raw, jnp.zeros(len(keys)))
+
+    def together(judged: Judged) -> Judged:
+        advantages = rewards.advantages(judged.rewards, config.group, "global")
+        return dataclasses.replace(judged, weight=nft_weight(advantages, config.advantage_clip))
+
+    def objective(params: Params, judged: Judged, keys: jax.Array):
+        def at_a_level(number: jax.Array):
+            level, noise = judged.levels[:, number], judged.noise[:, number]
+            x = add_noise(judged.x0, level, noise)
+            velocity = policy.velocity(params)(x, level, judged.batch.prompt)
+            reference = policy.reference(params)(x, level, judged.batch.prompt)
+            losses = nft_losses(
+                velocity, judged.old_velocity[:, number], reference, judged.x0, x, level, judged.weight,
+                config.beta, reference_weight, config.advantage_clip,
+            )  # fmt: skip
+            return losses, distance(velocity, reference), norm_ratio(velocity, reference)
+
+        losses, away, ratio = (x.mean(axis=0) for x in jax.lax.map(at_a_level, jnp.arange(config.levels)))
+        return losses, judged.rewards | {"reference_distance": away, "velocity_ratio": ratio}
+
+    return Collection(rows, together, config.updates, averaged=True), objective

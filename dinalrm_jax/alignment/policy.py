@@ -1,4 +1,4 @@
-"""What an alignment works on: prompts, a policy beside its reference, and a reward on the same backbone."""
+"""What an alignment works on: prompts, and a policy beside its reference."""
 
 import dataclasses
 import functools
@@ -17,11 +17,11 @@ from dinalrm_jax.devices.sharding import local_rows, put_rows, row_sharded
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.parameters import Functional, Params
-from dinalrm_jax.noise import timestep
+from dinalrm_jax.noise import AnyArray, timestep
 from dinalrm_jax.scenes import draw
 from dinalrm_jax.training.stream import Form
 
-POLICY, REWARD = "policy.", "reward."  # before the names of their parameters, which lie in one dict
+POLICY, REWARD = "policy.", "reward"  # before the names of their parameters, which lie in one dict
 PROMPTS_KEPT = 256  # encoded, on the host: about 1 GB of SD3.5's
 Encode = Callable[[Sequence[str]], PromptEmbeds]
 
@@ -29,11 +29,12 @@ Encode = Callable[[Sequence[str]], PromptEmbeds]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """B prompts: as the policy reads them, the negative ones of guidance, and as the reward reads them."""
+    """B prompts: as the policy reads them, the negative ones of guidance, as the reward reads them, their numbers."""
 
     prompt: PromptEmbeds
     negative: PromptEmbeds
     reward_prompt: PromptEmbeds
+    number: AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,24 +72,6 @@ def _velocity(transformer: Functional, params: Params):
     return lambda latents, sigma, prompt: module.velocity(latents, timestep(sigma), prompt).astype(jnp.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reward:
-    """A frozen reward model within an alignment.
-
-    Attributes:
-        score: (params, latents, prompt, keys) -> (B,), of parameters under the reward model's own names.
-        scale: what the score is multiplied by.
-    """
-
-    score: Callable[..., jax.Array]
-    scale: float
-
-    def __call__(self, params: Params, latents: jax.Array, prompt: PromptEmbeds, keys: jax.Array) -> jax.Array:
-        """(B,) raw scores of clean latents, each with noise of its own key; differentiable in the latents."""
-        own = {name.removeprefix(REWARD): array for name, array in params.items() if name.startswith(REWARD)}
-        return self.score(jax.lax.stop_gradient(own), latents, prompt, keys)
-
-
 def read_prompts(config: AlignConfig) -> tuple[list[str], list[str]]:
     """The prompts to train on and those held out, the file's last ones.
 
@@ -96,15 +79,17 @@ def read_prompts(config: AlignConfig) -> tuple[list[str], list[str]]:
         ConfigError: an empty line, or too few prompts.
         FileNotFoundError: no such file.
     """
-    if config.prompts is None:
-        rng = np.random.default_rng(config.seed)
-        prompts = [draw.caption(draw.draw_scene(rng, draw.TRAINED)) for _ in range(config.scene_captions)]
-    else:
-        prompts = pathlib.Path(config.prompts).read_text().splitlines()
+    held_out = config.evaluation.prompts
+    if config.prompts is None:  # captions of the scenes that the generator was trained on, and of those it was not
+        train, judged = (
+            draw.draw_captions(count, config.seed, held_out=kept)
+            for count, kept in ((config.scene_captions, False), (held_out, True))
+        )
+        return train, judged
+    prompts = pathlib.Path(config.prompts).read_text().splitlines()
     empty = [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]
     if empty:
         raise ConfigError(f"{config.prompts}, line {empty[0]}: an empty prompt")
-    held_out = config.evaluation.prompts
     if len(prompts) <= held_out:
         raise ConfigError(
             f"there are {len(prompts)} prompts, of which evaluation.prompts = {held_out} are held out; none "
@@ -135,12 +120,15 @@ class PromptStream:
         seed: int,
         mesh: Mesh,
     ):
-        self._prompts, self._group, self._seed, self._mesh = prompts, group, seed, mesh
+        self._prompts, self._group, self._mesh = prompts, group, mesh
         self._encode = functools.lru_cache(maxsize=PROMPTS_KEPT)(lambda text: _row(encode, text))
         self._encode_for_reward = functools.lru_cache(maxsize=PROMPTS_KEPT)(lambda text: _row(encode_for_reward, text))
+        self._order = functools.lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(prompts))
+        )
         self._batch_size, self._next = batch_size, 0
         self.units: Mapping[str, int] = {"images": batch_size, "prompts": batch_size // group}
-        example = self._batch([prompts[0]])
+        example = self._batch([0])
         abstract = jax.tree.map(lambda x: row_sharded((batch_size, *x.shape[1:]), x.dtype, mesh), example)
         self.forms: Mapping[Form, PromptBatch] = {(): abstract}
 
@@ -153,23 +141,25 @@ class PromptStream:
             places = [self._place(self._next + number) for number in range(count)]
             self._next += count
             rows = [place for place in places for _ in range(self._group)]
-            local = [self._prompts[rows[row]] for row in local_rows(self._batch_size, self._mesh)]
+            local = [rows[row] for row in local_rows(self._batch_size, self._mesh)]
             batch = put_rows(self._batch(local), self._batch_size, self._mesh)
             yield (), batch, {"prompts": self._next}
 
     def _place(self, number: int) -> int:
         """Which prompt is the so-manieth of the run."""
         epoch, within = divmod(number, len(self._prompts))
-        return int(np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))[within])
+        return int(self._order(epoch)[within])
 
-    def _batch(self, texts: Sequence[str]) -> PromptBatch:
+    def _batch(self, places: Sequence[int]) -> PromptBatch:
         def stacked(encode, texts):
             return jax.tree.map(lambda *rows: np.stack(rows), *(encode(text) for text in texts))
 
+        texts = [self._prompts[place] for place in places]
         return PromptBatch(
             stacked(self._encode, texts),
             stacked(self._encode, len(texts) * [""]),
             stacked(self._encode_for_reward, texts),
+            np.asarray(places, np.int32),
         )
 
 
@@ -187,6 +177,11 @@ def of_the_first(value: jax.Array) -> jax.Array:
     if "data" not in jax.sharding.get_abstract_mesh().manual_axes:
         return value
     return jax.lax.psum(jnp.where(jax.lax.axis_index("data") == 0, value, 0), "data")
+
+
+def like(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """(B,) against (B, ...)."""
+    return rows.reshape(rows.shape + (1,) * (x.ndim - 1))
 
 
 def distance(velocity: jax.Array, reference: jax.Array) -> jax.Array:

@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from dinalrm_jax import sampling
-from dinalrm_jax.alignment.policy import Policy, PromptBatch, Reward, distance, norm_ratio, of_the_first, row_randomness
+from dinalrm_jax.alignment.policy import Policy, PromptBatch, distance, norm_ratio, of_the_first, row_randomness
+from dinalrm_jax.alignment.rewards import Rewards
 from dinalrm_jax.config import ReFLConfig
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.noise import draw_noise
 from dinalrm_jax.training.objectives import Objective
 
 
-def refl_objective(
-    policy: Policy, reward: Reward, config: ReFLConfig, reference_weight: float
-) -> Objective[PromptBatch]:
+def refl(policy: Policy, rewards: Rewards, config: ReFLConfig, reference_weight: float) -> Objective[PromptBatch]:
     """`-scale reward(x - sigma v) + reference_weight |v - v_ref|^2` at one step of a rollout.
 
     The rollout up to there has no gradient. Which step it is, the first row's key says, one for all devices: they run
@@ -30,10 +29,10 @@ def refl_objective(
         latents = sampling.rollout(guided, noise, sigmas, 0, stop).latents
         sigma = jnp.broadcast_to(sigmas[stop], len(keys))
         velocity = policy.velocity(params)(latents, sigma, batch.prompt)
-        raw = reward(params, sampling.clean(latents, velocity, sigma), batch.reward_prompt, reward_keys)
+        raw = rewards(params, sampling.clean(latents, velocity, sigma), batch, reward_keys)
         reference = policy.reference(params)(latents, sigma, batch.prompt)
         away = distance(velocity, reference)
-        metrics = {"reward": raw, "reference_distance": away, "velocity_ratio": norm_ratio(velocity, reference)}
-        return -reward.scale * raw + reference_weight * away, metrics
+        metrics = raw | {"reference_distance": away, "velocity_ratio": norm_ratio(velocity, reference)}
+        return -config.scale * rewards.total(raw) + reference_weight * away, metrics
 
     return objective

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -243,8 +243,12 @@ class HeldOutPairs:
         """Before the first step; see `PairScorer.compile`."""
         self.scorer.compile({**self.frozen, **trained}, self.levels)
 
-    def __call__(self, trained: Params) -> dict[str, float]:
+    def __call__(self, trained: Params, step: int) -> dict[str, float]:
         """Named accuracies: `eval_accuracy` at `eval_sigma`, and each further level's."""
         scores = self.scorer.run({**self.frozen, **trained}, self.levels, self.draw)
         values: dict[str, Any] = {self.headline: scores.accuracy(self.levels[0]), "eval_sigma": self.levels[0]}
         return values | {f"eval_accuracy/{level_name(level)}": scores.accuracy(level) for level in self.levels[1:]}
+
+    def enough(self, rows: Sequence[Mapping[str, float]]) -> str | None:
+        """A reward's stage lasts to its last step."""
+        return None

@@ -1,18 +1,23 @@
 """What the drawn scenes and the rehearsals hold."""
 
 import dataclasses
+from typing import Literal
 
 from dinalrm_jax.data.config import PreparationConfig
-from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.mapping import ConfigError, at_least
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
-    """The generated scenes of `dinalrm_jax.scenes.draw` (written to `data` when it is not there)."""
+    """The generated scenes of `dinalrm_jax.scenes.draw` (written to `data` when it is not there).
+
+    held_out: what training never sees: some combinations of colour and shape, or a fifth of all captions.
+    """
 
     train_pairs: int = 12000
     eval_pairs: int = 400
     image_size: int = 64
+    held_out: Literal["combinations", "captions"] = "combinations"
     seed: int = 0
 
     def __post_init__(self):
@@ -22,6 +27,34 @@ class ScenesConfig:
             )
         if self.image_size < 16 or self.image_size % 16:
             raise ConfigError(f"image_size must be a positive multiple of 16 pixels, got {self.image_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """Preference pairs as real sets have them: several pictures of one caption, most of them a generator's own.
+
+    They are ordered by what `dinalrm_jax.scenes.verify` says of them, as people would: with errors.
+
+    train_captions, eval_captions: of the captions that training sees, and of those held out.
+    steps: of the sampler, for each of a caption's samples; few give worse pictures.
+    pairs: of every caption.
+    error: standard deviation of what is added to a picture's worth, of 0 to 5, whenever it is compared.
+    """
+
+    train_captions: int = 2400
+    eval_captions: int = 100
+    steps: tuple[int, ...] = (12, 12, 12, 6)
+    pairs: int = 6
+    error: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self):
+        at_least(self, 1, ("train_captions", "eval_captions", "pairs"))
+        if len(self.steps) < 2 or min(self.steps) < 1 or self.error < 0:
+            raise ConfigError(
+                f"a caption has at least 2 samples of at least one step, and error is not negative, got {self.steps} "
+                f"and {self.error}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

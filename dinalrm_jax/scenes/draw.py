@@ -8,10 +8,12 @@ occlusion). Some combinations of colour and shape are kept for the held-out pair
 """
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -45,6 +47,7 @@ HELD_OUT = tuple(
 )
 TRAINED = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
+EXAMPLE = "two red circles on the left and one blue star on the right"
 TWO_GROUPS = 0.3  # share of scenes with two groups
 
 VIOLATIONS = ("color", "shape", "count", "position", "exchange")
@@ -81,24 +84,30 @@ class ScenePair:
     kind: str
 
 
-def scene_pairs(count: int, size: int, seed: int, *, held_out: bool) -> Iterator[ScenePair]:
-    """`count` pairs, half violations and half degradations; pair i depends on (seed, held_out, i) only.
+def scene_pairs(
+    count: int, size: int, seed: int, *, held_out: bool, by: Literal["combinations", "captions"] = "combinations"
+) -> Iterator[ScenePair]:
+    """`count` pairs, half violations and half degradations; pair i depends on (seed, held_out, by, i) only.
 
     Args:
         count: number of pairs.
         size: image side in pixels, a multiple of 8.
         seed: of everything random.
-        held_out: draw scenes from HELD_OUT combinations; otherwise from TRAINED ones.
+        held_out: whether the scenes are those held out.
+        by: what is held out: scenes of HELD_OUT combinations, or all scenes whose caption `is_held_out`.
     """
+    combinations = COMBINATIONS if by == "captions" else HELD_OUT if held_out else TRAINED
     for index in range(count):
         rng = np.random.Generator(np.random.Philox(key=[seed, 2 * index + held_out]))
-        scene = draw_scene(rng, HELD_OUT if held_out else TRAINED)
+        scene = draw_scene(rng, combinations)
+        while by == "captions" and is_held_out(caption(scene)) != held_out:
+            scene = draw_scene(rng, combinations)
         if index % 2:
             defect = str(rng.choice(DEGRADATIONS))
             kind, rejected = f"degraded/{defect}", degrade(render(scene, size, rng), defect, rng)
         else:
             respect = str(rng.choice(VIOLATIONS if len(scene) == 2 else VIOLATIONS[:-1]))
-            broken = violate(scene, respect, rng, HELD_OUT if held_out else TRAINED)
+            broken = violate(scene, respect, rng, combinations)
             kind, rejected = f"prompt/{respect}", render(broken, size, rng)
         yield ScenePair(caption(scene), render(scene, size, rng), rejected, kind)
 
@@ -106,6 +115,45 @@ def scene_pairs(count: int, size: int, seed: int, *, held_out: bool) -> Iterator
 def caption(scene: tuple[Group, ...]) -> str:
     """The sentence that a scene is drawn for."""
     return " and ".join(map(str, scene))
+
+
+def parse(text: str) -> tuple[Group, ...]:
+    """The scene of a caption, `caption` backwards.
+
+    Raises:
+        ValueError: no caption of a scene.
+    """
+    groups = []
+    for part in text.split(" and "):
+        words = part.split()
+        try:
+            count, color, shape, side = COUNTS.index(words[0]) + 1, words[1], words[2], words[-1]
+            group = Group(count, color, shape.removesuffix("s") if count > 1 else shape, side)
+        except (IndexError, ValueError):
+            break
+        groups.append(group)
+    if (
+        not groups
+        or caption(tuple(groups)) != text
+        or any(group.color not in COLORS or group.shape not in SHAPES or group.side not in SIDES for group in groups)
+    ):
+        raise ValueError(f"{text!r} is no caption of a scene; one reads {EXAMPLE!r}")
+    return tuple(groups)
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a caption is one of the fifth that is kept from training, where captions are held out."""
+    return hashlib.sha256(text.encode()).digest()[0] % 5 == 0
+
+
+def draw_captions(count: int, seed: int, *, held_out: bool) -> list[str]:
+    """`count` captions of all combinations, different ones, of those held out or of the others."""
+    rng, found = np.random.default_rng([seed, held_out]), {}
+    while len(found) < count:
+        text = caption(draw_scene(rng, COMBINATIONS))
+        if is_held_out(text) == held_out:
+            found[text] = None
+    return list(found)
 
 
 def draw_scene(rng: np.random.Generator, combinations: tuple[tuple[str, str], ...]) -> tuple[Group, ...]:

@@ -26,7 +26,9 @@ def write_scene_records(directory: str | pathlib.Path, config: ScenesConfig, enc
     with tqdm(total=config.train_pairs + config.eval_pairs, desc="drawing scenes", unit="pair") as bar:
         for split, count in (("train", config.train_pairs), ("eval", config.eval_pairs)):
             pairs[split] = []
-            for pair in draw.scene_pairs(count, config.image_size, config.seed, held_out=split == "eval"):
+            for pair in draw.scene_pairs(
+                count, config.image_size, config.seed, held_out=split == "eval", by=config.held_out
+            ):
                 for role in ("chosen", "rejected"):
                     name = f"{split}/{len(pairs[split])}/{role}"
                     images.append(records.ImageRecord(tiny.encode_image(getattr(pair, role)), name))

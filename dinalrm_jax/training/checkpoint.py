@@ -175,6 +175,10 @@ class BestCheckpoint:
             self._checkpoints.wait()  # who finds this evaluation in the log finds the checkpoint too
             self.step, self.accuracy = step, accuracy
 
+    def restore(self, like: TrainState) -> TrainState:
+        """That checkpoint's state, its arrays where those of `like` lie; errors as for `Checkpoints.restore_latest`."""
+        return self._checkpoints.restore_latest(like)[0]
+
     def close(self) -> None:
         """As `Checkpoints.close`."""
         self._checkpoints.close()

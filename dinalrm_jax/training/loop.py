@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import jax
@@ -38,8 +38,12 @@ class HeldOut(Protocol):
         """Makes its programs, beside the training state."""
         ...
 
-    def __call__(self, trained: Params) -> dict[str, float]:
-        """Named values of trained parameters."""
+    def __call__(self, trained: Params, step: int) -> dict[str, float]:
+        """Named values of trained parameters, those of a step."""
+        ...
+
+    def enough(self, rows: Sequence[Mapping[str, float]]) -> str | None:
+        """Why a stage with these evaluations, as its log has them, ends before its last step; None: it does not."""
         ...
 
 
@@ -87,7 +91,7 @@ def fit(
     trained = sum(array.size for array in state.params.values())
     unit, rows = next(iter(stream.units.items()))
     processes.say(f"{name}: {trained:,} trainable parameters, {stage.steps - first} steps of {rows} {unit}")
-    learning_rate = learning_rate_schedule(stage.optimizer, stage.steps)
+    learning_rate = learning_rate_schedule(stage.optimizer, stage.steps * assembled.updates)
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save that was started is finished
         contextlib.closing(best) if best else contextlib.nullcontext(),
@@ -99,25 +103,39 @@ def fit(
         if asked := stop.asked():
             raise Stopped(asked, name, first)
 
-        def evaluate(step: int, state: TrainState) -> None:
+        def evaluate(step: int, state: TrainState) -> bool:
             if held_out is None or not step or (step % stage.evaluate_every and step != stage.steps):
-                return
+                return False
             log.check_finite()
             started = time.perf_counter()
-            values = held_out(state.result)
+            values = held_out(state.result, step)
             best.offer(state, values[held_out.headline])
             log.write_values(step, values)
             log.pause(time.perf_counter() - started)
+            return True
 
         if held_out is not None:
             held_out.compile(state.result)
             logged = any(row["step"] == first and held_out.headline in row for row in read_metrics(workdir, name))
             if first and not processes.all_agree(logged):
                 evaluate(first, state)  # which a run that was killed after the save of this step did not get to
-        batches, metrics = iter(stream), None
+
+        def enough(step: int) -> bool:
+            """Whether the evaluations up to this step end the stage."""
+            if held_out is None:
+                return False
+            rows = [row for row in read_metrics(workdir, name) if held_out.headline in row and row["step"] <= step]
+            reason = held_out.enough(rows) if processes.is_first() else None
+            if reason is not None:
+                processes.say(f"{name}: ended at step {step}: {reason}")
+            return not processes.all_agree(reason is None)
+
+        batches, metrics, done = iter(stream), None, enough(first)
         log.start()
         with processes.progress(total=stage.steps, initial=first, desc=name, unit="step") as bar:
             for step in range(first + 1, stage.steps + 1):
+                if done:
+                    break
                 started = time.perf_counter()
                 form, batch, position = next(batches)
                 waited = time.perf_counter() - started
@@ -131,12 +149,13 @@ def fit(
                 bar.update()
                 asked, last = stop.asked(), step == stage.steps
                 if step % stage.log_every == 0 or last:
-                    values = log.write(step, {"learning_rate": float(learning_rate(step - 1))})
+                    values = log.write(step, {"learning_rate": float(learning_rate((step - 1) * assembled.updates))})
                     bar.set_postfix({key: f"{values[key]:.3f}" for key in ("loss", "accuracy") if key in values})
                 if step % stage.checkpoint_every == 0 or last or asked:
                     log.check_finite()
                     checkpoints.save(state, position)
                 if asked:
                     raise Stopped(asked, name, step)
-                evaluate(step, state)
+                if evaluate(step, state) and (done := enough(step)):
+                    checkpoints.save(state, position)
     return state, best

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dinalrm_jax.config import StageConfig
+from dinalrm_jax.devices.mesh import ROW_AXES
 from dinalrm_jax.devices.sharding import BY_ROW, WHOLE, like_parameters
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.training.objectives import Objective
@@ -19,13 +20,37 @@ from dinalrm_jax.training.optimizer import make_optimizer
 B = TypeVar("B")  # a batch: a pytree whose arrays all have a row each for every row
 
 
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """What a step does before it learns, without a gradient: it makes of its batch what the objective then takes.
+
+    A step that samples images and has them judged, say, collects them once and learns from them in several updates.
+
+    Attributes:
+        rows: (params, batch, keys (B,)) -> a tree with a row for every row, in micro-batches as the gradients are.
+        together: that of all rows at once -> the objective's batch, with as many rows or fewer; along `data` every
+            place does it with its own rows, in their order, and may ask the others (`jax.lax.all_gather`).
+        updates: optimizer updates of one step; update u takes rows u, u + updates, u + 2 updates ..
+        averaged: whether the averaged parameters collect; else those that train.
+    """
+
+    rows: Callable[[Params, Any, jax.Array], Any]
+    together: Callable[[Any], Any]
+    updates: int = 1
+    averaged: bool = False
+
+
+PART_AXES = "fsdp"  # rows of one place along `data` lie over these
+LEARNING = 1  # folded into a row's key for what the objective draws after a collection
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that changes in training, and all that a checkpoint holds of the arrays.
 
     Attributes:
-        step: () int32, optimizer steps done.
+        step: () int32, steps done.
         params: trainable parameters, float32.
         opt_state: of the optimizer.
         ema: exponential moving average of `params`; None where none is taken.
@@ -58,13 +83,15 @@ class AssembledStep(Generic[B]):
         frozen: parameters that do not train.
         objective: what the step minimises.
         mesh: what it runs on.
+        updates: of the optimizer in a step.
     """
 
     step: jax.stages.Wrapped
     state: TrainState
     frozen: Params
-    objective: Objective[B]
+    objective: Objective
     mesh: Mesh
+    updates: int = 1
 
     def lower(self, batch: B) -> jax.stages.Lowered:
         """The step for batches like this one, which may be abstract."""
@@ -74,15 +101,16 @@ class AssembledStep(Generic[B]):
 
 
 def assemble(
-    objective: Objective[B],
+    objective: Objective,
     trainable: Params,
     frozen: Params,
     stage: StageConfig,
     mesh: Mesh,
     *,
     seed: int = 0,
+    collection: Collection | None = None,
     optimizer: optax.GradientTransformation | None = None,
-) -> AssembledStep[B]:
+) -> AssembledStep:
     """A stage's step over parameters that lie on the mesh, or over abstract ones that say where they would.
 
     Args:
@@ -92,9 +120,11 @@ def assemble(
         stage: optimizer, schedule, average, micro-batches; in steps.
         mesh: see `devices.mesh`.
         seed: of the rows' randomness.
+        collection: makes the objective's batch of the step's; None: they are the same, and a step is one update.
         optimizer: another than the stage's AdamW.
     """
-    optimizer = optimizer or make_optimizer(stage.optimizer, stage.steps)
+    updates = 1 if collection is None else collection.updates
+    optimizer = optimizer or make_optimizer(stage.optimizer, stage.steps * updates)
     create = functools.partial(TrainState.create, optimizer=optimizer, averaged=stage.optimizer.ema_decay > 0)
     shardings = {name: array.sharding for name, array in trainable.items()}
     state = jax.eval_shape(create, trainable)
@@ -104,12 +134,13 @@ def assemble(
     else:
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings)
     frozen_shardings = {name: array.sharding for name, array in frozen.items()}
-    step = _make_step(objective, optimizer, stage, mesh, seed, state_shardings, frozen_shardings)
-    return AssembledStep(step, state, frozen, objective, mesh)
+    step = _make_step(objective, collection, optimizer, stage, mesh, seed, state_shardings, frozen_shardings)
+    return AssembledStep(step, state, frozen, objective, mesh, updates)
 
 
 def _make_step(
-    objective: Objective[B],
+    objective: Objective,
+    collection: Collection | None,
     optimizer: optax.GradientTransformation,
     stage: StageConfig,
     mesh: Mesh,
@@ -123,52 +154,59 @@ def _make_step(
     passes as n parts, one after another, whose gradients are averaged: the same update in less memory.
 
     Gradients are float32 as soon as they exist. Along `data` every device adds up its own, over all parts, and they
-    are summed once a step; along `fsdp` each part's go to the devices that hold the parameters.
+    are summed once an update; along `fsdp` each part's go to the devices that hold the parameters.
 
-    The metric `finite` is 1 where the new parameters and their average hold no NaN or infinity.
+    The metric `finite` is 1 where the new parameters and their average hold no NaN or infinity. Metrics are means
+    over a step's updates.
 
     A row's key depends on (seed, step, its place in the batch) only: neither mesh nor micro-batches change it.
     """
 
-    def loss_and_metrics(params: Params, frozen: Params, batch: B, keys: jax.Array):
-        losses, metrics = objective({**frozen, **params}, batch, keys)
+    def loss_and_metrics(params: Params, frozen: Params, rows: tuple[Any, jax.Array]):
+        losses, metrics = objective({**frozen, **params}, *rows)
         return jnp.mean(losses), {
             "loss": jnp.mean(losses),
             **{name: jnp.mean(m, axis=0) for name, m in metrics.items()},
         }
 
-    def gradients(params: Params, frozen: Params, rows: tuple[B, jax.Array]):
+    def gradients(params: Params, frozen: Params, rows: tuple[Any, jax.Array]):
         gradient_fn = jax.grad(loss_and_metrics, has_aux=True)
-        parts = stage.micro_batches
-        if parts == 1:
-            return gradient_fn(params, frozen, *rows)
-        # Every part takes rows from all devices: rows 0, parts, 2 parts ... are part 0.
-        split = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
-        split = jax.lax.with_sharding_constraint(split, PartitionSpec(None, "fsdp"))
+        if stage.micro_batches == 1:
+            return gradient_fn(params, frozen, rows)
+        split = _in_parts(rows, stage.micro_batches, PART_AXES)
 
         def add_part(total, part):
-            result = gradient_fn(params, frozen, *part)
-            return jax.tree.map(lambda a, b: a + b / parts, total, result), None
+            result = gradient_fn(params, frozen, part)
+            return jax.tree.map(lambda a, b: a + b / stage.micro_batches, total, result), None
 
         first_rows = jax.tree.map(lambda x: x[0], split)
-        shapes = jax.eval_shape(gradient_fn, params, frozen, *first_rows)
+        shapes = jax.eval_shape(gradient_fn, params, frozen, first_rows)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add_part, zeros, split)[0]
 
+    def collect(params: Params, frozen: Params, rows: tuple[B, jax.Array]):
+        everything = {**frozen, **params}
+        if stage.micro_batches == 1:
+            return collection.together(collection.rows(everything, *rows))
+        parts = jax.lax.map(
+            lambda part: collection.rows(everything, *part), _in_parts(rows, stage.micro_batches, PART_AXES)
+        )
+        return collection.together(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts))
+
     if mesh.shape["data"] > 1:
         # Each place along `data` on its own: XLA would sum every gradient where it arises.
-        own = gradients
-        gradients = jax.shard_map(
-            lambda *arguments: jax.lax.pmean(own(*arguments), "data"),
+        alone = functools.partial(
+            jax.shard_map,
             mesh=mesh,
             in_specs=(WHOLE, WHOLE, PartitionSpec("data")),
-            out_specs=WHOLE,
             axis_names={"data"},
             check_vma=False,  # JAX's own check of replication would do the same
         )
+        own = gradients
+        gradients = alone(lambda *arguments: jax.lax.pmean(own(*arguments), "data"), out_specs=WHOLE)
+        collect = alone(collect, out_specs=PartitionSpec("data"))
 
-    def step(state: TrainState, frozen: Params, batch: B):
-        keys = row_keys(seed, state.step, rows_of(batch))
+    def update(state: TrainState, frozen: Params, batch: Any, keys: jax.Array):
         grads, metrics = gradients(state.params, frozen, (batch, keys))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -176,7 +214,19 @@ def _make_step(
         ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - decay)
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["finite"] = jnp.isfinite(optax.global_norm((params, ema))).astype(jnp.float32)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step, params, opt_state, ema), metrics
+
+    def step(state: TrainState, frozen: Params, batch: B):
+        keys = row_keys(seed, state.step, rows_of(batch))
+        if collection is None:
+            state, metrics = update(state, frozen, batch, keys)
+            return dataclasses.replace(state, step=state.step + 1), metrics
+        collected = collect(state.result if collection.averaged else state.params, frozen, (batch, keys))
+        learning = jax.vmap(jax.random.fold_in, (0, None))(keys[: rows_of(collected)], LEARNING)
+        parts = _in_parts((collected, learning), collection.updates, ROW_AXES)
+        state, metrics = jax.lax.scan(lambda state, part: update(state, frozen, *part), state, parts)
+        metrics = {name: jnp.min(m) if name == "finite" else jnp.mean(m, axis=0) for name, m in metrics.items()}
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     replicated, by_row = NamedSharding(mesh, WHOLE), NamedSharding(mesh, BY_ROW)
     return jax.jit(
@@ -185,6 +235,12 @@ def _make_step(
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
     )
+
+
+def _in_parts(rows: Any, parts: int, axes: str | tuple[str, ...]) -> Any:
+    """(B, ...) -> (parts, B / parts, ...), of which rows 0, parts, 2 parts .. are part 0: rows of all devices."""
+    split = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, axes))
 
 
 def rows_of(batch: Any) -> int:

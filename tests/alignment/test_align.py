@@ -15,12 +15,18 @@ from safetensors.numpy import load_file
 
 import dinalrm_jax as dina
 from dinalrm_jax import align, sampling
-from dinalrm_jax.alignment.flow_grpo import flow_grpo_objective
-from dinalrm_jax.alignment.policy import Policy, PromptBatch, PromptStream, Reward, read_prompts
-from dinalrm_jax.alignment.refl import refl_objective
+from dinalrm_jax.alignment.dpo import best_against_worst, dpo
+from dinalrm_jax.alignment.flow_grpo import flow_grpo
+from dinalrm_jax.alignment.held_out import verdict
+from dinalrm_jax.alignment.nft import nft
+from dinalrm_jax.alignment.policy import Policy, PromptBatch, PromptStream, read_prompts
+from dinalrm_jax.alignment.refl import refl
+from dinalrm_jax.alignment.rewards import LatentReward, Rewards
 from dinalrm_jax.config import (
     AlignConfig,
+    DPOConfig,
     FlowGRPOConfig,
+    NFTConfig,
     OptimizerConfig,
     PolicyEvaluationConfig,
     ReFLConfig,
@@ -34,13 +40,13 @@ from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.lora import init_adapters
-from dinalrm_jax.noise import NoiseDraw, draw_noise
+from dinalrm_jax.noise import NoiseDraw, SigmaConfig, draw_noise
 from dinalrm_jax.weights.pretrained import load_backbone, truncate
 from tests.conftest import ROOT, randomized
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0, warmup_steps=0, ema_decay=0.0)
 REFL = ReFLConfig(steps=4, guidance=1.5, first=1, last=3)
-GRPO = FlowGRPOConfig(steps=5, window=2, last=4, group=4, noise_level=0.7)
+GRPO = FlowGRPOConfig(steps=5, window=2, last=4, group=4, noise_level=0.7, updates=1)
 PROMPTS = [
     f"{count} {colour} {thing}" for count in ("one", "two") for colour in ("red", "blue") for thing in ("cup", "dog")
 ]
@@ -84,11 +90,18 @@ def parts(tiny_pipeline, reward_checkpoint):
     drawn = init_adapters(tuned.shapes, lora, 0)
     adapters = {name: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for name, x in drawn.items()}
     params = {f"policy.{name}": array for name, array in {**backbone, **adapters}.items()}
-    params |= {f"reward.{name}": array for name, array in model.params.items()}
+    params |= {f"reward0.{name}": array for name, array in model.params.items()}
     texts = [text for text in PROMPTS[:2] for _ in range(4)]
     embeds, negative = model.encode_prompt(texts), model.encode_prompt(8 * [""])
-    batch = PromptBatch(embeds, negative, embeds)
-    return policy, Reward(model.reward_fn(0.4), 0.1), params, batch, jax.random.split(jax.random.key(3), 8)
+    batch = PromptBatch(embeds, negative, embeds, jnp.arange(8) // 4)
+    rewards = Rewards({"reward": (LatentReward(model.reward_fn(0.4), "reward0."), 1.0)})
+    return policy, rewards, params, batch, jax.random.split(jax.random.key(3), 8)
+
+
+def collected(algorithm, params, batch, keys):
+    """What a step collects before its updates, and its objective of it."""
+    collection, objective = algorithm
+    return jax.jit(lambda params: collection.together(collection.rows(params, batch, keys)))(params), objective
 
 
 def trained(params):
@@ -99,7 +112,7 @@ def test_refl_is_the_rewards_gradient_at_one_step(parts):
     """Loss and gradient against the step written out, with the rollout's latents as constants."""
     policy, reward, params, batch, keys = parts
     one = dataclasses.replace(REFL, first=2, last=2)
-    objective = refl_objective(policy, reward, one, 0.3)
+    objective = refl(policy, reward, one, 0.3)
     adapters = trained(params)
 
     def loss(adapters):
@@ -121,7 +134,7 @@ def test_refl_is_the_rewards_gradient_at_one_step(parts):
         everything = {**params, **adapters}
         v = policy.velocity(everything)(x, jnp.full(8, sigmas[2]), batch.prompt)
         plain = policy.reference(params)(x, jnp.full(8, sigmas[2]), batch.prompt)
-        raw = reward(params, x - sigmas[2] * v, batch.reward_prompt, reward_keys)
+        raw = reward(params, x - sigmas[2] * v, batch, reward_keys)["reward"]
         return (-0.1 * raw + 0.3 * jnp.square(v - plain).mean(axis=(1, 2, 3))).mean(), raw
 
     (wanted, raw), derived = jax.jit(jax.value_and_grad(written, has_aux=True))(adapters)
@@ -135,11 +148,8 @@ def test_refl_is_the_rewards_gradient_at_one_step(parts):
 
 def test_the_step_that_trains_is_drawn_and_makes_no_other_program(parts):
     policy, reward, params, batch, keys = parts
-    drawn = jax.jit(refl_objective(policy, reward, REFL, 0.0))
-    fixed = [
-        jax.jit(refl_objective(policy, reward, dataclasses.replace(REFL, first=stop, last=stop), 0.0))
-        for stop in (1, 2, 3)
-    ]
+    drawn = jax.jit(refl(policy, reward, REFL, 0.0))
+    fixed = [jax.jit(refl(policy, reward, dataclasses.replace(REFL, first=stop, last=stop), 0.0)) for stop in (1, 2, 3)]
     seen = set()
     for seed in range(6):
         keys = jax.random.split(jax.random.key(seed), 8)
@@ -155,18 +165,21 @@ def test_flow_grpo_is_the_policy_gradient(parts, kind, noise_level):
     """Ratios of exactly 1, a KL of 0 without adapters, and `-A grad log p` as the gradient."""
     policy, reward, params, batch, keys = parts
     grpo = dataclasses.replace(GRPO, kind=kind, noise_level=noise_level, last=2, guidance=1.5)  # the window begins at 0
-    objective = flow_grpo_objective(policy, reward, grpo, 0.0)
+    rolled, objective = collected(flow_grpo(policy, reward, grpo, 0.0), params, batch, keys)
     adapters = trained(params)
 
     def loss(adapters):
-        losses, metrics = objective({**params, **adapters}, batch, keys)
+        losses, metrics = objective({**params, **adapters}, rolled, keys)
         return losses.mean(), metrics
 
     (_, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
-    # In one program the forward pass of the update is not the rollout's to the bit: sums in another order.
-    assert float(metrics["log_ratio"].max()) < 1e-5
+    assert float(metrics["log_ratio"].max()) == 0
+    assert float(metrics["clipped"].max()) == 0
     advantages = dina.alignment.group_advantages(metrics["reward"], np.array([0] * 4 + [1] * 4))
-    np.testing.assert_allclose(metrics["advantage"], advantages, rtol=1e-4)
+    np.testing.assert_allclose(rolled.advantage, advantages, rtol=1e-4)
+    # A later update of the same policy: its forward pass is not the rollout's to the bit, and hardly off.
+    _, later = jax.jit(objective)(params, dataclasses.replace(rolled, fresh=jnp.zeros(8, bool)), keys)
+    assert float(later["log_ratio"].max()) < 1e-6
 
     noise_keys, _, step_keys, _ = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
     x = jax.vmap(lambda key: jax.random.normal(key, policy.shape))(noise_keys)
@@ -195,29 +208,104 @@ def test_flow_grpo_is_the_policy_gradient(parts, kind, noise_level):
     derived = jax.jit(jax.grad(written))(adapters)
     scale = max(np.abs(array).max() for array in derived.values())
     for name, array in derived.items():
+        # The window's latents differ by rounding, which -A log p multiplies by 1 / std^2.
         np.testing.assert_allclose(gradient[name] / scale, array / scale, atol=2e-3, err_msg=name)
 
 
 def test_at_the_start_nothing_is_far_from_the_reference(parts):
     policy, reward, params, batch, keys = parts
     start = {name: jnp.zeros_like(array) if name.endswith("lora_B") else array for name, array in params.items()}
-    _, metrics = jax.jit(flow_grpo_objective(policy, reward, GRPO, 1.0))(start, batch, keys)
+    rolled, objective = collected(flow_grpo(policy, reward, GRPO, 1.0), start, batch, keys)
+    _, metrics = jax.jit(objective)(start, rolled, keys)
     np.testing.assert_allclose(metrics["kl"], 0, atol=1e-10)
     np.testing.assert_allclose(metrics["velocity_ratio"], 1, atol=1e-5)
-    _, metrics = jax.jit(flow_grpo_objective(policy, reward, GRPO, 1.0))(params, batch, keys)
+    _, metrics = jax.jit(objective)(params, rolled, keys)
     assert float(metrics["kl"].min()) > 1e-6
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_later_update_is_clipped(parts, guard):
+    """After the policy moved, a ratio beyond the range in its advantage's favour has no gradient."""
+    policy, reward, params, batch, keys = parts
+    grpo = dataclasses.replace(GRPO, kind="sde", guard=guard, clip_range=1e-9)
+    rolled, objective = collected(flow_grpo(policy, reward, grpo, 0.0), params, batch, keys)
+    rolled = dataclasses.replace(rolled, fresh=jnp.zeros(8, bool))
+    moved = {name: 1.1 * x for name, x in trained(params).items()}
+
+    def losses(adapters):
+        return objective({**params, **adapters}, rolled, keys)[0]
+
+    ratios = objective({**params, **moved}, rolled, keys)[1]
+    assert float(ratios["clipped"].min()) > 0
+    value = losses(moved)
+    free = dataclasses.replace(grpo, clip_range=1e3)
+    unclipped = flow_grpo(policy, reward, free, 0.0)[1]({**params, **moved}, rolled, keys)[0]
+    assert (value >= unclipped - 1e-6).all()  # the worse of both is taken
+    assert (value > unclipped + 1e-6).any()
+
+
+def test_nft_learns_from_what_was_sampled(parts):
+    """Its loss against `nft_loss` of velocities computed apart; a policy that did not move is its own old one."""
+    policy, reward, params, batch, keys = parts
+    config = NFTConfig(steps=3, group=4, levels=2)
+    judged, objective = collected(nft(policy, reward, config, 0.05, SigmaConfig()), params, batch, keys)
+    advantages = dina.alignment.group_advantages(judged.rewards["reward"], np.array([0] * 4 + [1] * 4))
+    np.testing.assert_allclose(judged.weight, np.clip(advantages, -5, 5) / 10 + 0.5, rtol=1e-4)
+    moved = {**params, **{name: 1.2 * x for name, x in trained(params).items()}}
+    losses, metrics = objective(moved, judged, keys)
+    wanted = []
+    for number in range(2):
+        level = judged.levels[:, number]
+        wide = level[:, None, None, None]
+        x = (1 - wide) * judged.x0 + wide * judged.noise[:, number]
+        new, old = (policy.velocity(each)(x, level, batch.prompt) for each in (moved, params))
+        plain = policy.reference(params)(x, level, batch.prompt)
+        np.testing.assert_allclose(judged.old_velocity[:, number], old, atol=1e-4)
+        wanted.append(dina.alignment.nft_loss(new, old, plain, judged.x0, x, level, judged.weight, 0.1, 0.05))
+    np.testing.assert_allclose(losses.mean(), np.mean(wanted), rtol=1e-4)
+    assert float(metrics["reference_distance"].min()) > 0
+
+
+def test_dpo_takes_a_groups_best_against_its_worst(parts):
+    policy, reward, params, batch, keys = parts
+    config = DPOConfig(beta=50.0, steps=3, group=4)
+    collection, objective = (
+        best_against_worst(policy, reward, config),
+        dpo(policy, config, SigmaConfig("constant", (0.4,))),
+    )
+    (_, latents, raw) = jax.jit(lambda params: collection.rows(params, batch, keys))(params)
+    pairs = collection.together((batch.prompt, latents, raw))
+    scores = np.asarray(raw["reward"]).reshape(2, 4)
+    for row in range(2):
+        np.testing.assert_array_equal(pairs.chosen[row], latents[4 * row + scores[row].argmax()])
+        np.testing.assert_array_equal(pairs.rejected[row], latents[4 * row + scores[row].argmin()])
+        np.testing.assert_array_equal(pairs.prompt.prompt_embeds[row], np.asarray(batch.prompt.prompt_embeds)[4 * row])
+    losses, metrics = objective(params, pairs, keys[:2])
+    # Both images of a pair with one level and one noise: those of the pair's key.
+    _, noise_keys = jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys[:2])
+    noise = np.repeat(jax.vmap(lambda key: jax.random.normal(key, policy.shape))(noise_keys), 2, axis=0)
+    both = np.stack([pairs.chosen, pairs.rejected], axis=1).reshape(4, *policy.shape)
+    level = np.full(4, 0.4, np.float32)
+    prompt = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), pairs.prompt)
+    noisy = 0.6 * both + 0.4 * noise
+    new, plain = policy.velocity(params)(noisy, level, prompt), policy.reference(params)(noisy, level, prompt)
+    np.testing.assert_allclose(losses.mean(), dina.alignment.dpo_loss(new, plain, both, noise, 50.0), rtol=1e-4)
+    assert set(np.asarray(metrics["accuracy"]).tolist()) <= {0.0, 1.0}
 
 
 def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("algorithm", ["refl", "flow_grpo"])
+@pytest.mark.parametrize("algorithm", ["refl", "flow_grpo", "nft", "dpo"])
 def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
     """The frozen arrays stay; the adapters that are written give the policy that was watched."""
     config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))  # whose loops must agree on their steps
-    if algorithm == "flow_grpo":
-        config = dataclasses.replace(config, refl=None, flow_grpo=GRPO, reference_weight=0.01, mesh=MeshConfig(data=2))
+    if algorithm != "refl":
+        chosen = {"flow_grpo": dataclasses.replace(GRPO, group=2, updates=2), "nft": NFTConfig(3, group=2, updates=2)}
+        chosen = {algorithm: chosen.get(algorithm, DPOConfig(steps=3, group=4))}
+        weight = 0.0 if algorithm == "dpo" else 0.01
+        config = dataclasses.replace(config, refl=None, **chosen, reference_weight=weight, mesh=MeshConfig(data=2))
     align.run(config, tmp_path / "run")
     rows = metrics_of(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
@@ -225,19 +313,25 @@ def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
     assert [row["step"] for row in watched] == [2, 3]
     told = json.loads((tmp_path / "run" / "policy.json").read_text())
     assert told["after"]["held_out_reward"] == pytest.approx(watched[-1]["held_out_reward"], rel=1e-4)
-    assert told["before"]["velocity_ratio"] == pytest.approx(1.0, abs=1e-5)
-    assert told["after"]["reference_distance"] > 0
+    assert told["before"]["held_out_velocity_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert told["after"]["held_out_distance"] > 0
     assert (tmp_path / "run" / "before_after.png").stat().st_size > 0
     policy = dina.Generator.from_pretrained(tiny_pipeline, tmp_path / "run" / "policy")
     # The same images by the written adapters, and their scores under noise that they were not made of.
     held_out = PROMPTS[-2:]
     drawn = [
         np.asarray(draw_noise(NoiseDraw(seed).keys([f"{n}\0{text}" for n, text in enumerate(held_out)]), (2, 4, 6, 16)))
-        for seed in (1, 2)
+        for seed in (1, 2, 3)
     ]
     latents = policy.sample(held_out, steps=3, guidance=1.5, noise=drawn[0], text_length=16)
     model = dina.RewardModel.from_pretrained(config.reward.checkpoint, tiny_pipeline)
-    scores = model.score_latents(latents, model.encode_prompt(held_out), sigma=(0.2, 0.5, 0.7), noise=drawn[1])
+    scores = np.mean(
+        [
+            model.score_latents(latents, model.encode_prompt(held_out), sigma=(0.2, 0.5, 0.7), noise=noise)
+            for noise in drawn[1:]
+        ],
+        axis=0,
+    )
     # Embeddings are kept in float16 while a policy is tuned, and these are not.
     assert told["after"]["held_out_reward"] == pytest.approx(scores.mean(), abs=2e-2 * float(np.abs(scores).max()))
     base = dina.Generator.from_pretrained(tiny_pipeline)
@@ -300,9 +394,9 @@ def test_the_order_of_prompts_resumes():
 
 
 def test_what_is_refused_before_the_first_step(config, reward_checkpoint, tmp_path):
-    with pytest.raises(ConfigError, match="one algorithm: give either refl or flow_grpo"):
+    with pytest.raises(ConfigError, match="one algorithm: give refl, flow_grpo, dpo or nft"):
         dataclasses.replace(config, flow_grpo=GRPO)
-    with pytest.raises(ConfigError, match="batch_size 8 must be a multiple of flow_grpo.group 5"):
+    with pytest.raises(ConfigError, match="multiple of the group x the updates of a rollout, 5 x 1"):
         dataclasses.replace(config, refl=None, flow_grpo=dataclasses.replace(GRPO, group=5))
     with pytest.raises(ConfigError, match="must be other levels than those that train"):
         dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, sigma=(0.2, 0.4)))
@@ -328,4 +422,29 @@ def test_what_is_refused_before_the_first_step(config, reward_checkpoint, tmp_pa
         align.run(dataclasses.replace(config, reward=RewardConfig(str(elsewhere))), tmp_path / "run")
     captions = dataclasses.replace(config, prompts=None, scene_captions=20)
     train, held_out = read_prompts(captions)
-    assert (len(train), len(held_out)) == (18, 2)
+    assert (len(train), len(held_out)) == (20, 2)
+    assert not set(train) & set(held_out)
+
+
+def test_which_updates_of_a_rollout_are_fresh(parts):
+    """Of three updates the first alone is by the policy that rolled out: rows 0 and 3 of six."""
+    policy, reward, params, batch, keys = parts
+    collection, _ = flow_grpo(policy, reward, dataclasses.replace(GRPO, group=3, updates=3), 0.0)
+    rolled = jax.eval_shape(lambda: collection.rows(params, batch, keys))
+    zeros = jax.tree.map(lambda x: jnp.zeros((6, *x.shape[1:]), x.dtype), rolled)
+    assert np.asarray(collection.together(zeros).fresh).tolist() == [True, False, False, True, False, False]
+
+
+def evaluation(step, reward, judge):
+    return {"step": step, "held_out_trained_reward": reward, "judge_scenes": judge, "judge_scenes_error": 0.02}
+
+
+def test_the_verdict_names_hacking_where_reward_and_judge_part():
+    first = evaluation(0, 1.0, 0.5)
+    good = [evaluation(10, 1.1, 0.5), evaluation(20, 1.2, 0.6)]
+    assert verdict(first, good, "judge_scenes") == "judge_scenes went with the reward: 0.500 to 0.600"
+    hacked = [evaluation(10, 1.5, 0.49), evaluation(20, 2.0, 0.3), evaluation(30, 3.0, 0.0)]
+    assert verdict(first, hacked, "judge_scenes").startswith("hacking: at step 20")
+    both_fell = [evaluation(10, 0.9, 0.3)]
+    assert "hacking" not in verdict(first, both_fell, "judge_scenes")
+    assert "no judge watched" in verdict(first, hacked, None)

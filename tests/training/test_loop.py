@@ -63,9 +63,12 @@ class Distance:
     def compile(self, trained):
         self.compiled = True
 
-    def __call__(self, trained):
+    def __call__(self, trained, step):
         assert self.compiled
         return {"closeness": -float(np.abs(np.asarray(trained["w"]) - WEIGHT).max())}
+
+    def enough(self, rows):
+        return None
 
 
 def run(workdir, *, steps=STEPS, held_out=None, seed=0, **stage):
@@ -175,3 +178,19 @@ def test_flops_are_those_of_the_plain_objective():
     assert plain == pytest.approx(5 * product, rel=0.05)
     # Once more both, and the optimizer's work on 64 x 64 numbers.
     assert own > plain + product
+
+
+class Enough(Distance):
+    """Ends the stage at its second evaluation."""
+
+    def enough(self, rows):
+        return f"{len(rows)} evaluations" if len(rows) >= 2 else None
+
+
+def test_a_stage_that_is_told_to_ends_and_stays_ended(tmp_path, capsys):
+    state, best, _ = run(tmp_path / "run", held_out=Enough(), evaluate_every=2)
+    assert int(state.step) == 4
+    assert "ended at step 4: 2 evaluations" in capsys.readouterr().out
+    again, _, _ = run(tmp_path / "run", held_out=Enough(), evaluate_every=2)
+    assert int(again.step) == 4
+    np.testing.assert_array_equal(again.params["w"], state.params["w"])

@@ -20,7 +20,7 @@ from dinalrm_jax.noise import SigmaConfig
 from dinalrm_jax.preference import LossConfig
 from dinalrm_jax.training.objectives import flow_matching_objective, reward_objective
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dinalrm_jax.training.step import assemble, model_flops, row_keys
+from dinalrm_jax.training.step import Collection, assemble, model_flops, row_keys
 from tests.conftest import TINY, TINY_SD3, random_inputs, randomized
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, b1=0.8, b2=0.95, warmup_steps=0, ema_decay=0.9, max_grad_norm=0.5)
@@ -208,3 +208,60 @@ def test_schedules():
     cosine = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule="cosine"), 110)
     assert [float(cosine(step)) for step in (10, 60, 110)] == pytest.approx([2.0, 1.0, 0.0], abs=1e-6)
     assert isinstance(make_optimizer(OptimizerConfig(), 10), optax.GradientTransformation)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2), MeshConfig(data=2, fsdp=2)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_collection_feeds_several_updates(mesh, parts):
+    """Two updates of one collection against the same two written out, whatever the mesh and the micro-batches.
+
+    The objective pulls `w` to a row's collected number; collected is the row times `w` as it was, less the mean of
+    all rows, which every place along `data` has to ask the others for.
+    """
+    mesh = make_mesh(mesh)
+    x = np.arange(1.0, 9.0, dtype=np.float32)
+
+    def together(values):
+        everywhere = values
+        if "data" in jax.sharding.get_abstract_mesh().manual_axes:
+            everywhere = jax.lax.all_gather(values, "data", tiled=True)
+        return values - everywhere.mean()
+
+    def objective(params, collected, keys):
+        return 0.5 * jnp.square(params["w"] - collected), {"collected": collected}
+
+    collection = Collection(lambda params, batch, keys: params["w"] * batch, together, updates=2)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    trainable = jax.device_put({"w": jnp.asarray(2.0)}, everywhere)
+    stage = StageConfig(BATCH, 1, micro_batches=parts, optimizer=OptimizerConfig(ema_decay=0.0))
+    assembled = assemble(objective, trainable, {}, stage, mesh, collection=collection, optimizer=optax.sgd(0.5))
+    with jax.set_mesh(mesh):
+        state, metrics = assembled.step(assembled.state, {}, put_rows(x, BATCH, mesh))
+    collected = 2.0 * x - np.mean(2.0 * x)
+    w = 2.0
+    for update in range(2):
+        w -= 0.5 * (w - collected[update::2]).mean()
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
+    np.testing.assert_allclose(metrics["collected"], collected.mean(), atol=1e-6)
+    assert int(state.step) == 1
+    assert assembled.updates == 2
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_who_collects(averaged):
+    """The second step's collection is by the parameters that train, or by their average."""
+    mesh = make_mesh(MeshConfig(data=1))
+    collection = Collection(lambda params, batch, keys: params["w"] + 0 * batch, lambda rows: rows, averaged=averaged)
+
+    def objective(params, collected, keys):
+        return params["w"] * jnp.ones_like(collected), {"collected": collected}
+
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    trainable = jax.device_put({"w": jnp.asarray(2.0)}, everywhere)
+    stage = StageConfig(BATCH, 2, optimizer=OptimizerConfig(ema_decay=0.75))
+    assembled = assemble(objective, trainable, {}, stage, mesh, collection=collection, optimizer=optax.sgd(1.0))
+    state = assembled.state
+    with jax.set_mesh(mesh):
+        for _ in range(2):
+            state, metrics = assembled.step(state, {}, put_rows(np.ones(BATCH, np.float32), BATCH, mesh))
+    np.testing.assert_allclose(metrics["collected"], 1.75 if averaged else 1.0)

@@ -1,0 +1,126 @@
+"""What makes an image a better one: a reward model, rules for drawn scenes, and mixtures of them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from dinalrm_jax.alignment.policy import PromptBatch
+from dinalrm_jax.encoders import tiny
+from dinalrm_jax.model.parameters import Params
+from dinalrm_jax.noise import AnyArray
+from dinalrm_jax.scenes.verify import verify
+
+EPSILON = 1e-4  # beside the deviation, so that equal rewards give no advantage instead of a division by 0
+
+
+def group_advantages(
+    rewards: Float[AnyArray, " n"], groups: Int[AnyArray, " n"], scale: Literal["global", "group"] = "global"
+) -> Float[Array, " n"]:
+    """`(reward - mean of its group) / (standard deviation + 1e-4)`.
+
+    Args:
+        rewards: (N,).
+        groups: (N,) integers; images of one prompt have the same one.
+        scale: whose deviation (with n - 1 in its denominator): of all rewards, or of the group's own. A group of one
+            has no advantage.
+    """
+    rewards, groups = jnp.asarray(rewards, jnp.float32), jnp.asarray(groups)
+    same = (groups[:, None] == groups).astype(jnp.float32)
+    count = same.sum(axis=1)
+    centred = rewards - same @ rewards / count
+    if scale == "global":
+        return centred / (jnp.std(rewards, ddof=1) + EPSILON)
+    if scale != "group":
+        raise ValueError(f'scale must be "global" or "group", got {scale!r}')
+    return centred / (jnp.sqrt(same @ jnp.square(centred) / jnp.maximum(count - 1, 1)) + EPSILON)
+
+
+class Reward(Protocol):
+    """Any function of parameters, clean latents, their prompts and keys is a reward."""
+
+    def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array, /) -> jax.Array:
+        """(B,) raw scores of latents (B, H, W, C), with keys (B,) for whatever noise it takes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentReward:
+    """A frozen reward model on the policy's own backbone, differentiable in the latents.
+
+    Attributes:
+        score: (params, latents, prompt, keys) -> (B,), of parameters under the reward model's own names.
+        prefix: of its parameters among all of the alignment.
+    """
+
+    score: Callable[..., jax.Array]
+    prefix: str
+
+    def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> jax.Array:
+        own = {name.removeprefix(self.prefix): x for name, x in params.items() if name.startswith(self.prefix)}
+        return self.score(jax.lax.stop_gradient(own), latents, batch.reward_prompt, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneRules:
+    """The share of its caption that a drawn scene shows, by `scenes.verify`; it has no gradient.
+
+    As a reward it is a control: an algorithm that cannot raise it has a fault, whatever the reward model is like.
+
+    Attributes:
+        captions: all prompts, which a batch names by their numbers.
+    """
+
+    captions: Sequence[str]
+
+    def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> jax.Array:
+        def judged(latents, numbers):
+            shares = [
+                verify(self.captions[number], tiny.decode_latents(row)).share
+                for number, row in zip(np.asarray(numbers), np.asarray(latents))
+            ]
+            return np.array(shares, np.float32)
+
+        shape = jax.ShapeDtypeStruct(latents.shape[:1], jnp.float32)
+        return jax.pure_callback(judged, shape, jax.lax.stop_gradient(latents), batch.number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+    """Weighted rewards by name; the first one is "reward".
+
+    Attributes:
+        members: name to (reward, weight).
+    """
+
+    members: Mapping[str, tuple[Reward, float]]
+
+    def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> dict[str, jax.Array]:
+        """(B,) raw scores by name."""
+        return {name: reward(params, latents, batch, keys) for name, (reward, _) in self.members.items()}
+
+    def total(self, raw: Mapping[str, jax.Array]) -> jax.Array:
+        """(B,) the weighted sum of raw scores."""
+        return jnp.stack([weight * raw[name] for name, (_, weight) in self.members.items()]).sum(axis=0)
+
+    def advantages(self, raw: Mapping[str, jax.Array], group: int, scale: Literal["global", "group"]) -> jax.Array:
+        """(B,) the weighted sum of each reward's own `group_advantages`, images of a group being neighbours.
+
+        Within a shard_map over `data` the rewards of the others count for the deviation.
+        """
+        apart = [weight * _of_all_devices(raw[name], group, scale) for name, (_, weight) in self.members.items()]
+        return jnp.stack(apart).sum(axis=0)
+
+
+def _of_all_devices(rewards: jax.Array, group: int, scale: Literal["global", "group"]) -> jax.Array:
+    everywhere, first = rewards, jnp.zeros((), jnp.int32)
+    if "data" in jax.sharding.get_abstract_mesh().manual_axes:
+        everywhere = jax.lax.all_gather(rewards, "data", tiled=True)
+        first = jax.lax.axis_index("data") * len(rewards)
+    advantages = group_advantages(everywhere, jnp.arange(len(everywhere)) // group, scale)
+    return jax.lax.dynamic_slice_in_dim(advantages, first, len(rewards))

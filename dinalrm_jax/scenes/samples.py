@@ -1,0 +1,118 @@
+"""Preference pairs as real sets have them: of one caption, pictures by a generator, ordered as people would.
+
+Beside a generator's samples stand a true scene and a broken one: latents that are blank, bleached, scaled up or
+speckled, which a reward model that never saw them may well like, and a policy then finds.
+"""
+
+import itertools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from dinalrm_jax.data import records
+from dinalrm_jax.encoders import tiny
+from dinalrm_jax.mapping import to_mapping
+from dinalrm_jax.model.encoding import EncodersConfig
+from dinalrm_jax.scenes import draw
+from dinalrm_jax.scenes.config import SamplesConfig
+from dinalrm_jax.scenes.verify import verify
+
+BROKEN = ("blank", "bleached", "scaled", "speckled")
+BROKEN_WORTH = -1.0
+SIZE = 64  # pixels along a side
+CAPTIONS = 64  # that are sampled at once, so that the bar moves
+
+# (captions, their images' numbers, steps) -> latents (B, H/8, W/8, 16): an image depends on caption, number and steps.
+Sample = Callable[[Sequence[str], Sequence[int], int], np.ndarray]
+
+
+def worth(caption: str, latents: np.ndarray) -> float:
+    """What a picture is worth to its caption, from 0 to 5: what it shows of four respects, and 1 for all of them."""
+    verdict = verify(caption, tiny.decode_latents(latents))
+    return 4 * verdict.share + verdict.correct
+
+
+def broken(latents: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Latents (h, w, C) that no one likes."""
+    if kind == "blank":
+        return np.broadcast_to(latents.mean(axis=(0, 1)), latents.shape) + 0.02 * rng.standard_normal(latents.shape)
+    if kind == "bleached":
+        return 0.25 * latents + 0.75 * tiny.encode_image(np.full((SIZE, SIZE, 3), 255, np.uint8))
+    if kind == "scaled":
+        return latents * rng.uniform(1.4, 2.2)
+    return latents + rng.uniform(0.25, 0.6) * rng.standard_normal(latents.shape)
+
+
+def write_sample_records(
+    directory: str | pathlib.Path, config: SamplesConfig, encoders: EncodersConfig, sample: Sample
+) -> None:
+    """Samples, judges and writes the pairs; whole or not at all.
+
+    Pairs are drawn evenly among those of a caption whose pictures differ in worth.
+    """
+    images: list[records.ImageRecord] = []
+    prompts: list[str] = []
+    pairs: dict[str, list[records.PairRecord]] = {"train": [], "eval": []}
+    with tqdm(total=config.train_captions + config.eval_captions, desc="judging samples", unit="caption") as bar:
+        for split, count in (("train", config.train_captions), ("eval", config.eval_captions)):
+            captions = draw.draw_captions(count, config.seed, held_out=split == "eval")
+            for start in range(0, count, CAPTIONS):
+                some = captions[start : start + CAPTIONS]
+                drawn = _sampled(some, config.steps, sample)
+                for caption, samples in zip(some, drawn):
+                    rng = np.random.default_rng([config.seed, len(prompts)])
+                    members = _members(caption, samples, rng)
+                    for number, (kind, latents, _) in enumerate(members):
+                        name = f"{split}/{len(prompts)}/{number}-{kind}"
+                        images.append(records.ImageRecord(latents.astype(np.float32), name))
+                    first = len(images) - len(members)
+                    for chosen, rejected in _compared(members, config, rng):
+                        kind = f"{members[chosen][0]}/{members[rejected][0]}"
+                        pair = records.PairRecord(first + chosen, first + rejected, len(prompts), kind)
+                        pairs[split].append(pair)
+                    prompts.append(caption)
+                    bar.update()
+    embeds, pooled = tiny.encode_prompts(prompts, encoders.text_length, tiny.TEXT_WIDTH)
+    records.write(
+        directory,
+        images=images,
+        prompts=[records.PromptRecord(text, embeds[i], pooled[i]) for i, text in enumerate(prompts)],
+        pairs=pairs,
+        encoders=encoders,
+        downsampling=tiny.BLOCK,
+        source={"samples": to_mapping(config)},
+    )
+
+
+def _sampled(captions: Sequence[str], steps: Sequence[int], sample: Sample) -> np.ndarray:
+    """(captions, samples, h, w, C), as many steps each as asked for."""
+    by_number = {}
+    for wanted in dict.fromkeys(steps):
+        numbers = [number for number, each in enumerate(steps) if each == wanted]
+        rows = list(itertools.product(captions, numbers))
+        found = sample([caption for caption, _ in rows], [number for _, number in rows], wanted)
+        by_number |= dict(zip(numbers, found.reshape(len(captions), len(numbers), *found.shape[1:]).swapaxes(0, 1)))
+    return np.stack([by_number[number] for number in range(len(steps))], axis=1)
+
+
+def _members(caption: str, samples: np.ndarray, rng: np.random.Generator) -> list[tuple[str, np.ndarray, float]]:
+    """(kind, latents, worth) of a caption's pictures."""
+    scene = tiny.encode_image(draw.render(draw.parse(caption), SIZE, rng))
+    spoiled = broken(scene if rng.random() < 0.5 else samples[0], str(rng.choice(BROKEN)), rng)
+    judged = [("sample", latents, worth(caption, latents)) for latents in samples]
+    return [*judged, ("scene", scene, worth(caption, scene)), ("broken", spoiled, BROKEN_WORTH)]
+
+
+def _compared(members, config: SamplesConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(chosen, rejected) of a caption's pairs, whose order errs where worths lie near each other."""
+    differ = [
+        pair for pair in itertools.combinations(range(len(members)), 2) if members[pair[0]][2] != members[pair[1]][2]
+    ]
+    rng.shuffle(differ)
+    ordered = []
+    for one, other in differ[: config.pairs]:
+        gap = members[one][2] - members[other][2] + np.sqrt(2) * config.error * rng.standard_normal()
+        ordered.append((one, other) if gap > 0 else (other, one))
+    return ordered

@@ -1,0 +1,79 @@
+"""Preference pairs of several pictures of one caption, ordered by rules with errors."""
+
+import collections
+
+import numpy as np
+
+from dinalrm_jax.data.records import Records
+from dinalrm_jax.encoders import tiny
+from dinalrm_jax.model.encoding import EncodersConfig
+from dinalrm_jax.scenes import draw
+from dinalrm_jax.scenes.config import SamplesConfig
+from dinalrm_jax.scenes.samples import BROKEN_WORTH, broken, worth, write_sample_records
+
+
+def sample(captions, numbers, steps):
+    """A generator that gets the shape of every third picture wrong, and with few steps also the count."""
+    latents = []
+    for caption, number in zip(captions, numbers):
+        rng = np.random.default_rng([len(caption), number])
+        scene = draw.parse(caption)
+        if number % 3 == 0:
+            scene = draw.violate(scene, "shape", rng, draw.COMBINATIONS)
+        if steps < 5:
+            scene = draw.violate(scene, "count", rng, draw.COMBINATIONS)
+        latents.append(tiny.encode_image(draw.render(scene, 64, rng)))
+    return np.stack(latents)
+
+
+def written(tmp_path, error):
+    config = SamplesConfig(train_captions=12, eval_captions=4, steps=(8, 8, 3), pairs=5, error=error)
+    write_sample_records(tmp_path, config, EncodersConfig("tiny", 16), sample)
+    return Records(tmp_path)
+
+
+def worths(records, split):
+    """(chosen, rejected) of every pair; what is broken on purpose is worth what it was given."""
+    values = []
+    for place in range(len(records.pairs(split))):
+        pair = records.pairs(split)[place]
+        caption = records.prompts[pair.prompt].text
+        kinds = pair.kind.split("/")
+        values.append([
+            BROKEN_WORTH if kind == "broken" else worth(caption, records.images[image].latents)
+            for kind, image in zip(kinds, (pair.chosen, pair.rejected))
+        ])  # fmt: skip
+    return np.array(values)
+
+
+def test_pairs_are_ordered_by_worth(tmp_path):
+    records = written(tmp_path / "data", error=0.0)
+    values = worths(records, "train")
+    assert len(values) > 40
+    assert (values[:, 0] > values[:, 1]).all()
+    kinds = collections.Counter(records.pairs("train")[n].kind for n in range(len(values)))
+    assert {"sample/sample", "scene/sample", "scene/broken"} <= set(kinds)
+    held_out = {records.prompts[records.pairs("eval")[n].prompt].text for n in range(len(records.pairs("eval")))}
+    assert all(draw.is_held_out(caption) for caption in held_out)
+
+
+def test_people_err_where_pictures_are_alike(tmp_path):
+    values = worths(written(tmp_path / "data", error=1.5), "train")
+    wrong, gap = values[:, 0] < values[:, 1], np.abs(values[:, 0] - values[:, 1])
+    assert 0.05 < wrong.mean() < 0.5
+    assert gap[wrong].mean() < gap[~wrong].mean()
+
+
+def test_what_is_broken_is_seen_to_be():
+    rng = np.random.default_rng(0)
+    caption = "two purple stars on the left"
+    scene = tiny.encode_image(draw.render(draw.parse(caption), 64, rng))
+    assert worth(caption, scene) == 5
+    assert worth(caption, broken(scene, "blank", rng)) < 1
+    scaled = broken(scene, "scaled", rng) / scene
+    np.testing.assert_allclose(scaled, scaled[0, 0, 0], rtol=1e-4)
+    assert 1.4 <= scaled[0, 0, 0] <= 2.2
+    speckled = broken(scene, "speckled", rng) - scene
+    assert 0.2 < speckled.std() < 0.65
+    white = tiny.encode_image(np.full((64, 64, 3), 255, np.uint8))
+    np.testing.assert_allclose(broken(scene, "bleached", rng), 0.25 * scene + 0.75 * white, rtol=1e-5)
