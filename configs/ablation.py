@@ -12,6 +12,9 @@ import configs.quickstart as quickstart
 
 
 def get_config(seeds: str = "3") -> ConfigDict:
+    if not seeds.isdecimal():
+        raise ValueError(f"this config takes a number of seeds (:1), not :{seeds}")
+
     def variant(name: str) -> ConfigDict:
         config = quickstart.get_config()
         config.name = name

@@ -94,11 +94,20 @@ def load_config(file: str, overrides: Sequence[str], kinds: Sequence[type]) -> C
             with section.ignore_type():
                 section[key] = None
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        raise UsageError(_told(error, kinds)) from error
+        raise UsageError(_told(error, file, kinds)) from error
     return config
 
 
-def _told(error: Exception, kinds: Sequence[type]) -> str:
+# What `config_flags` makes of an error that a config file raises: a traceback, and the error.
+REFUSED = re.compile(r"parsing config file:.*^(?:[\w.]+\.)?(?:ValueError|ConfigError): ", re.DOTALL | re.MULTILINE)
+
+
+def _told(error: Exception, file: str, kinds: Sequence[type]) -> str:
+    if said := REFUSED.search(str(error)):
+        return f"{file}: {str(error)[said.end() :].strip()}"
+    if "get_config() takes 0 positional arguments" in str(error):
+        name, _, variant = file.partition(":")
+        return f"{name} has no variants, and :{variant} names one"
     refused = re.search(r'instead of "(\w+)"', str(error))
     key = refused[1] if refused else str(error).strip("\"'")
     if wrong := re.match(r"flag --(config\.[\w.]+)=(.*): invalid literal", str(error), re.DOTALL):

@@ -23,10 +23,10 @@ class Chip:
     Attributes:
         kind: what JAX calls it, or what that begins with.
         peak: bfloat16 FLOP/s, dense.
-        memory: bytes that a program may use; a chip's compiler says how many those are; of a GPU the 92 % that launch/
-            lets JAX take (without that it takes 75 %).
+        memory: bytes; of a TPU what its compiler leaves to programs, of a GPU what the device has.
         platform: of JAX.
         sides: how many dimensions a slice's topology has; 0: no topology can be had.
+        megacore: two cores are one device, which the compiler has to be told.
     """
 
     kind: str
@@ -34,16 +34,22 @@ class Chip:
     memory: float
     platform: Literal["tpu", "gpu"]
     sides: int = 0
+    megacore: bool = False
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a program may use: of a GPU the 92 % that launch/ lets JAX take (without that it takes 75 %)."""
+        return self.memory * (0.92 if self.platform == "gpu" else 1.0)
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, "tpu", 3),
+    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, "tpu", 3, megacore=True),
     "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, "tpu", 2),
-    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, "tpu", 3),
-    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, "tpu", 2),
+    "v5p": Chip("TPU v5", 459e12, 95.73 * GIB, "tpu", 3),
+    "v6e": Chip("TPU v6 lite", 918e12, 31.24 * GIB, "tpu", 2),
     "a100": Chip("NVIDIA A100", 312e12, 80e9, "gpu"),
-    "h100": Chip("NVIDIA H100", 989e12, 0.92 * 79.0 * GIB, "gpu", 1),
-    "h200": Chip("NVIDIA H200", 989e12, 0.92 * 139.0 * GIB, "gpu", 1),
+    "h100": Chip("NVIDIA H100", 989e12, 79.0 * GIB, "gpu", 1),
+    "h200": Chip("NVIDIA H200", 989e12, 139.0 * GIB, "gpu", 1),
     "b200": Chip("NVIDIA B200", 2250e12, 180e9, "gpu"),
 }
 # Hopper as XLA's compiler wants to know it: NVIDIA's tuning guide for compute capability 9.0.
@@ -114,7 +120,9 @@ class Target:
         """
         try:
             if self.chip.platform == "tpu":
-                return topologies.get_topology_desc(f"{self.name}:{'x'.join(map(str, self.shape))}", "tpu").devices
+                slice_name = f"{self.name}:{'x'.join(map(str, self.shape))}"
+                options = {"chip_config_name": "megacore"} if self.chip.megacore else {}
+                return topologies.get_topology_desc(slice_name, "tpu", **options).devices
             flags = os.environ.get("XLA_FLAGS", "")
             os.environ["XLA_FLAGS"] = flags if UNTRIED in flags else f"{flags} {UNTRIED}".strip()
             return topologies.get_topology_desc(

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
@@ -55,10 +54,13 @@ def split_rows(x: jax.Array) -> jax.Array:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with data, fsdp and tensor axes over the devices of all processes, or over these, which need not be here.
 
+    Which device stands where is JAX's choice by how they are linked, the same here and there: a program compiled ahead
+    is that of the devices themselves.
+
     Raises:
         ConfigError: the axes do not fit the devices.
     """
-    there, devices = devices is None, jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed == 0 and -1 in sizes.values():
@@ -69,10 +71,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh {dataclasses.asdict(config)} does not fit {len(devices)} devices of {jax.process_count()} "
             "processes; let one axis be -1 for what the others leave, or make their product the number of devices"
         )
-    shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
-    if not there:
-        return Mesh(np.array(devices[:count]).reshape(shape), tuple(sizes), axis_types=axis_types)
-    return jax.make_mesh(shape, tuple(sizes), axis_types=axis_types, devices=devices[:count])
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:count]
+    )
 
 
 def row_devices(mesh: Mesh) -> int:

@@ -56,7 +56,7 @@ def plan(lower: Callable[[], jax.stages.Lowered], target: Target) -> Plan:
     Raises:
         ConfigError: a kernel that the target does not have, or a mesh that the heads do not divide.
     """
-    available = target.chip.memory / GIB
+    available = target.chip.usable / GIB
     with unchecked_cudnn():
         started = time.perf_counter()
         lowered = lower()

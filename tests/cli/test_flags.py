@@ -106,9 +106,18 @@ def test_a_packaged_config_from_elsewhere(tmp_path, monkeypatch, capsys):
         configs.find_config("configs/no.py")
 
 
-def test_a_variant_that_a_config_refuses_is_one_line():
-    with pytest.raises(UsageError, match="this config knows the variant :ensemble, not :foo"):
-        configs.load_config("configs/quickstart.py:foo", [], ())
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("configs/quickstart.py:foo", "configs/quickstart.py:foo: this config knows the variant :ensemble, not :foo"),
+        ("configs/ablation.py:x", "configs/ablation.py:x: this config takes a number of seeds (:1), not :x"),
+        ("configs/own.py:x", "configs/own.py has no variants, and :x names one"),
+    ],
+)
+def test_a_variant_that_a_config_refuses_is_one_line(file, told):
+    with pytest.raises(UsageError) as refused:
+        configs.load_config(file, [], ())
+    assert str(refused.value) == told
 
 
 @pytest.mark.parametrize(

@@ -94,22 +94,23 @@ def test_a_table_and_advice():
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, env=env | environment
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=env | environment)
 
 
 def test_commands_refuse_before_they_compile():
     for arguments, message in (
-        (("dinalrm_jax.benchmark", "--compile-for", "v9"), "'v9' is no chip"),
-        (("dinalrm_jax.benchmark", "--compile-for", "v5e", "--profile"), "--compile-for runs nothing"),
+        (("-m", "dinalrm_jax.benchmark", "--compile-for", "v9"), "'v9' is no chip"),
+        (("-m", "dinalrm_jax.benchmark", "--compile-for", "v5e", "--profile"), "--compile-for runs nothing"),
         (
-            ("dinalrm_jax.train", "--config", "configs/hpdv3.py", "--check-memory"),
+            ("-m", "dinalrm_jax.train", "--config", "configs/hpdv3.py", "--check-memory"),
             "--check-memory and --for go together",
         ),
-        (("dinalrm_jax.train", "--config", "configs/hpdv3.py", "--for", "v5e"), "--check-memory and --for go together"),
         (
-            ("dinalrm_jax.train", "--config", "configs/ablation.py", "--check-memory", "--for", "v5e"),
+            ("-m", "dinalrm_jax.train", "--config", "configs/hpdv3.py", "--for", "v5e"),
+            "--check-memory and --for go together",
+        ),
+        (
+            ("-m", "dinalrm_jax.train", "--config", "configs/ablation.py", "--check-memory", "--for", "v5e"),
             "every run of a sweep",
         ),
     ):
@@ -117,13 +118,39 @@ def test_commands_refuse_before_they_compile():
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
     if importlib.util.find_spec("libtpu") is None:
-        done = command("dinalrm_jax.benchmark", "--compile-for", "v5e")
+        done = command("-m", "dinalrm_jax.benchmark", "--compile-for", "v5e")
         assert "pip install libtpu" in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU with libtpu: pip install it")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU with libtpu: pip install it"
+)
+DEVICES = """
+from dinalrm_jax.devices.chips import CHIPS, Target
+from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
+for name, chip in CHIPS.items():
+    if chip.platform == "tpu":
+        for count in (1, 4, 8):
+            target = Target.parse(f"{name}:{count}")
+            devices = target.devices()
+            mesh = make_mesh(MeshConfig(data=-1), devices)
+            print(name, count, len(devices), mesh.size, devices[0].device_kind == chip.kind)
+"""
+
+
+@needs_libtpu
+def test_every_chip_of_a_slice_is_one_device():
+    """A v4's two cores too, and JAX makes a mesh of them, which it does of no half chips."""
+    done = command("-c", DEVICES)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{name} {count} {count} {count} True" for name in ("v4", "v5e", "v5p", "v6e") for count in (1, 4, 8)
+    ]
+
+
+@needs_libtpu
 def test_a_run_is_checked_for_a_tpu():
-    smoke = ("dinalrm_jax.train", "--config", "configs/hpdv3.py:smoke", "--check-memory", "--for", "v5e:4")
+    smoke = ("-m", "dinalrm_jax.train", "--config", "configs/hpdv3.py:smoke", "--check-memory", "--for", "v5e:4")
     done = command(*smoke)
     assert done.returncode == 0, done.stderr
     (step,) = [line for line in done.stdout.splitlines() if line.startswith("| train step")]
