@@ -9,6 +9,7 @@ batches of different size.
 """
 
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "released-t
 RELEASED_LOSS = LossConfig(sigma_0=0.05**0.5, epsilon=1e-6)
 
 
-def main() -> None:
-    jax.config.update("jax_default_matmul_precision", "highest")
+def deviations() -> Iterator[tuple[str, float]]:
+    """What is compared, and the largest difference; with a matmul precision of "highest", without which GPUs round."""
     cases = dict(np.load(GOLDEN / "cases.npz"))
     latents, rejected, eps, velocity, grad_latents = (
         jnp.asarray(cases[name].transpose(0, 2, 3, 1))
@@ -38,22 +39,21 @@ def main() -> None:
     module = reward_functional(model.config, model.execution)
     bound = module.bind(model.params)
 
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32, matmul precision highest")
     features = bound.features(latents, prompt, sigma, eps)
     taps = [(features.visual[i], cases[f"visual_{tap}"]) for i, tap in enumerate((1, 3, 5))]
     taps += [(features.text[i], cases[f"text_{tap}"]) for i, tap in enumerate((1, 3, 5))]
-    report("temb and taps", max(error(ours, theirs) for ours, theirs in [*taps, (features.temb, cases["temb"])]))
+    yield ("temb and taps", max(error(ours, theirs) for ours, theirs in [*taps, (features.temb, cases["temb"])]))
     scores = [(bound(latents, prompt, sigma, eps), cases["score_chosen"][:, 0])]
     scores += [(bound(rejected, prompt, sigma, eps), cases["score_reject"][:, 0])]
-    report("scores", max(error(ours, theirs) for ours, theirs in scores))
+    yield ("scores", max(error(ours, theirs) for ours, theirs in scores))
     levels = cases["ensemble_sigmas"].tolist()
-    report("ensemble", error(model.score_latents(latents, prompt, levels, eps), cases["score_ensemble"][:, 0]))
+    yield ("ensemble", error(model.score_latents(latents, prompt, levels, eps), cases["score_ensemble"][:, 0]))
     config, params = load_backbone(GOLDEN)
     noisy = noise.add_noise(latents, sigma, eps)
     whole = transformer_functional(config, model.execution).bind(params)
-    report("velocity of the whole transformer", error(whole.velocity(noisy, noise.timestep(sigma), prompt), velocity))
+    yield ("velocity of the whole transformer", error(whole.velocity(noisy, noise.timestep(sigma), prompt), velocity))
     gradient = jax.grad(lambda x: bound(x, prompt, sigma, eps).sum())(latents)
-    report("gradient in latents (relative)", relative(gradient, grad_latents))
+    yield ("gradient in latents (relative)", relative(gradient, grad_latents))
 
     def loss(trainable):
         at = module.bind({**model.params, **trainable})
@@ -66,13 +66,13 @@ def main() -> None:
         ours = ours.replace(".default.weight", "").replace("reward_head.", "head.")
         if key.startswith("grad:"):
             errors.append(relative(gradients[ours], cases[key]))
-    report(f"gradients in {len(errors)} LoRA and head weights (relative)", max(errors))
+    yield (f"gradients in {len(errors)} LoRA and head weights (relative)", max(errors))
 
     half = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="bfloat16")
     both = jnp.concatenate([latents, rejected]), jax.tree.map(lambda x: jnp.concatenate([x, x]), prompt)
     for level in (0.4, (0.2, 0.5, 0.7)):
         exact, rounded = (m.score_latents(*both, level) for m in (model, half))
-        report(
+        yield (
             f"bfloat16 against float32, sigma {level}, scores {exact.min():.2f} to {exact.max():.2f}",
             error(exact, rounded),
         )
@@ -81,7 +81,7 @@ def main() -> None:
     for name, m in (("float32", model), ("bfloat16", half)):
         together = m.score_latents(*both, 0.4)
         parts = [m.score_latents(both[0][r : r + n], both[1][r : r + n], 0.4)[0] for r in range(rows) for n in (1, 2)]
-        report(
+        yield (
             f"a row alone and first of two against the row in a batch of {rows}, {name}",
             error(parts, np.repeat(together, 2)),
         )
@@ -95,8 +95,11 @@ def relative(ours, theirs) -> float:
     return error(ours, theirs) / float(np.abs(theirs).max())
 
 
-def report(name: str, value: float) -> None:
-    print(f"  {value:.1e}  {name}")
+def main() -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32, matmul precision highest")
+    for name, value in deviations():
+        print(f"  {value:.1e}  {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ torch and aiohttp). Every score is compared with `RewardModel.score_latents`.
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import multiprocessing
 import os
 import pathlib
+import queue
 import re
 import signal
 import subprocess
@@ -23,6 +25,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from typing import IO
 
 import jax
@@ -79,6 +82,48 @@ def client_process(verl, port, shape, numbers, retries, connection) -> None:
         os._exit(0)  # verl-omni's client leaves its session open, and says so at length
 
     asyncio.run(run())
+
+
+@contextlib.contextmanager
+def clients(verl: str | None, port: int, shape: RowShape, requests: int, loops: int, retries: int) -> Iterator[list]:
+    """A pipe to each of `loops` processes that share the requests; see `client_process`."""
+    context = multiprocessing.get_context("spawn")
+    pipes = []
+    for numbers in np.array_split(np.arange(requests), loops):
+        ours, theirs = context.Pipe()
+        arguments = (verl, port, shape, numbers.tolist(), retries, theirs)
+        context.Process(target=client_process, args=arguments, daemon=True).start()
+        pipes.append(ours)
+    try:
+        for pipe in pipes:
+            pipe.recv()
+        yield pipes
+    finally:
+        for pipe in pipes:
+            pipe.send("stop")
+
+
+@contextlib.contextmanager
+def serving(model: dina.RewardModel, config: ServerConfig) -> Iterator[int]:
+    """A server in this process, ready; its port."""
+    server, loop, stop = RewardServer(model, config, "random"), asyncio.new_event_loop(), asyncio.Event()
+    started: queue.SimpleQueue = queue.SimpleQueue()
+
+    async def serve():
+        async with server.listening() as port:
+            started.put(port)
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    port = started.get()
+    try:
+        with RewardClient(ClientConfig(f"http://127.0.0.1:{port}")) as client:
+            client.wait_until_ready(600)
+        yield port
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
 
 
 def _ours(url, retries):
@@ -145,19 +190,12 @@ def load(values, restart: bool) -> None:
         checkpoint = pathlib.Path(directory) / "model"
         model.save(checkpoint)
         server = start_server(checkpoint, values.port, shape)
-        context = multiprocessing.get_context("spawn")
-        pipes, processes = [], []
-        for numbers in np.array_split(np.arange(values.requests), values.loops):
-            ours, theirs = context.Pipe()
-            arguments = (values.verl, values.port, shape, numbers.tolist(), values.retries, theirs)
-            processes.append(context.Process(target=client_process, args=arguments, daemon=True))
-            processes[-1].start()
-            pipes.append(ours)
         try:
-            with RewardClient(ClientConfig(f"http://127.0.0.1:{values.port}")) as client:
+            with (
+                clients(values.verl, values.port, shape, values.requests, values.loops, values.retries) as pipes,
+                RewardClient(ClientConfig(f"http://127.0.0.1:{values.port}")) as client,
+            ):
                 client.wait_until_ready(120)
-                for pipe in pipes:
-                    pipe.recv()
                 body = (16 * shape.height * shape.width + 4096 * shape.tokens + 2048) * 4
                 print(
                     f"jax {jax.__version__}, {os.cpu_count()} cores for server and clients, {values.requests} requests "
@@ -186,8 +224,6 @@ def load(values, restart: bool) -> None:
                     new = metric(values.port, "dinalrm_xla_compilations") - compiled
                     print(f"programs compiled after the start: {new:.0f}")
         finally:
-            for pipe in pipes:
-                pipe.send("stop")
             server.send_signal(signal.SIGTERM)
             print(f"server's exit status after SIGTERM: {server.wait(60)}")
 
@@ -210,48 +246,35 @@ def overhead(values) -> None:
     """Batches of 8 through HTTP beside the same batches through `reward_fn`, in rotation."""
     shape = RowShape.parse(values.shape)
     model = dina.RewardModel.init(RewardModelConfig())
-    server = RewardServer(model, ServerConfig(port=values.port, warmup=(str(shape),)), "random")
-    loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
-
-    async def serve():
-        async with server.listening():
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
     latents, embeds, pooled = map(np.stack, zip(*(row(n, shape, (4096, 2048)) for n in range(8))))
     prompt = dina.PromptEmbeds(embeds, pooled)
     sigma = float(nearest_schedule_sigma(SIGMA))
     bare = jax.jit(model.reward_fn(sigma))
     device = jax.device_put((latents, prompt))
 
-    async def over_http():
-        config = ClientConfig(f"http://127.0.0.1:{values.port}", rows_per_request=1)
+    async def over_http(port):
+        config = ClientConfig(f"http://127.0.0.1:{port}", rows_per_request=1)
         async with AsyncRewardClient(config) as client:
             return await client.score_latents(latents, prompt, SIGMA)
 
     def direct():
         return np.asarray(bare(model.params, *device, jax.random.key(0)))
 
-    with RewardClient(ClientConfig(f"http://127.0.0.1:{values.port}")) as client:
-        client.wait_until_ready(600)
     seconds = {"bare": [], "http": []}
-    for number in range(values.rounds + 1):
-        for name, function in (("bare", direct), ("http", lambda: asyncio.run(over_http()))):
-            started = time.perf_counter()
-            scores = function()
-            if number:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - started)
-            print(f"{name}: {time.perf_counter() - started:.2f} s, first score {scores[0]:+.5f}", flush=True)
+    with serving(model, ServerConfig(port=values.port, warmup=(str(shape),))) as port:
+        for number in range(values.rounds + 1):
+            for name, function in (("bare", direct), ("http", lambda: asyncio.run(over_http(port)))):
+                started = time.perf_counter()
+                scores = function()
+                if number:  # the first is a warm-up
+                    seconds[name].append(time.perf_counter() - started)
+                print(f"{name}: {time.perf_counter() - started:.2f} s, first score {scores[0]:+.5f}", flush=True)
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, full size, float32, {shape}, "
         f"8 requests of one row at once, client in this process: reward_fn {medians['bare']:.2f} s, over HTTP "
         f"{medians['http']:.2f} s, {100 * (medians['http'] / medians['bare'] - 1):+.1f} % (medians of {values.rounds})"
     )
-    loop.call_soon_threadsafe(stop.set)
-    thread.join()
 
 
 def main(_) -> None:

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from dinalrm_jax.data.mixture import AnyRecords
@@ -124,6 +123,8 @@ class TrainingBatches:
     """
 
     def __init__(self, records: AnyRecords, batch_size: int, seed: int, rows: Sequence[int] | None = None):
+        import grain  # takes a second, and brings packages that one who only aligns or scores need not have
+
         pairs = JoinedPairs(records, "train")
         if len(pairs) < batch_size:
             raise RecordsError(f"{records.directory} has {len(pairs)} training pairs, a batch takes {batch_size}")
