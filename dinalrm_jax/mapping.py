@@ -79,6 +79,12 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config")
         raise ConfigError(f"{where}: {error}") from None
 
 
+def from_known(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """`from_mapping` of the keys that `cls` has, for files of others that say more than a model's shape."""
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return from_mapping(cls, {key: value for key, value in values.items() if key in known}, where)
+
+
 def with_defaults(cls: type, values: Mapping[str, Any]) -> "ConfigDict":
     """`values` with every default of the dataclass `cls` filled in, for `configs/*.py` to return.
 

@@ -7,6 +7,7 @@ ACCURACY, REPORT = "dinalrm_jax/evaluation/accuracy.py", "dinalrm_jax/evaluation
 EVALUATOR, PAIRS = "dinalrm_jax/evaluation/benchmark.py", "dinalrm_jax/evaluation/pairs.py"
 OF_SCORING, OF_MODEL = "tests/evaluation/test_scoring.py", "tests/test_reward_model.py"
 OF_ACCURACY, OF_EVALUATION = "tests/evaluation/test_accuracy.py", "tests/evaluation/test_benchmark.py"
+JUDGES = "tests/evaluation/test_judges.py"
 
 MUTANTS = [
     Mutant("an image's noise ignores its name", NOISE, 'f"{self.seed}\\0{name}"', 'f"{self.seed}\\0"', "tests/test_noise.py"),
@@ -53,4 +54,11 @@ MUTANTS = [
            "False", "tests/test_reward_model.py -k digits"),
     Mutant("reward_fn takes latents of any layout", "dinalrm_jax/reward_model.py", "            spec.validate_rows(latents, prompt)\n", "",
            "tests/test_reward_model.py -k not_a_prompt"),
+    Mutant("HPSv2 reads the middle of an image", "dinalrm_jax/encoders/clip_files.py", 'fit="pad"', 'fit="crop"', JUDGES),
+    Mutant("queries and keys in the other's place", "dinalrm_jax/encoders/clip_files.py", 'for part, third in zip("qkv", np.split(array, 3))',
+           'for part, third in zip("kqv", np.split(array, 3))', f"{JUDGES} -k hpsv2"),
+    Mutant("HPSv2 with the quick GELU", "dinalrm_jax/encoders/clip_files.py", '"hidden_act": "gelu"', '"hidden_act": "quick_gelu"', JUDGES),
+    Mutant("HPSv2 with a temperature", "dinalrm_jax/evaluation/judges/clip.py", 'cosine if kind == "pickscore" else cosine', "cosine", JUDGES),
+    Mutant("a directory without a tokenizer has an empty one", "dinalrm_jax/encoders/tokenizers.py", "if not any(", "if False and not any(",
+           "tests/encoders/test_encoders.py -k incomplete"),
 ]  # fmt: skip

@@ -14,6 +14,9 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
+# An `eos_token_id` that published configs have, and that is not the id in the vocabulary: transformers then takes the
+# highest id of a row, which is the end-of-text token's, as the original does.
+HIGHEST_ID = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +74,8 @@ class CLIPTextTransformer(nnx.Module):
         for layer in layers:
             x = layer(x)
         penultimate, final = x, self.final_layer_norm(last(x))
-        # Published configs say eos_token_id 2, which is not the id in the vocabulary; transformers
-        # then takes the highest id of a row, which is the end-of-text token's.
         eos = self.config.eos_token_id
-        ends = jnp.argmax(input_ids if eos == 2 else input_ids == eos, axis=-1)
+        ends = jnp.argmax(input_ids if eos == HIGHEST_ID else input_ids == eos, axis=-1)
         return penultimate, jnp.take_along_axis(final, ends[:, None, None], axis=1)[:, 0]
 
 

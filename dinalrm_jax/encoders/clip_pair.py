@@ -12,6 +12,7 @@ from dinalrm_jax.model.layers import Conv2d, Embedding, LayerNorm, Linear
 
 # Of the pixels that CLIP was trained on; those of every published CLIP, open_clip's among them.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+Fit = Literal["crop", "pad"]  # the middle of the image, as CLIP; all of it on black, as HPSv2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,12 @@ class CLIPVisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, and the width of the space that they share."""
+    """Both towers, the width of the space that they share, and how an image is brought to the tower's square."""
 
     text: CLIPTextConfig = CLIPTextConfig()
     vision: CLIPVisionConfig = CLIPVisionConfig()
     projection_dim: int = 512
+    fit: Fit = "crop"
 
 
 class CLIPModel(nnx.Module):
@@ -54,7 +56,9 @@ class CLIPModel(nnx.Module):
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
         """(B, H, W, 3) in [0, 1], of any size -> (B, projection_dim) float32; differentiable in the pixels."""
-        return self.visual_projection(self.vision_model(prepared(pixels, self.config.vision.image_size)))
+        return self.visual_projection(
+            self.vision_model(prepared(pixels, self.config.vision.image_size, self.config.fit))
+        )
 
 
 class CLIPVisionTransformer(nnx.Module):
@@ -87,16 +91,27 @@ class CLIPVisionEmbeddings(nnx.Module):
         return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))
 
 
-def prepared(pixels: jax.Array, size: int) -> jax.Array:
-    """What a tower of this image size reads: the shorter side to `size` (bicubic), the middle, normalised.
+def prepared(pixels: jax.Array, size: int, fit: Fit) -> jax.Array:
+    """What a tower of this image size reads, (B, size, size, 3) normalised.
 
-    CLIP's own preprocessing, but that resized pixels are not rounded to 8 bits.
+    "crop": the shorter side to `size`, and of that the middle; CLIP's own preprocessing, but that resized pixels are
+    not rounded to 8 bits. "pad": the longer side, black on both sides of the other; HPSv2's, which neither rounds nor
+    clips. Both bicubic.
     """
     batch, height, width, channels = pixels.shape
-    if (height, width) != (size, size):
+    if fit == "crop":
         shorter = min(height, width)
-        shape = (batch, size * height // shorter, size * width // shorter, channels)
-        pixels = jnp.clip(jax.image.resize(pixels, shape, "bicubic", antialias=True), 0, 1)
-        top, left = (shape[1] - size) // 2, (shape[2] - size) // 2
+        inner = (size * height // shorter, size * width // shorter)
+    else:
+        scale = size / max(height, width)
+        inner = (round(height * scale), round(width * scale))
+    if (height, width) != inner:
+        pixels = jax.image.resize(pixels, (batch, *inner, channels), "bicubic", antialias=True)
+        pixels = jnp.clip(pixels, 0, 1) if fit == "crop" else pixels
+    if fit == "crop":
+        top, left = ((side - size) // 2 for side in inner)
         pixels = pixels[:, top : top + size, left : left + size]
+    else:
+        rows, columns = (((size - side) // 2, size - side - (size - side) // 2) for side in inner)
+        pixels = jnp.pad(pixels, ((0, 0), rows, columns, (0, 0)))
     return (pixels - jnp.asarray(MEAN)) / jnp.asarray(STD)

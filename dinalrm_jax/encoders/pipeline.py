@@ -7,7 +7,6 @@
 Our modules carry the files' names and PyTorch's layouts, so every table is the identity.
 """
 
-import dataclasses
 import hashlib
 import json
 import pathlib
@@ -18,7 +17,7 @@ import numpy as np
 from dinalrm_jax.encoders.clip import CLIPTextConfig, CLIPTextModel
 from dinalrm_jax.encoders.t5 import T5Config, T5Encoder
 from dinalrm_jax.encoders.vae import AutoencoderKL, VAEConfig
-from dinalrm_jax.mapping import ConfigError, from_mapping
+from dinalrm_jax.mapping import ConfigError, from_known
 from dinalrm_jax.model import tables
 from dinalrm_jax.model.parameters import Functional, functional
 from dinalrm_jax.weights.files import SafetensorsDirectory, read_json, resolve
@@ -109,11 +108,8 @@ def text_fingerprint(directory: pathlib.Path) -> str:
 
 
 def _geometry(cls: type[C], directory: pathlib.Path) -> C:
-    """The fields of `cls` in the directory's config.json; what the file says beside them is not about shape."""
     path = directory / "config.json"
-    values = read_json(path)
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    return from_mapping(cls, {key: value for key, value in values.items() if key in known}, str(path))
+    return from_known(cls, read_json(path), str(path))
 
 
 def _tensors(directory: pathlib.Path, stem: str, module: Functional, unused: str | None) -> dict[str, np.ndarray]:

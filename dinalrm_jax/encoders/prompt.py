@@ -11,6 +11,7 @@ import numpy as np
 
 from dinalrm_jax.devices.local import on_local_devices, split_locally
 from dinalrm_jax.encoders.pipeline import TEXT_FILES, load_clip, load_t5, open_pipeline
+from dinalrm_jax.encoders.tokenizers import load_tokenizer
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.parameters import Functional, Params
@@ -31,20 +32,13 @@ class SD3PromptEncoder:
     """
 
     def __init__(self, base_model: str | pathlib.Path, text_length: int, dtype: str):
-        from transformers import AutoTokenizer, CLIPTokenizer  # slow to import
-
         directory = open_pipeline(base_model, TEXT_FILES)
         self.text_length, self.dtype = text_length, dtype
-        self._tokenizers = []
-        for name, kind in (
-            ("tokenizer", CLIPTokenizer),
-            ("tokenizer_2", CLIPTokenizer),
-            ("tokenizer_3", AutoTokenizer),
-        ):
-            try:
-                self._tokenizers.append(kind.from_pretrained(directory / name, local_files_only=True))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{directory / name} holds no tokenizer: {error}") from error
+        self._tokenizers = [
+            load_tokenizer(directory / "tokenizer", "clip"),
+            load_tokenizer(directory / "tokenizer_2", "clip"),
+            load_tokenizer(directory / "tokenizer_3", "t5"),
+        ]
         clip_l, self._clip_l, params_l = load_clip(directory / "text_encoder")
         clip_g, self._clip_g, params_g = load_clip(directory / "text_encoder_2")
         t5, self._t5, params_t5 = load_t5(directory / "text_encoder_3")

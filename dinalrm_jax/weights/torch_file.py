@@ -47,8 +47,11 @@ class _Storage:
     used: int = 0
 
 
-def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+def read(path: str | pathlib.Path, key: str | None = None) -> dict[str, np.ndarray]:
     """The state dict's arrays by name.
+
+    Args:
+        key: where the file holds the state dict in another dict, under this key.
 
     Raises:
         TorchFileError: not such a file, or a pickle that asks for anything but tensors.
@@ -64,6 +67,10 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # a pickle can raise anything
         raise TorchFileError(f"{path} is not a torch.save file of plain tensors: {error}") from error
+    if key is not None:
+        if not isinstance(state, Mapping) or key not in state:
+            raise TorchFileError(f"{path} holds no {key!r}")
+        state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(array, np.ndarray) for array in state.values()):
         raise TorchFileError(f"{path} does not hold a flat state dict (name -> tensor)")
     return dict(state)

@@ -233,6 +233,7 @@ def test_sharded_and_half_precision_files(tiny_pipeline, torch_pipeline, tmp_pat
     [
         (lambda d: shutil.rmtree(d / "text_encoder_2"), FileNotFoundError, "text_encoder_2"),
         (lambda d: shutil.rmtree(d / "tokenizer"), ConfigError, "tokenizer holds no tokenizer"),
+        (lambda d: (d / "tokenizer_2" / "vocab.json").unlink(), ConfigError, "tokenizer_2 holds no tokenizer"),
         (lambda d: (d / "text_encoder_3" / "model.safetensors").unlink(), FileNotFoundError, "holds neither"),
         (lambda d: change(d / "text_encoder" / "config.json", hidden_size=32), WeightsError, "misshapen"),
         (lambda d: change(d / "text_encoder_3" / "config.json", d_model=32), WeightsError, "misshapen"),

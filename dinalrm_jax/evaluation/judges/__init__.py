@@ -3,3 +3,7 @@
 A judge is a pure function of (params, pixels (B, H, W, 3) in [0, 1], token ids (B, T)) -> (B,), jitted and
 differentiable in the pixels; `judges.clip.Judge` holds one with its weights.
 """
+
+from typing import Literal
+
+JudgeName = Literal["clip", "pickscore", "hpsv2", "aesthetic"]
