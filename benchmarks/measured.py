@@ -4,7 +4,7 @@
 
 A file is {"command", "conditions", "measured" or "recorded", "columns", "rows"}: the commit that was measured, or where
 nobody noted it, the one that last wrote the numbers down. `benchmarks.speed` measures, and shows, the files named after
-a machine.
+a processor, and `benchmarks.gpu` those named after a card; where there is none, no section of one.
 """
 
 import json
@@ -14,9 +14,11 @@ import re
 from absl import app
 
 from benchmarks import speed
+from benchmarks.gpu import tables
 
 RESULTS = speed.RESULTS
 DOCUMENT, README = speed.DOCUMENT, speed.HERE.parent / "README.md"
+GPU = re.compile(r"(<!-- gpu: python -m benchmarks.gpu -->\n).*?(<!-- end of gpu -->)", flags=re.DOTALL)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 # README's selection of `summary`: beginnings of the first column.
 SELECTION = (
@@ -68,7 +70,8 @@ def with_tables(text: str) -> str:
         result = selection(load("summary")) if name == "selection" else load(name)
         return f"{match[1]}{as_markdown(result)}\n{match[3]}"
 
-    return MARKED.sub(render, text)
+    cards = tables.all_markdown()
+    return GPU.sub(lambda match: f"{match[1]}{cards}{chr(10) if cards else ''}{match[2]}", MARKED.sub(render, text))
 
 
 def write(path: pathlib.Path) -> None:

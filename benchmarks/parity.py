@@ -39,27 +39,31 @@ def deviations() -> Iterator[tuple[str, float]]:
     module = reward_functional(model.config, model.execution)
     bound = module.bind(model.params)
 
-    features = bound.features(latents, prompt, sigma, eps)
+    features = jax.jit(bound.features)(latents, prompt, sigma, eps)
+    score = jax.jit(bound)
     taps = [(features.visual[i], cases[f"visual_{tap}"]) for i, tap in enumerate((1, 3, 5))]
     taps += [(features.text[i], cases[f"text_{tap}"]) for i, tap in enumerate((1, 3, 5))]
     yield ("temb and taps", max(error(ours, theirs) for ours, theirs in [*taps, (features.temb, cases["temb"])]))
-    scores = [(bound(latents, prompt, sigma, eps), cases["score_chosen"][:, 0])]
-    scores += [(bound(rejected, prompt, sigma, eps), cases["score_reject"][:, 0])]
+    scores = [(score(latents, prompt, sigma, eps), cases["score_chosen"][:, 0])]
+    scores += [(score(rejected, prompt, sigma, eps), cases["score_reject"][:, 0])]
     yield ("scores", max(error(ours, theirs) for ours, theirs in scores))
     levels = cases["ensemble_sigmas"].tolist()
     yield ("ensemble", error(model.score_latents(latents, prompt, levels, eps), cases["score_ensemble"][:, 0]))
     config, params = load_backbone(GOLDEN)
     noisy = noise.add_noise(latents, sigma, eps)
     whole = transformer_functional(config, model.execution).bind(params)
-    yield ("velocity of the whole transformer", error(whole.velocity(noisy, noise.timestep(sigma), prompt), velocity))
-    gradient = jax.grad(lambda x: bound(x, prompt, sigma, eps).sum())(latents)
+    yield (
+        "velocity of the whole transformer",
+        error(jax.jit(whole.velocity)(noisy, noise.timestep(sigma), prompt), velocity),
+    )
+    gradient = jax.jit(jax.grad(lambda x: bound(x, prompt, sigma, eps).sum()))(latents)
     yield ("gradient in latents (relative)", relative(gradient, grad_latents))
 
     def loss(trainable):
         at = module.bind({**model.params, **trainable})
         return pair_loss(at(latents, prompt, sigma, eps), at(rejected, prompt, sigma, eps), sigma, RELEASED_LOSS).mean()
 
-    gradients = jax.grad(loss)({name: array for name, array in model.params.items() if is_trainable(name)})
+    gradients = jax.jit(jax.grad(loss))({name: array for name, array in model.params.items() if is_trainable(name)})
     errors = []
     for key in cases:
         ours = key.removeprefix("grad:").replace("backbone.base_model.model.", "backbone.")

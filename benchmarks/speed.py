@@ -21,7 +21,6 @@ RESULTS = HERE / "results"
 DOCUMENT, PLOT = HERE.parent / "docs" / "measured.md", HERE.parent / "docs" / "speed.png"
 START, END = "<!-- speed: python -m benchmarks.speed -->", "<!-- end of speed -->"
 
-GPU = ("--dtype=bfloat16", "--attention=cudnn", "--repeats=20")
 # What is measured: flags of the benchmark command. The original does the same work in turn, but does not load.
 SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
@@ -36,19 +35,6 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "train_256_remat": ("--mode=train", "--remat=block", "--repeats=2"),
         "image_512": ("--mode=image", "--resolution=512"),
         "load": ("--mode=load", "--dtype=bfloat16"),
-    },
-    "gpu": {
-        f"{mode}_{side}_batch_{batch}{'_compiled' * compiled}": (
-            f"--mode={mode}",
-            f"--resolution={side}",
-            f"--batch={batch}",
-            *GPU,
-            *("--compile-reference",) * compiled,
-        )
-        for mode in ("score", "ensemble", "gradient", "train")
-        for side in (512, 1024)
-        for batch in (1, 8)
-        for compiled in (False, True)
     },
 }
 

@@ -58,7 +58,7 @@ def test_what_is_written(tmp_path):
 
 def test_every_level_that_is_logged_is_its_own():
     scorer = types.SimpleNamespace(run=lambda params, levels, draw: SCORES)
-    values = HeldOutPairs(scorer, {}, (0.2, 0.4), NoiseDraw(0))({})
+    values = HeldOutPairs(scorer, {}, (0.2, 0.4), NoiseDraw(0))({}, step=1)
     assert values == pytest.approx({"eval_accuracy": 0.75, "eval_sigma": 0.2, "eval_accuracy/0.4": 0.25})
 
 
