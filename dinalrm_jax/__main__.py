@@ -6,7 +6,9 @@ import pathlib
 import runpy
 import sys
 
-COMMANDS = ("train", "align", "evaluate", "preprocess", "convert", "score", "generate", "serve", "benchmark", "client")
+COMMANDS = (
+    "train", "align", "evaluate", "preprocess", "convert", "score", "generate", "judge", "serve", "benchmark", "client",
+)  # fmt: skip
 
 
 def sentence(command: str) -> str:

@@ -16,17 +16,15 @@ from dinalrm_jax.cli.options import GenerateOptions
 
 answer_help(__name__, __doc__, GenerateOptions)  # before the imports that take a second
 
-import json
 import pathlib
 import re
 
 import jax
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from dinalrm_jax.data.buckets import parse_bucket
+from dinalrm_jax.data.generated import save_generated
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.encoders.taesd3 import Preview
@@ -78,17 +76,15 @@ def save_images(
         order = ranks([scores[row] for row in members]) if scores is not None else range(1, len(members) + 1)
         for rank, row in sorted(zip(order, members)):
             path = output / file_name(place, prompts[row], rank)
-            told = {
+            made = {
                 "prompt": prompts[row], "negative_prompt": options.negative_prompt, "seed": options.seed,
                 "number": members.index(row), "steps": options.steps, "guidance": options.guidance,
                 "base_model": options.base_model, "policy": options.policy,
                 "score": None if scores is None else scores[row],
             }  # fmt: skip
-            info = PngInfo()
-            info.add_itxt("dinalrm", json.dumps(told, ensure_ascii=False))
-            Image.fromarray(images[row]).save(path, pnginfo=info)
+            save_generated(path, images[row], made)
             score = 0.0 if scores is None else scores[row]
-            rows.append(ScoredImage(rank, score, None, float(normalize(score)), str(path), prompts[row]))
+            rows.append(ScoredImage(rank, score, str(path), prompts[row], None, float(normalize(score))))
     return rows
 
 

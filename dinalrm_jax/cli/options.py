@@ -189,19 +189,13 @@ class ConvertOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ModelOptions):
-    """What `score` is told.
+class ImageOptions:
+    """Images to rank, and where the ranking goes.
 
     images: Image files, and directories whose images are scored in the order of their names.
     prompt: The prompt of all images.
-    prompt_file: A text file with one line for all images, or one line for each.
-    sigma: Noise level in [0, 1], 0.4 where none is given; several between commas are the token-level ensemble.
-    ensemble: Levels of the token-level ensemble, for instance 0.2,0.5,0.7; in the place of --sigma.
-    seed: Seed of the noise, which all images share.
-    samples: Number of noise draws to average over; above 1 the standard error is told too.
-    size: HEIGHTxWIDTH to resize all images to; where it is not given, they keep their own and large ones are
-        scaled down.
-    batch_size: Images in one program.
+    prompt_file: A text file with one line for all images, or one line for each. Images that `generate` wrote say
+        their prompts where neither is given.
     json: File to write JSON to; - for standard output.
     csv: File to write CSV to; - for standard output.
     sheet: Image file to draw a contact sheet to, in rank order.
@@ -210,29 +204,72 @@ class ScoreOptions(ModelOptions):
     images: tuple[str, ...] = flag((), metavar="IMAGE...", positional=True)
     prompt: str | None = None
     prompt_file: str | None = flag(None, metavar="FILE")
+    json: str | None = flag(None, metavar="FILE")
+    csv: str | None = flag(None, metavar="FILE")
+    sheet: str | None = flag(None, metavar="FILE")
+
+    def __post_init__(self):
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UsageError("give either --prompt or --prompt-file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreOptions(ImageOptions, ModelOptions):
+    """What `score` is told.
+
+    sigma: Noise level in [0, 1], 0.4 where none is given; several between commas are the token-level ensemble.
+    ensemble: Levels of the token-level ensemble, for instance 0.2,0.5,0.7; in the place of --sigma.
+    seed: Seed of the noise, which all images share.
+    samples: Number of noise draws to average over; above 1 the standard error is told too.
+    size: HEIGHTxWIDTH to resize all images to; where it is not given, they keep their own and large ones are
+        scaled down.
+    batch_size: Images in one program.
+    """
+
     sigma: tuple[float, ...] = ()
     ensemble: tuple[float, ...] = ()
     seed: int = 0
     samples: int = 1
     size: str | None = flag(None, metavar="HEIGHTxWIDTH")
     batch_size: int = 8
-    json: str | None = flag(None, metavar="FILE")
-    csv: str | None = flag(None, metavar="FILE")
-    sheet: str | None = flag(None, metavar="FILE")
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, 1, ("samples", "batch_size"))
         are_levels(self, ("sigma", "ensemble"))
         if self.sigma and self.ensemble:
             raise UsageError("give either --sigma or --ensemble: --sigma with several levels is the ensemble")
-        if (self.prompt is None) == (self.prompt_file is None):
-            raise UsageError("give either --prompt or --prompt-file")
 
     @property
     def level(self) -> float | tuple[float, ...]:
         if self.ensemble:
             return self.ensemble
         return self.sigma if len(self.sigma) > 1 else (*self.sigma, 0.4)[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeOptions(ImageOptions):
+    """What `judge` is told.
+
+    judge: Who judges, as above.
+    model: Its weights, a directory, file or hub id, as above.
+    head: Of aesthetic, the file sac+logos+ava1-l14-linearMSE.pth.
+    tokenizer: A directory or hub id, where the model's has none.
+    """
+
+    judge: Literal["clip", "pickscore", "hpsv2", "aesthetic", "scenes"]
+    model: str | None = flag(None, metavar="MODEL")
+    head: str | None = flag(None, metavar="FILE")
+    tokenizer: str | None = flag(None, metavar="TOKENIZER")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.judge == "scenes" and (self.model or self.head or self.tokenizer):
+            raise UsageError("the judge scenes is rules and has no weights: leave --model, --head and --tokenizer out")
+        if self.judge != "scenes" and self.model is None:
+            raise UsageError(f"the judge {self.judge} needs its weights: --model")
+        if self.judge == "aesthetic" and (self.prompt is not None or self.prompt_file is not None):
+            raise UsageError("the judge aesthetic reads no prompt: leave --prompt and --prompt-file out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

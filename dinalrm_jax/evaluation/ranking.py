@@ -17,53 +17,64 @@ from dinalrm_jax.evaluation.scoring import ImageScores, normalize, ranks
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoredImage:
-    """An image's place among those of its prompt; `standard_error` is of the score's mean over noise draws."""
+class RankedImage:
+    """An image's place among those of its prompt."""
 
     rank: int
     score: float
-    standard_error: float | None
-    normalized: float
     image: str
     prompt: str
 
 
-def table_rows(prompts: Sequence[str], images: Sequence[str], found: ImageScores) -> list[ScoredImage]:
-    """The scored images, ranked within their prompt, prompts in their order, best image first."""
+@dataclasses.dataclass(frozen=True)
+class ScoredImage(RankedImage):
+    """By a reward model; `standard_error` is of the score's mean over noise draws, where there are several."""
+
+    standard_error: float | None
+    normalized: float
+
+
+HEADINGS = {"standard_error": "± s.e."}  # of what a table shows under another name
+
+
+def in_order(prompts: Sequence[str], scores: Sequence[float] | np.ndarray) -> list[tuple[int, int]]:
+    """(rank, index) of images, ranked within their prompt, prompts in their order; without those scored NaN."""
+    placed = []
+    for prompt in dict.fromkeys(prompts):
+        members = [i for i, each in enumerate(prompts) if each == prompt and not np.isnan(scores[i])]
+        placed += sorted(zip(ranks([scores[i] for i in members]), members))
+    return placed
+
+
+def scored_rows(prompts: Sequence[str], images: Sequence[str], found: ImageScores) -> list[ScoredImage]:
+    """A reward model's scores, ranked."""
     scores = found.scores[:, 0]
     mean, draws = scores.mean(axis=1), scores.shape[1]
     error = scores.std(axis=1, ddof=1) / np.sqrt(draws) if draws > 1 else np.full(len(scores), np.nan)
-    rows = []
-    for prompt in dict.fromkeys(prompts):
-        members = [i for i in range(len(images)) if prompts[i] == prompt and i not in found.problems]
-        placed = zip(ranks([mean[i] for i in members]), members)
-        rows += [
-            ScoredImage(
-                rank,
-                float(mean[i]),
-                float(error[i]) if draws > 1 else None,
-                float(normalize(mean[i])),
-                images[i],
-                prompt,
-            )
-            for rank, i in sorted(placed)
-        ]
-    return rows
+    return [
+        ScoredImage(
+            rank, float(mean[i]), images[i], prompts[i], float(error[i]) if draws > 1 else None,
+            float(normalize(mean[i])),
+        )
+        for rank, i in in_order(prompts, mean)
+    ]  # fmt: skip
 
 
-def as_table(rows: Sequence[ScoredImage]) -> str:
+def as_table(rows: Sequence[RankedImage]) -> str:
     """For the terminal; a heading for every prompt where there are several."""
     several = len({row.prompt for row in rows}) > 1
+    known = [field.name for field in dataclasses.fields(RankedImage)]
+    more = [field.name for field in dataclasses.fields(rows[0]) if field.name not in known]
+    more = [name for name in more if getattr(rows[0], name) is not None]
+    headings = "".join(f"  {HEADINGS.get(name, name):>8}" for name in more)
     lines = []
     for prompt in dict.fromkeys(row.prompt for row in rows):
-        lines += [shortened(prompt, 100)] if several else []
-        lines.append(
-            f"{'rank':>4}  {'score':>8}{'  ± s.e.' if rows[0].standard_error is not None else ''}  normalized  image"
-        )
+        lines += [shortened(prompt, 100)] if several and prompt else []
+        lines.append(f"{'rank':>4}  {'score':>8}{headings}  image")
         for row in rows:
             if row.prompt == prompt:
-                error = "" if row.standard_error is None else f"  {row.standard_error:6.3f}"
-                lines.append(f"{row.rank:>4}  {row.score:>+8.3f}{error}  {row.normalized:>10.3f}  {row.image}")
+                values = "".join(f"  {getattr(row, name):>{max(8, len(HEADINGS.get(name, name)))}.3f}" for name in more)
+                lines.append(f"{row.rank:>4}  {row.score:>+8.3f}{values}  {row.image}")
         lines += [""] if several else []
     return "\n".join(lines).rstrip()
 
@@ -74,16 +85,17 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def as_csv(rows: Sequence[ScoredImage]) -> str:
+def as_csv(rows: Sequence[RankedImage]) -> str:
     """A header and a line an image."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(ScoredImage)], lineterminator="\n")
+    names = [field.name for field in dataclasses.fields(rows[0])] if rows else []
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(map(dataclasses.asdict, rows))
     return text.getvalue()
 
 
-def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5, scored: bool = True) -> None:
+def draw_sheet(path: pathlib.Path, rows: Sequence[RankedImage], columns: int = 5, scored: bool = True) -> None:
     """A contact sheet: images in rank order, prompt by prompt, with their scores where they are `scored`."""
     groups = [[row for row in rows if row.prompt == prompt] for prompt in dict.fromkeys(row.prompt for row in rows)]
     heights = [-(-len(group) // columns) for group in groups]
@@ -101,7 +113,8 @@ def draw_sheet(path: pathlib.Path, rows: Sequence[ScoredImage], columns: int = 5
                 thumbnail = Image.fromarray(read_rgb(row.image))
                 thumbnail.thumbnail((320, 320))
                 axis.imshow(thumbnail)
-                error = "" if row.standard_error is None else f" ± {row.standard_error:.2f}"
+                spread = row.standard_error if isinstance(row, ScoredImage) else None
+                error = "" if spread is None else f" ± {spread:.2f}"
                 axis.set_title(f"{row.rank}.  {row.score:+.2f}{error}" if scored else f"{row.rank}", fontsize=11)
                 name = shortened(pathlib.Path(row.image).name, 34)
                 below: dict[str, Any] = {"ha": "center", "va": "top", "transform": axis.transAxes}

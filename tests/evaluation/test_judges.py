@@ -1,7 +1,10 @@
 """Judges against transformers' CLIP and the published heads' arithmetic, on random small towers."""
 
+import csv
 import gzip
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,15 @@ import torch
 import transformers
 from PIL import Image
 
+from dinalrm_jax.cli.flags import UsageError
+from dinalrm_jax.cli.options import JudgeOptions
+from dinalrm_jax.data.generated import save_generated
 from dinalrm_jax.encoders.clip_files import load_open_clip
 from dinalrm_jax.encoders.clip_pair import MEAN, STD, prepared
 from dinalrm_jax.evaluation.judges.clip import AESTHETIC_PLACES, AESTHETIC_WIDTHS, HPSV2_FILE, Judge
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.tables import WeightsError
+from dinalrm_jax.scenes import draw
 from dinalrm_jax.weights.torch_file import TorchFileError
 from tests.conftest import ROOT
 from tests.golden import hpsv2
@@ -222,3 +229,53 @@ def test_files_that_are_no_hpsv2(golden, hpsv2_directory):
     torch.save({"state_dict": state}, hpsv2_directory / "elsewhere" / HPSV2_FILE)
     with pytest.raises(ConfigError, match="holds no tokenizer: none of tokenizer.json"):
         Judge.from_pretrained("hpsv2", hpsv2_directory / "elsewhere")
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "dinalrm_jax.judge", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("theirs", ["gelu"], indirect=True)
+def test_judge_command(theirs, images, tmp_path):
+    """PickScores of transformers' own embeddings, ranked; a broken file is named and the others are judged."""
+    model, directory, tokenizer = theirs
+    text, image = features(model, tokenizer, images)
+    expected = (model.logit_scale.exp() * (text[0] * image).sum(dim=-1)).tolist()
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"garbage")
+    weights = (f"--model={directory}", f"--json={tmp_path / 'found.json'}")
+    done = run("--judge=pickscore", *weights, f"--prompt={PROMPTS[0]}", *images, broken)
+    assert done.returncode == 1, done.stderr
+    assert "broken.png: not a readable image" in done.stderr
+    rows = json.loads((tmp_path / "found.json").read_text())
+    assert [row["rank"] for row in rows] == [1, 2]
+    assert [row["score"] for row in rows] == pytest.approx(sorted(expected, reverse=True), rel=1e-4)
+    assert rows[0]["image"] == str(images[int(np.argmax(expected))])
+    assert done.stdout.splitlines()[0].split() == ["rank", "score", "image"]
+
+
+def test_rules_judge_the_pictures_that_say_their_captions(tmp_path):
+    rng = np.random.default_rng(3)
+    scene = (draw.Group(2, "red", "circle", "left"),)
+    wrong = (draw.Group(2, "blue", "circle", "left"),)
+    for name, shown in (("wrong.png", wrong), ("right.png", scene)):
+        save_generated(tmp_path / name, draw.render(shown, 64, rng), {"prompt": draw.caption(scene)})
+    done = run("--judge=scenes", tmp_path, "--csv=-")
+    assert done.returncode == 0, done.stderr
+    right, broken = csv.DictReader(done.stdout.splitlines())
+    assert right["image"].endswith("right.png")
+    assert [float(right[name]) for name in ("score", "count", "color", "shape", "position")] == [1.0] * 5
+    assert [float(broken[name]) for name in ("score", "count", "color", "shape", "position")] == [0.75, 1, 0, 1, 1]
+    done = run("--judge=scenes", "--prompt=a red fox", tmp_path)
+    assert done.returncode == 2
+    assert "a red fox" in done.stderr.splitlines()[-1]
+
+
+def test_what_the_judge_command_refuses():
+    with pytest.raises(UsageError, match="the judge clip needs its weights"):
+        JudgeOptions(judge="clip", images=("a.png",))
+    with pytest.raises(UsageError, match="scenes is rules and has no weights"):
+        JudgeOptions(judge="scenes", model="m")
+    with pytest.raises(UsageError, match="aesthetic reads no prompt"):
+        JudgeOptions(judge="aesthetic", model="m", prompt="a")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 import warnings
@@ -13,8 +14,11 @@ import pytest
 from PIL import Image
 
 import dinalrm_jax as dina
-from dinalrm_jax import score
+from dinalrm_jax.cli.flags import UsageError
+from dinalrm_jax.cli.images import find_images, prompts_of
+from dinalrm_jax.cli.options import ScoreOptions
 from dinalrm_jax.data import files
+from dinalrm_jax.data.generated import save_generated
 from dinalrm_jax.data.images import scoring_size, trained_size
 from dinalrm_jax.evaluation import ranking
 from dinalrm_jax.evaluation.scoring import score_images
@@ -271,7 +275,7 @@ def test_score_command(scene_model, checkpoint, pictures, tmp_path):
 
 def test_score_table(scene_model, pictures):
     found = score_images(scene_model, 3 * ["two dogs"], pictures[:3], [0.4], [NoiseDraw(0, shared=True)])
-    text = ranking.as_table(ranking.table_rows(3 * ["two dogs"], ["a.png", "b.png", "c.png"], found))
+    text = ranking.as_table(ranking.scored_rows(3 * ["two dogs"], ["a.png", "b.png", "c.png"], found))
     header, *lines = [line.split() for line in text.splitlines()]
     assert header == ["rank", "score", "normalized", "image"]
     best = np.argsort(-found.scores[:, 0, 0])
@@ -282,23 +286,43 @@ def test_score_table(scene_model, pictures):
 def test_contact_sheets_of_any_text(pictures, tmp_path):
     name = tmp_path / ("狐" * 40 + " $^$.png")
     pictures[0].save(name)
-    rows = [ranking.ScoredImage(1, 0.5, None, 1.05, str(name), prompt) for prompt in ("' $^$ '", "狐" * 200)]
+    rows = [ranking.ScoredImage(1, 0.5, str(name), prompt, None, 1.05) for prompt in ("' $^$ '", "狐" * 200)]
     ranking.draw_sheet(tmp_path / "sheet.png", rows)
     assert (tmp_path / "sheet.png").stat().st_size > 0
     assert ranking.shortened("狐" * 200, 100).startswith("狐" * 97)
 
 
-def test_score_command_inputs(tmp_path):
+def asked(*images, prompt=None, prompt_file=None):
+    options = ScoreOptions(checkpoint="c", images=images, prompt=prompt, prompt_file=prompt_file)
+    return prompts_of(options, list(images))
+
+
+def test_score_command_inputs(pictures, tmp_path):
     with pytest.raises(ConfigError, match="holds no images"):
-        score.find_images([str(tmp_path)])
+        find_images([str(tmp_path)])
     with pytest.raises(ConfigError, match="name at least one image"):
-        score.find_images([])
+        find_images([])
     with pytest.raises(ConfigError, match=r"several levels stand between commas: --sigma 0.2,0.5"):
-        score.find_images([str(tmp_path / "a.png"), "0.5"])
+        find_images([str(tmp_path / "a.png"), "0.5"])
     with pytest.raises(ConfigError, match="--prompt is empty"):
-        score.read_prompts(" ", None, 3)
-    (tmp_path / "prompts.txt").write_text("a\nb\n")
+        asked("a.png", prompt=" ")
+    with pytest.raises(UsageError, match="give either --prompt or --prompt-file"):
+        asked("a.png", prompt="a", prompt_file="b")
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\n")
     with pytest.raises(ConfigError, match="2 lines for 3 images"):
-        score.read_prompts(None, str(tmp_path / "prompts.txt"), 3)
-    (tmp_path / "prompts.txt").write_text("a\n")
-    assert score.read_prompts(None, str(tmp_path / "prompts.txt"), 3) == ["a", "a", "a"]
+        asked("1.png", "2.png", "3.png", prompt_file=str(file))
+    file.write_text("a\n")
+    assert asked("1.png", "2.png", "3.png", prompt_file=str(file)) == ["a", "a", "a"]
+    pictures[0].save(tmp_path / "plain.png")
+    with pytest.raises(ConfigError, match="plain.png does not say its prompt"):
+        asked(str(tmp_path / "plain.png"))
+
+
+def test_images_of_generate_say_their_prompts(pictures, tmp_path):
+    for name, prompt in (("b.png", "ein roter Würfel"), ("a.png", "two dogs")):
+        save_generated(tmp_path / name, np.asarray(pictures[0].convert("RGB")), {"prompt": prompt})
+    pictures[0].save(tmp_path / "sheet.png")
+    images = find_images([str(tmp_path)])
+    assert [pathlib.Path(image).name for image in images] == ["a.png", "b.png"]
+    assert asked(*images) == ["two dogs", "ein roter Würfel"]
