@@ -70,7 +70,7 @@ def test_kinds_of_values():
         (options.ScoreOptions, [*SCORE, "--sigma=0.1", "--ensemble=0.2,0.3"], "either --sigma or --ensemble"),
         (options.ScoreOptions, [*SCORE, "--seed"], "--seed needs a value: a whole number"),
         (options.ScoreOptions, ["--prompt=a"], r"this command needs --checkpoint \("),
-        (options.ScoreOptions, ["--checkpoint=c", "--prompt=a", "--prompt-file=b"], "give either --prompt or --prompt-file"),
+        (options.ScoreOptions, [*SCORE, "--prompt-file=b"], "give either --prompt or --prompt-file"),
         (options.ScoreOptions, [*SCORE, "--dtype=bfloat"], "takes one of auto, float32.*did you mean bfloat16"),
         (options.ServeOptions, ["--checkpoint=c", "--port=70000"], "port must lie in 0..65535, got 70000"),
         (options.ScoreOptions, [*SCORE, "--sigma=1.5"], r"--sigma takes levels in \[0, 1\].*got \(1.5,\)"),
