@@ -54,7 +54,7 @@ from dinalrm_jax.training.step import assemble
 from dinalrm_jax.training.stopping import Stopped
 from dinalrm_jax.training.stream import PairStream, Stream
 from dinalrm_jax.training.workdir import check_workdir, claim_workdir
-from dinalrm_jax.weights.adapter import save_adapter
+from dinalrm_jax.weights import adapter
 from dinalrm_jax.weights.digest import digest
 from dinalrm_jax.weights.files import fingerprint, read_json
 from dinalrm_jax.weights.pretrained import open_backbone, origin_of
@@ -180,9 +180,9 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
         after, result = watch.samples(state.result), gather(state.result)
         if processes.is_first():
             named = {name.removeprefix(POLICY): array for name, array in result.items()}
-            if (workdir / "policy").exists():  # of fewer steps, or of this very end
-                shutil.rmtree(workdir / "policy")
-            save_adapter(workdir / "policy", config.lora, named, digest(base, lambda name: False))
+            if (workdir / adapter.POLICY).exists():  # of fewer steps, or of this very end
+                shutil.rmtree(workdir / adapter.POLICY)
+            adapter.save_adapter(workdir / adapter.POLICY, config.lora, named, digest(base, lambda name: False))
             rows = [row for row in read_metrics(workdir, "tuning") if watch.headline in row]
             print(report(workdir, held_out, before, after, rows, codec, config.evaluation.images, judge))
         processes.barrier("policy")

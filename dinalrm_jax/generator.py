@@ -12,10 +12,9 @@ import numpy as np
 
 from dinalrm_jax import sampling
 from dinalrm_jax.devices.local import split_locally
-from dinalrm_jax.encoders.load import ImageCodec, image_codec, prompt_encoder
+from dinalrm_jax.encoders.load import ImageCodec, PromptEncoder, image_codec, prompt_encoder
 from dinalrm_jax.evaluation.scoring import padded
 from dinalrm_jax.model.backbone.family import BackboneConfig, transformer_functional
-from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.execution import DtypeOrAuto, ExecutionConfig
 from dinalrm_jax.model.lora import merge
 from dinalrm_jax.model.parameters import Params
@@ -58,7 +57,7 @@ class Generator:
 
         Args:
             base_model: directory or hub id in diffusers layout, or a native backbone (WORKDIR/generator/backbone).
-            policy: a LoRA in PEFT's or diffusers' layout, a directory or file.
+            policy: what `align` tuned, its workdir; or a LoRA in PEFT's or diffusers' layout, a directory or file.
             dtype: compute dtype; "auto" is float32 on CPUs and bfloat16 elsewhere.
 
         Raises:
@@ -115,7 +114,8 @@ class Generator:
             (B, H/8, W/8, C) float32 clean, scaled latents, what `RewardModel.score_latents` takes.
 
         Raises:
-            ValueError: no prompts, not as many negative prompts, or a size or noise that the backbone cannot take.
+            ValueError: no prompts, not as many negative prompts, guidance that ignores them, or a size or noise that
+                the backbone cannot take.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
@@ -125,6 +125,8 @@ class Generator:
             raise ValueError(f"{len(prompts)} prompts but {len(negative_prompts)} negative prompts; give one for all")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not guidance >= 0 or (guidance <= 1 and any(negative_prompts)):
+            raise ValueError(f"guidance is a number from 0 on, and above 1 for negative prompts, got {guidance}")
         shape = self._latent_shape(size) if noise is None else np.shape(noise)[1:]
         if noise is not None and len(noise) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but initial noise for {len(noise)}")
@@ -178,10 +180,9 @@ class Generator:
 
     def cut_prompts(self, prompts: Sequence[str], text_length: int | None = None) -> list[int]:
         """Which prompts are longer than the encoders read: what is beyond has no effect."""
-        longer = getattr(self._prompt_encoder(text_length), "longer", None)
-        return [] if longer is None else longer(prompts)
+        return self._prompt_encoder(text_length).longer(prompts)
 
-    def _prompt_encoder(self, text_length: int | None) -> Callable[[Sequence[str]], PromptEmbeds]:
+    def _prompt_encoder(self, text_length: int | None) -> PromptEncoder:
         encoders = self.origin.encoders
         if text_length is not None:
             encoders = dataclasses.replace(encoders, text_length=text_length)

@@ -30,7 +30,16 @@ from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.encoding import EncodersConfig
 
 PRECISION = "highest"  # of the VAE's products: by default TPUs and GPUs round what they multiply
-PromptEncoder = Callable[[Sequence[str]], PromptEmbeds]
+
+
+class PromptEncoder(Protocol):
+    """Texts to embeddings."""
+
+    def __call__(self, prompts: Sequence[str], /) -> PromptEmbeds: ...
+
+    def longer(self, prompts: Sequence[str]) -> list[int]:
+        """Which prompts are longer than what is read; what is beyond has no effect."""
+        ...
 
 
 class ImageCodec(Protocol):
@@ -63,7 +72,7 @@ class ImageCodec(Protocol):
 def load_prompt_encoder(config: EncodersConfig, base_model: str | pathlib.Path | None, dtype: str) -> PromptEncoder:
     """The text side of the encoders that `config` describes; see `SD3PromptEncoder` for the errors."""
     if config.kind == "tiny":
-        return functools.partial(_tiny_prompts, length=config.text_length)
+        return TinyPromptEncoder(config.text_length)
     return SD3PromptEncoder(_required(base_model), config.text_length, dtype)
 
 
@@ -92,6 +101,19 @@ def image_codec_fingerprint(config: EncodersConfig, base_model: str | pathlib.Pa
         return None
     vae = open_pipeline(base_model, VAE_FILES) / "vae"
     return vae_fingerprint(vae) if vae.is_dir() else None
+
+
+class TinyPromptEncoder:
+    """Hashed words, up to `length` of them."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        return PromptEmbeds(*tiny.encode_prompts(prompts, self._length, tiny.TEXT_WIDTH))
+
+    def longer(self, prompts: Sequence[str]) -> list[int]:
+        return [place for place, prompt in enumerate(prompts) if len(tiny.words(prompt)) > self._length]
 
 
 class TinyCodec:
@@ -151,10 +173,6 @@ def _named_noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal noise that depends on the name only, so that any batching gives the same latents."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, np.float32)
-
-
-def _tiny_prompts(prompts: Sequence[str], length: int) -> PromptEmbeds:
-    return PromptEmbeds(*tiny.encode_prompts(prompts, length, tiny.TEXT_WIDTH))
 
 
 def _required(base_model: str | pathlib.Path | None) -> str | pathlib.Path:

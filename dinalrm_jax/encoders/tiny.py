@@ -84,13 +84,18 @@ def encode_prompts(prompts: Sequence[str], length: int, width: int) -> tuple[np.
     embeds = np.zeros((len(prompts), length, width), np.float32)
     pooled = np.zeros((len(prompts), width), np.float32)
     for row, prompt in enumerate(prompts):
-        words = re.findall(r"[a-z]+|[0-9]+", prompt.lower())[:length]
-        if not words:
+        known = words(prompt)[:length]
+        if not known:
             continue
-        vectors = np.stack([_word_vector(word, width) for word in words])
-        embeds[row, : len(words)] = vectors + places[: len(words)]
-        pooled[row] = vectors.sum(axis=0) / np.sqrt(len(words))
+        vectors = np.stack([_word_vector(word, width) for word in known])
+        embeds[row, : len(known)] = vectors + places[: len(known)]
+        pooled[row] = vectors.sum(axis=0) / np.sqrt(len(known))
     return embeds, pooled
+
+
+def words(prompt: str) -> list[str]:
+    """The tokens of a prompt."""
+    return re.findall(r"[a-z]+|[0-9]+", prompt.lower())
 
 
 @functools.lru_cache(maxsize=100_000)
