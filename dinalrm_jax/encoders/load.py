@@ -28,6 +28,7 @@ from dinalrm_jax.encoders.prompt import SD3PromptEncoder
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.encoding import EncodersConfig
+from dinalrm_jax.model.parameters import Params
 
 PRECISION = "highest"  # of the VAE's products: by default TPUs and GPUs round what they multiply
 
@@ -66,6 +67,10 @@ class ImageCodec(Protocol):
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """(B, H/8, W/8, C) clean, scaled latents -> (B, H, W, 3) uint8, as good as the codec can."""
+        ...
+
+    def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
+        """The same as a pure function (params, latents) -> pixels from 0 to 1, differentiable, and its parameters."""
         ...
 
 
@@ -128,6 +133,9 @@ class TinyCodec:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         return np.stack([tiny.decode_latents(row) for row in latents])
 
+    def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
+        return (lambda params, latents: _from_0_to_1(tiny.to_pixels(latents, jnp))), {}
+
 
 class SD3Codec:
     """The VAE of an SD3 pipeline, in float32: rounding to bfloat16 would cost more than the latents' storage.
@@ -141,7 +149,7 @@ class SD3Codec:
         self.downsampling = config.downsampling
         self.fingerprint = vae_fingerprint(directory)
         self._params = on_local_devices(params, jnp.float32)
-        self._channels = config.latent_channels
+        self._module, self._channels = module, config.latent_channels
         self._decode = jax.jit(_precisely(lambda params, latents: module.bind(params).decode(latents)))
         self._encode = jax.jit(
             _precisely(lambda params, images, noise: module.bind(params).encode(images / 127.5 - 1, noise))
@@ -157,6 +165,14 @@ class SD3Codec:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         images = np.asarray(self._decode(self._params, split_locally(latents.astype(np.float32))))
         return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
+
+    def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
+        module = self._module
+        return (lambda params, latents: _from_0_to_1(module.bind(params).decode(latents))), self._params
+
+
+def _from_0_to_1(pixels: jax.Array) -> jax.Array:
+    return jnp.clip((pixels + 1) / 2, 0, 1)
 
 
 def _precisely(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 
@@ -62,10 +63,15 @@ def encode_image(image: np.ndarray) -> np.ndarray:
 
 def decode_latents(latents: np.ndarray) -> np.ndarray:
     """(H/8, W/8, 16) latents -> (H, W, 3) uint8: what the kept coefficients show."""
-    rows, columns, _ = latents.shape
-    blocks = (latents.astype(np.float32) @ _codec_matrices()[1]).reshape(rows, columns, BLOCK, BLOCK, 3)
-    pixels = blocks.transpose(0, 2, 1, 3, 4).reshape(rows * BLOCK, columns * BLOCK, 3)
+    pixels = to_pixels(latents.astype(np.float32), np)
     return np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def to_pixels(latents, xp: ModuleType):
+    """(.., H/8, W/8, 16) -> (.., H, W, 3) from -1 to 1 and beyond; `xp` is numpy or jax.numpy."""
+    *batch, rows, columns, _ = latents.shape
+    blocks = (latents @ _codec_matrices()[1]).reshape(*batch, rows, columns, BLOCK, BLOCK, 3)
+    return xp.swapaxes(blocks, -4, -3).reshape(*batch, rows * BLOCK, columns * BLOCK, 3)
 
 
 def encode_prompts(prompts: Sequence[str], length: int, width: int) -> tuple[np.ndarray, np.ndarray]:

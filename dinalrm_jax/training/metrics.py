@@ -16,7 +16,15 @@ from dinalrm_jax.devices.chips import peak_flops
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; nothing after the last good checkpoint was saved."""
+    """The loss is NaN or infinite; nothing after the last good checkpoint was saved.
+
+    Attributes:
+        metrics: of the step.
+    """
+
+    def __init__(self, message: str, metrics: Mapping[str, float]):
+        super().__init__(message)
+        self.metrics = metrics
 
 
 class MetricsLog:
@@ -99,7 +107,8 @@ class MetricsLog:
                 )
                 raise NonFiniteLoss(
                     f"{self.stage}: {what}; stopped, and the last good checkpoint is kept. "
-                    "Lower the learning rate, or look at the data of that step"
+                    "Lower the learning rate, or look at the data of that step",
+                    {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0},
                 )
 
     def write(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:
