@@ -117,7 +117,7 @@ def main(options: GenerateOptions) -> None:
         latents = generator.sample(
             texts, size, options.steps, options.guidance, options.seed, negative_prompts=options.negative_prompt,
             text_length=options.text_length, numbers=[numbers[row] for row in mine], batch_size=options.batch_size,
-            progress=bar.update,
+            keep_encoders=model is not None, progress=bar.update,
         )  # fmt: skip
     scores = None if model is None else scores_of(model, texts, latents, options)
     images = (

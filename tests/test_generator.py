@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import weakref
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import dinalrm_jax as dina
+from dinalrm_jax.encoders import load
 from dinalrm_jax.encoders.load import load_prompt_encoder
 from dinalrm_jax.encoders.taesd3 import Preview
 from dinalrm_jax.mapping import ConfigError
@@ -77,6 +79,17 @@ def test_an_image_does_not_depend_on_its_batch(generator):
     assert np.abs(together[2] - together[0]).max() > 0.1  # the second image of a prompt is another one
     other = generator.sample(several[:1], **{**options, "seed": 8})
     assert np.abs(other[0] - alone[0]).max() > 0.1
+
+
+def test_text_encoders_go_before_the_first_image(generator, monkeypatch):
+    """And come back, with the same images."""
+    options = {"size": (64, 64), "steps": 2, "text_length": 16, "batch_size": 1}
+    first = generator.sample(PROMPTS, **options)
+    loaded = weakref.ref(load._sd3_prompt_encoder(generator.base_model, 256, "float32"))
+    seen = []
+    again = generator.sample(PROMPTS, **options, keep_encoders=False, progress=lambda count: seen.append(loaded()))
+    assert seen == [None, None]
+    np.testing.assert_array_equal(again, first)
 
 
 def test_what_cannot_be_sampled(generator):

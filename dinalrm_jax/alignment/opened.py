@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dinalrm_jax.alignment.policy import REWARD
+from dinalrm_jax.alignment.policy import POLICY, REWARD
 from dinalrm_jax.alignment.rewards import JudgeReward, LatentReward, Reward, SceneRules
 from dinalrm_jax.config import AlignConfig, JudgeConfig, RewardConfig
 from dinalrm_jax.devices.placement import place
@@ -34,12 +34,12 @@ class OpenedReward:
     Attributes:
         reward: as the config has it.
         params: its frozen parameters on the mesh, by their names among all of the alignment.
-        model: the reward model, with the prefix of its parameters; None of a judge.
+        model: the reward model, and the names of its parameters; None of a judge.
     """
 
     reward: Reward
     params: Params
-    model: tuple[RewardModel, str] | None = None
+    model: tuple[RewardModel, Mapping[str, str]] | None = None
 
     def at(self, sigma: tuple[float, ...]) -> Reward:
         """A reward model at other levels; a judge as it is."""
@@ -75,11 +75,12 @@ def _open(
 ) -> OpenedReward:
     if wanted.judge is None:
         model = _load_model(config, wanted.checkpoint, base)
-        module = reward_functional(model.config, config.execution)
+        names = names_in(model.params, base, prefix)
         own = {name: array for name, array in model.params.items() if is_trainable(name)}
-        held = {**model.params, **place(own, np.float32, module.shardings(mesh))}
-        params = {f"{prefix}{name}": array for name, array in held.items()}
-        return OpenedReward(_latent_reward(model, prefix, wanted.sigma), params, (model, prefix))
+        module = reward_functional(model.config, config.execution)
+        params = {names[name]: array for name, array in place(own, np.float32, module.shardings(mesh)).items()}
+        params |= {names[name]: array for name, array in model.params.items() if name not in own}
+        return OpenedReward(_latent_reward(model, names, wanted.sigma), params, (model, names))
     if wanted.judge.kind == "scenes":
         if not isinstance(codec, TinyCodec):
             raise ConfigError(f"rules read drawn scenes, which {config.base_model} does not draw; take another judge")
@@ -101,9 +102,15 @@ def open_judge(config: JudgeConfig) -> Judge:
     return Judge.from_pretrained(cast(JudgeName, config.kind), config.model, config.head, config.tokenizer)
 
 
-def _latent_reward(model: RewardModel, prefix: str, sigma: tuple[float, ...]) -> LatentReward:
+def names_in(params: Params, base: Params, prefix: str) -> dict[str, str]:
+    """A reward model's names to those among all of the alignment, where the policy's frozen arrays have theirs."""
+    shared = {id(array): f"{POLICY}{name}" for name, array in base.items()}
+    return {name: shared.get(id(array), f"{prefix}{name}") for name, array in params.items()}
+
+
+def _latent_reward(model: RewardModel, names: Mapping[str, str], sigma: tuple[float, ...]) -> LatentReward:
     """At one level, or at an ensemble of several."""
-    return LatentReward(model.reward_fn(sigma if len(sigma) > 1 else sigma[0]), prefix)
+    return LatentReward(model.reward_fn(sigma if len(sigma) > 1 else sigma[0]), names)
 
 
 def _load_model(config: AlignConfig, checkpoint: str, base: Params) -> RewardModel:

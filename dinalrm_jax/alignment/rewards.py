@@ -57,14 +57,15 @@ class LatentReward:
 
     Attributes:
         score: (params, latents, prompt, keys) -> (B,), of parameters under the reward model's own names.
-        prefix: of its parameters among all of the alignment.
+        names: of these, among all of the alignment: those that it shares with the policy are there once.
     """
 
     score: Callable[..., jax.Array]
-    prefix: str
+    names: Mapping[str, str]
 
     def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> jax.Array:
-        return self.score(_own(params, self.prefix), latents, batch.reward_prompt, keys)
+        own = {name: params[known] for name, known in self.names.items()}
+        return self.score(jax.lax.stop_gradient(own), latents, batch.reward_prompt, keys)
 
 
 @dataclasses.dataclass(frozen=True)

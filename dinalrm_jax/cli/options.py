@@ -12,7 +12,7 @@ from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.names import BenchmarkName
 from dinalrm_jax.model.execution import Dtype, DtypeOrAuto
 from dinalrm_jax.server.config import URL, ServerConfig
-from dinalrm_jax.timing.setting import PASSES, Setting
+from dinalrm_jax.timing.setting import GENERATION, PASSES, Setting
 
 
 def at_least(options: Any, least: float, names: Sequence[str]) -> None:
@@ -379,6 +379,8 @@ class BenchmarkOptions:
             raise UsageError("--compile-for runs nothing: it has no --reference, no --profile and no load mode")
         if self.compile_for and self.setting.data != 1:
             raise UsageError("with --compile-for the devices that --fsdp and --tensor leave are data; leave --data out")
+        if self.setting.mode in GENERATION and not self.compile_for:
+            raise UsageError(f"the mode {self.setting.mode} is compiled ahead, not timed: give --compile-for too")
         if self.setting.mode == "load" and self.reference is not None:
             raise UsageError("--reference has no load mode")
         if self.setting.mode not in PASSES and self.compile_reference:

@@ -210,3 +210,8 @@ def prompt_encoder(config: EncodersConfig, base_model: str | pathlib.Path | None
     if config.kind == "tiny":
         return load_prompt_encoder(config, base_model, dtype)
     return _sd3_prompt_encoder(_required(base_model), EncodersConfig.text_length, dtype).with_length(config.text_length)
+
+
+def forget_prompt_encoder() -> None:
+    """Frees SD3's text encoders, unless somebody else has them; they are loaded again when they are asked for."""
+    _sd3_prompt_encoder.cache_clear()

@@ -101,11 +101,12 @@ def parts(tiny_pipeline, reward_checkpoint):
     drawn = init_adapters(tuned.shapes, lora, 0)
     adapters = {name: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for name, x in drawn.items()}
     params = {f"policy.{name}": array for name, array in {**backbone, **adapters}.items()}
-    params |= {f"reward0.{name}": array for name, array in model.params.items()}
+    names = {name: f"reward0.{name}" for name in model.params}
+    params |= {names[name]: array for name, array in model.params.items()}
     texts = [text for text in PROMPTS[:2] for _ in range(4)]
     embeds, negative = model.encode_prompt(texts), model.encode_prompt(8 * [""])
     batch = PromptBatch(embeds, negative, embeds, jnp.arange(8) // 4)
-    rewards = Rewards({"reward": (LatentReward(model.reward_fn(0.4), "reward0."), 1.0)})
+    rewards = Rewards({"reward": (LatentReward(model.reward_fn(0.4), names), 1.0)})
     return policy, rewards, params, batch, jax.random.split(jax.random.key(3), 8)
 
 
@@ -512,6 +513,19 @@ def test_a_judge_rewards_what_it_says_of_the_decoded_images(config, parts, tiny_
     along = jax.random.normal(jax.random.key(1), latents.shape)
     ahead, behind = (jax.jit(total)(latents + step * along) for step in (1e-3, -1e-3))
     np.testing.assert_allclose((ahead - behind) / 2e-3, (gradient * along).sum(), rtol=0.02)  # float32's differences
+
+
+def test_a_reward_shares_the_policys_arrays(config, tiny_pipeline):
+    """There is one copy of them among all parameters, and the reward finds the others under its own prefix."""
+    transformer, arrays = load_backbone(tiny_pipeline)
+    base = {name: jnp.asarray(array) for name, array in arrays.items()}
+    codec = image_codec(EncodersConfig("sd3", 16), tiny_pipeline)
+    (opened,) = open_rewards(config, base, codec, PROMPTS, make_mesh(MeshConfig(data=1)))
+    model, names = opened.model
+    shared = {name for name in names if names[name].startswith("policy.")}
+    assert shared == {name for name in model.params if name.startswith("backbone.") and ".lora_" not in name}
+    assert all(opened.params[names[name]] is base[name.removeprefix("backbone.")] for name in shared)
+    assert {known.partition(".")[0] for known in names.values()} == {"policy", "reward0"}
 
 
 def test_rules_are_no_reward_of_photographs(config, tiny_pipeline):
