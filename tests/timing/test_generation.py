@@ -9,7 +9,7 @@ from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.timing.generation import generation_program
 from dinalrm_jax.timing.setting import Setting
 
-# Millions of parameters, as published: SD3.5-Medium's transformer; head and LoRA of the reward; CLIP ViT-H/14; SD3's VAE.
+# Millions of parameters: of SD3.5-Medium's transformer, of the reward's head and LoRA, of CLIP ViT-H/14 and SD3's VAE.
 TRANSFORMER, REWARD, CLIP_H, VAE = 2243.8, 139.3 + 28.3, 986.1, 83.8
 
 
