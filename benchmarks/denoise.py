@@ -3,8 +3,8 @@
     python -m benchmarks.denoise [--resolution 256] [--blocks 12] [--repeats 5]
 
 Both have the same random weights in float32, and get one image's latents with and without its prompt, as
-classifier-free guidance has it. Twelve of the 24 blocks are the default: two whole transformers take 18 GB. Prints seconds, their ratio
-(above 1: ours is faster) and the largest difference of the velocities.
+classifier-free guidance has it. Twelve of the 24 blocks are the default: two whole transformers take 18 GB. Prints
+seconds, their ratio (above 1: ours is faster) and the largest difference of the velocities.
 """
 
 import statistics
@@ -86,12 +86,10 @@ def main(argv: list[str]) -> None:
     medians = {name: statistics.median(found) for name, found in times.items()}
     for name, found in times.items():
         print(f"{name}: {medians[name]:.3f} s a step ({min(found):.3f} to {max(found):.3f}, {len(found)} calls)")
-    print(
-        f"their time over ours: {medians['theirs'] / medians['ours']:.2f}; velocities differ by {error:.1e} of the largest"
-    )
-    print(
-        f"{values.blocks} blocks, {values.resolution} pixels, float32, jax {jax.__version__}, torch {torch.__version__}"
-    )
+    ratio = medians["theirs"] / medians["ours"]
+    print(f"their time over ours: {ratio:.2f}; velocities differ by {error:.1e} of the largest")
+    size = f"{values.blocks} blocks, {values.resolution} pixels, float32"
+    print(f"{size}, jax {jax.__version__}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
