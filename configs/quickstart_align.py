@@ -27,6 +27,7 @@ def reward_run() -> dict:
         "scenes": {"train_pairs": 16_000, "eval_pairs": 400, "image_size": 64, "held_out": "captions", "seed": 0},
         "samples": {},
         "generator": generator,
+        "reward": values["reward"] | {"steps": 2000, "checkpoint_every": 500, "evaluate_every": 500},
     }
 
 

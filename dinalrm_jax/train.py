@@ -24,6 +24,8 @@ from jax.sharding import NamedSharding
 
 from dinalrm_jax.cli.configs import load_run
 from dinalrm_jax.config import ProfileConfig, StageConfig, SweepConfig, TrainConfig
+from dinalrm_jax.data.config import MixedConfig
+from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import enable_compilation_cache
@@ -138,7 +140,10 @@ def train_generator(setup: Setup) -> None:
 
 
 def with_samples(setup: Setup, config: SamplesConfig) -> Setup:
-    """The run on pairs of its generator's own pictures, WORKDIR/samples, which are drawn where they are not there."""
+    """The run on pairs of its generator's own pictures, WORKDIR/samples, which are drawn where they are not there.
+
+    The pairs of drawn scenes, that the generator learned from, may stand beside them.
+    """
     directory = setup.workdir / "samples"
     if not directory.exists() and processes.is_first():
         generator = Generator.from_pretrained(setup.workdir / "generator" / "backbone", dtype="float32")
@@ -149,7 +154,10 @@ def with_samples(setup: Setup, config: SamplesConfig) -> Setup:
 
         write_sample_records(directory, config, setup.config.model.encoders, sample)
     processes.barrier("samples")
-    return dataclasses.replace(setup, records=Records(directory))
+    if not config.drawn:
+        return dataclasses.replace(setup, records=Records(directory))
+    drawn = MixedConfig(str(setup.workdir / "data"), config.drawn)
+    return dataclasses.replace(setup, records=Mixture((drawn, MixedConfig(str(directory)))))
 
 
 def train_stage(

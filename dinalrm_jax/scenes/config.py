@@ -39,6 +39,7 @@ class SamplesConfig:
     steps: of the sampler, for each of a caption's samples; few give worse pictures.
     pairs: of every caption.
     error: standard deviation of what is added to a picture's worth, of 0 to 5, whenever it is compared.
+    drawn: how often the pairs of drawn scenes come beside them in an epoch; 0: not at all.
     """
 
     train_captions: int = 2400
@@ -46,14 +47,15 @@ class SamplesConfig:
     steps: tuple[int, ...] = (12, 12, 12, 6)
     pairs: int = 6
     error: float = 0.3
+    drawn: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
         at_least(self, 1, ("train_captions", "eval_captions", "pairs"))
-        if len(self.steps) < 2 or min(self.steps) < 1 or self.error < 0:
+        if len(self.steps) < 2 or min(self.steps) < 1 or self.error < 0 or self.drawn < 0:
             raise ConfigError(
-                f"a caption has at least 2 samples of at least one step, and error is not negative, got {self.steps} "
-                f"and {self.error}"
+                "a caption has at least 2 samples of at least one step, and neither error nor drawn is negative, got "
+                f"{self.steps}, {self.error} and {self.drawn}"
             )
 
 

@@ -3,9 +3,14 @@
 import collections
 
 import numpy as np
+import pytest
 
+from configs import quickstart
+from dinalrm_jax import train
+from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.encoders import tiny
+from dinalrm_jax.mapping import from_mapping
 from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.scenes import draw
 from dinalrm_jax.scenes.config import SamplesConfig
@@ -62,6 +67,32 @@ def test_people_err_where_pictures_are_alike(tmp_path):
     wrong, gap = values[:, 0] < values[:, 1], np.abs(values[:, 0] - values[:, 1])
     assert 0.05 < wrong.mean() < 0.5
     assert gap[wrong].mean() < gap[~wrong].mean()
+
+
+@pytest.mark.heavy
+def test_a_reward_learns_from_samples_beside_drawn_scenes(tmp_path):
+    """A run trains its generator, samples it once, and reports on both kinds of pairs."""
+    values = quickstart.values()
+    stage = {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "evaluate_every": 2}
+    small = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16,
+             "dual_attention_layers": ()}  # fmt: skip
+    taps = {"num_blocks": 1, "visual_taps": (1,), "text_taps": (1,), "lora": {"rank": 2, "alpha": 4.0}}
+    config = from_mapping(
+        TrainConfig,
+        values
+        | {
+            "model": values["model"] | taps | {"transformer": values["model"]["transformer"] | small},
+            "scenes": values["scenes"] | {"train_pairs": 8, "eval_pairs": 4, "held_out": "captions"},
+            "samples": {"train_captions": 3, "eval_captions": 2, "steps": (2, 1), "pairs": 2},
+            "generator": values["generator"] | {"steps": 2, "batch_size": 4, "checkpoint_every": 2},
+            "reward": values["reward"] | stage,
+        },
+    )
+    train.run(config, tmp_path / "run")
+    first = (tmp_path / "run" / "samples" / "manifest.json").stat().st_mtime_ns
+    scores = train.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "samples" / "manifest.json").stat().st_mtime_ns == first
+    assert {kind.partition("/")[0] for kind in scores.kinds} == {"data", "samples"}
 
 
 def test_what_is_broken_is_seen_to_be():
