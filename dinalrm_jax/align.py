@@ -37,7 +37,8 @@ from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.devices.mesh import check_batch_size, make_mesh
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
-from dinalrm_jax.encoders.load import image_codec, prompt_encoder
+from dinalrm_jax.encoders.load import Decoder, image_codec, prompt_encoder
+from dinalrm_jax.encoders.taesd3 import Preview
 from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.lora import init_adapters
@@ -143,9 +144,10 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
         first = init_adapters(tuned.shapes, config.lora, config.seed)
         adapters = place(first, np.float32, {name: shardings[name] for name in first})
         adapters = {f"{POLICY}{name}": array for name, array in adapters.items()}
+        drawer: Decoder = codec if config.evaluation.preview is None else Preview(config.evaluation.preview)
         watch = HeldOutPrompts(
             config, policy, frozen, opened[0].reward, watched.at(config.evaluation.sigma), held_out, len(prompts),
-            encode, encode_for_reward, codec, mesh, workdir / "pictures",
+            encode, encode_for_reward, codec, drawer, mesh, workdir / "pictures",
         )  # fmt: skip
         before = watch.samples(adapters)
         assembled = assemble(objective, adapters, frozen, tuning, mesh, seed=config.seed, collection=collection)
@@ -178,7 +180,7 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
                 shutil.rmtree(workdir / adapter.POLICY)
             adapter.save_adapter(workdir / adapter.POLICY, config.lora, named, digest(base, lambda name: False))
             rows = [row for row in read_metrics(workdir, "tuning") if watch.headline in row]
-            print(report(workdir, held_out, before, after, rows, codec, config.evaluation.images, judge))
+            print(report(workdir, held_out, before, after, rows, drawer, config.evaluation.images, judge))
         processes.barrier("policy")
 
 

@@ -402,7 +402,8 @@ class PolicyEvaluationConfig:
     steps, guidance: of the sampler.
     sigma: levels that the reward scores at here, not those that it trains with: what rises at one level only is no
         better picture.
-    images: how many of them are drawn at every evaluation.
+    images: how many of them are drawn at every evaluation,
+    preview: by TAESD3 in the VAE's place, faster and a little off: a directory or the hub id madebyollin/taesd3.
     noises: the reward scores every image under so many noises; their spread is the reward's own error.
     judges: of the decoded images; the first one says which state is the best, where there is one.
     patience: a run ends where the first judge fell at so many evaluations one after the other; 0: it does not.
@@ -413,6 +414,7 @@ class PolicyEvaluationConfig:
     guidance: float = 4.5
     sigma: tuple[float, ...] = (0.2, 0.5, 0.7)
     images: int = 8
+    preview: str | None = None
     noises: int = 2
     judges: tuple[JudgeConfig, ...] = ()
     patience: int = 0

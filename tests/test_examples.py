@@ -64,27 +64,6 @@ def test_ascending_latents_raises_the_reward(run, capsys):
     np.testing.assert_allclose(found, latents, atol=1e-4)
 
 
-def test_best_of_n_takes_the_best(run, capsys):
-    best_of_n = example("best_of_n")
-    best_of_n.main(run, run / "best.png", "two blue squares on the left", count=3, seed=0)
-    assert "3 samples" in capsys.readouterr().out
-    assert (run / "best.png").exists()
-
-    transformer, backbone = load_backbone(run / "generator" / "backbone")
-    model = dina.RewardModel.from_pretrained(run / "model", dtype="float32", backbone=backbone)
-    sample = best_of_n.sampler(
-        transformer_functional(transformer, ExecutionConfig()), np.linspace(1, 0, 4, dtype=np.float32)
-    )
-    noise = jax.random.normal(jax.random.key(0), (4, 8, 8, 16))
-    prompt = model.encode_prompt(["one red star"])
-    best, latents, rewards = best_of_n.best_of_n(sample, model.reward_fn(0.4))(
-        backbone, model.params, noise, prompt, jax.random.key(0)
-    )
-    four = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), prompt)
-    np.testing.assert_allclose(rewards, model.score_latents(latents, four, 0.4), atol=1e-4)
-    assert int(best) == int(np.argmax(rewards))
-
-
 def test_a_shared_backbone_is_one_copy(run):
     _, backbone = load_backbone(run / "generator" / "backbone")
     shared = dina.RewardModel.from_pretrained(run / "model", dtype="float32", backbone=backbone)
@@ -131,9 +110,8 @@ def test_exported_to_a_file_and_back(scene_model, tmp_path):
     np.testing.assert_allclose(*gradients, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "ascend_latents"])
-def test_a_missing_run_is_one_line(name, tmp_path):
-    command = [sys.executable, "-m", f"examples.{name}", "--run", str(tmp_path)]
+def test_a_missing_run_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "examples.ascend_latents", "--run", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {tmp_path} holds no trained model; make one first: python -m")

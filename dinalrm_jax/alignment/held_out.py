@@ -19,7 +19,7 @@ from dinalrm_jax.config import AlignConfig, JudgeConfig
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.mesh import row_devices
 from dinalrm_jax.devices.sharding import WHOLE, local_rows, put_rows
-from dinalrm_jax.encoders.load import ImageCodec
+from dinalrm_jax.encoders.load import Decoder, ImageCodec
 from dinalrm_jax.evaluation.plots import new_figure, save
 from dinalrm_jax.evaluation.ranking import shortened
 from dinalrm_jax.model.parameters import Params
@@ -96,7 +96,8 @@ class HeldOutPrompts:
         prompts: held out.
         first_number: of them; those that train are numbered before.
         encode, encode_for_reward: texts to embeddings.
-        codec: of the images.
+        codec: of the images that judges see.
+        drawer: of those that people see.
         mesh: over whose devices images are split.
         pictures: where every evaluation draws `evaluation.images` of them.
     """
@@ -113,6 +114,7 @@ class HeldOutPrompts:
         encode: Encode,
         encode_for_reward: Encode,
         codec: ImageCodec,
+        drawer: Decoder,
         mesh: Mesh,
         pictures: pathlib.Path,
     ):
@@ -120,7 +122,7 @@ class HeldOutPrompts:
         self._judges: dict[str, JudgeImages] = {
             judge.kind: judge_of_images(judge) for judge in config.evaluation.judges
         }
-        self._codec, self._pictures, self._config = codec, pictures, config.evaluation
+        self._codec, self._drawer, self._pictures, self._config = codec, drawer, pictures, config.evaluation
         self.headline = f"judge_{next(iter(self._judges))}" if self._judges else "held_out_reward"
         self._size = -(-len(prompts) // row_devices(mesh)) * row_devices(mesh)
         rows = np.resize(np.arange(len(prompts)), self._size)[local_rows(self._size, mesh)]
@@ -179,7 +181,7 @@ class HeldOutPrompts:
         found = self.samples(trained)
         if processes.is_first():
             self._pictures.mkdir(parents=True, exist_ok=True)
-            strip = np.concatenate(list(self._codec.decode(found.latents[: self._config.images])), axis=1)
+            strip = np.concatenate(list(self._drawer.decode(found.latents[: self._config.images])), axis=1)
             Image.fromarray(strip).save(self._pictures / f"{step:06d}.png")
         return found.summary()
 
@@ -215,7 +217,7 @@ def report(
     before: PolicySamples,
     after: PolicySamples,
     rows: Sequence[Mapping[str, float]],
-    codec: ImageCodec,
+    drawer: Decoder,
     images: int,
     judge: str | None,
 ) -> str:
@@ -229,7 +231,7 @@ def report(
     said = verdict(first, rows, judge)
     told = {"before": first, "after": last, "verdict": said}
     (directory / "policy.json").write_text(json.dumps(told, indent=1) + "\n")
-    _draw_before_after(directory / "before_after.png", prompts, before, after, codec, images)
+    _draw_before_after(directory / "before_after.png", prompts, before, after, drawer, images)
     _draw_curves(directory / "curves.png", [{"step": 0, **first}, *rows], judge)
     _draw_pictures(directory / "pictures.png", directory / "pictures")
     return (
@@ -239,12 +241,12 @@ def report(
     )
 
 
-def _draw_before_after(path, prompts, before: PolicySamples, after: PolicySamples, codec: ImageCodec, images: int):
+def _draw_before_after(path, prompts, before: PolicySamples, after: PolicySamples, drawer: Decoder, images: int):
     count = min(images, len(prompts))
     figure = new_figure(1.6 * count, 3.8)
     axes = figure.subplots(2, count, squeeze=False)
     for row, (name, found) in enumerate((("before", before), ("after", after))):
-        for place, image in enumerate(codec.decode(found.latents[:count])):
+        for place, image in enumerate(drawer.decode(found.latents[:count])):
             axis = axes[row, place]
             axis.imshow(image)
             axis.set_xticks([])

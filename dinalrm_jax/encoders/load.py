@@ -43,7 +43,15 @@ class PromptEncoder(Protocol):
         ...
 
 
-class ImageCodec(Protocol):
+class Decoder(Protocol):
+    """What draws latents."""
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """(B, H/8, W/8, C) clean, scaled latents -> (B, H, W, 3) uint8, as good as it can."""
+        ...
+
+
+class ImageCodec(Decoder, Protocol):
     """Attributes:
     downsampling: pixels along a side of one latent.
     fingerprint: tells encoders apart whose latents must not be mixed.
@@ -65,12 +73,8 @@ class ImageCodec(Protocol):
         """
         ...
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """(B, H/8, W/8, C) clean, scaled latents -> (B, H, W, 3) uint8, as good as the codec can."""
-        ...
-
     def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
-        """The same as a pure function (params, latents) -> pixels from 0 to 1, differentiable, and its parameters."""
+        """`decode` as a pure function (params, latents) -> pixels from 0 to 1, differentiable, and its parameters."""
         ...
 
 

@@ -470,6 +470,21 @@ def test_what_is_refused_before_the_first_step(config, reward_checkpoint, tmp_pa
     (elsewhere / "config.json").write_text(json.dumps(other))
     with pytest.raises(ConfigError, match="was trained on another backbone"):
         align.run(dataclasses.replace(config, reward=RewardConfig(str(elsewhere))), tmp_path / "run")
+    two = dataclasses.replace(config, refl=None, flow_grpo=GRPO, mesh=MeshConfig(data=4))
+    with pytest.raises(ConfigError, match="a multiple of group x updates x mesh.data = 4 x 1 x 4"):
+        align.run(two, tmp_path / "run")
+    nowhere = str(tmp_path / "nowhere")
+    for name, watched in (("judge", {"judges": (JudgeConfig("clip", nowhere),)}), ("preview", {"preview": nowhere})):
+        judged = dataclasses.replace(config.evaluation, **watched)
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            align.run(dataclasses.replace(config, evaluation=judged), tmp_path / name)
+        assert not (tmp_path / name / "metrics.jsonl").exists()
+    with pytest.raises(ConfigError, match="a reward is a reward model .* or a judge"):
+        RewardConfig("a", JudgeConfig("scenes"))
+    with pytest.raises(ConfigError, match='reference_scale "error" needs reward_noises of at least 2'):
+        dataclasses.replace(config, reference_scale="error", reference_weight=1.0)
+    with pytest.raises(ConfigError, match="pretraining names the images and pretraining_weight"):
+        ReFLConfig(pretraining_weight=0.1)
     captions = dataclasses.replace(config, prompts=None, scene_captions=20)
     train, held_out = read_prompts(captions)
     assert (len(train), len(held_out)) == (20, 2)
