@@ -26,7 +26,7 @@ from dinalrm_jax.cli.configs import load_run
 from dinalrm_jax.config import ProfileConfig, StageConfig, SweepConfig, TrainConfig
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.devices import processes
-from dinalrm_jax.devices.compilation import enable_compilation_cache
+from dinalrm_jax.devices.compilation import disable_compilation_cache, enable_compilation_cache
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScorer, PairScores
@@ -200,12 +200,13 @@ def run_sweep(sweep: SweepConfig, workdir: pathlib.Path) -> None:
 def main(options: TrainOptions) -> int:
     """The run or the sweep that the config describes; a signal's status where one stopped it."""
     quieten_writers()
-    enable_compilation_cache()
     config = load_run(options.config, options.overrides)
     workdir = pathlib.Path(options.workdir or f"runs/{config.name}")
     if options.check_memory:
+        disable_compilation_cache()
         return check_memory(config, options.devices, workdir)
     processes.initialize(options.distributed)
+    enable_compilation_cache(workdir)
     processes.say(f"{config.name}: jax {jax.__version__} on {processes.devices()}, writing to {workdir}")
     try:
         if isinstance(config, SweepConfig):
