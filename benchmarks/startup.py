@@ -1,9 +1,10 @@
 """Seconds from a new process to its first score, or its first training step, without and with a compilation cache.
 
-    python -m benchmarks.startup [--rounds 5] [--train]
+    python -m benchmarks.startup [--rounds 5] [--train] [--draw]
 
-Each round is two processes: import, `from_pretrained`, `score_latents` of the golden tiny model; or a run of
-`configs/hpdv3.py:smoke`, whose data are there, up to its first step.
+Each round is two processes: import, `from_pretrained`, `score_latents` of the golden tiny model; or, with --train, a run
+of `configs/hpdv3.py:smoke`, whose data are there, up to its first step. With --draw: what drawing the full-size model's
+parameters takes, all of them and those that train.
 """
 
 import json
@@ -57,6 +58,20 @@ MetricsLog.start = first
 train.main(TrainOptions(config="configs/hpdv3.py:smoke", workdir=sys.argv[1]))
 """
 
+DRAW = """
+import json, resource, sys, time
+from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.parameters import draw
+from dinalrm_jax.model.reward import is_trainable, reward_functional
+module = reward_functional(RewardModelConfig(), ExecutionConfig())
+started, cores = time.perf_counter(), time.process_time()
+first = draw(module, 0, is_trainable if sys.argv[1] == "what trains" else lambda name: True)
+seconds = time.perf_counter() - started, time.process_time() - cores
+sizes = sum(array.nbytes for array in first.values()), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([*seconds, *(size / 2**30 for size in sizes)]))
+"""
+
 
 def in_process(script: str, argument: str, cache: str) -> list[float]:
     """What a script's last line says."""
@@ -91,6 +106,11 @@ def main(_) -> None:
     if flags.FLAGS.train:
         first_steps(rounds)
         return
+    if flags.FLAGS.draw:
+        for name in ("everything", "what trains"):
+            wall, cores, drawn, peak = in_process(DRAW, name, "")
+            print(f"{name}, {drawn:.2f} GiB: {wall:.1f} s ({cores:.1f} s of all cores), peak memory {peak:.2f} GiB")
+        return
     cold, warm = [], []
     for _ in range(rounds):
         cache = tempfile.mkdtemp()
@@ -110,4 +130,5 @@ def main(_) -> None:
 if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 5, "Processes of each kind.", 1)
     flags.DEFINE_bool("train", False, "Up to the first training step.")
+    flags.DEFINE_bool("draw", False, "Draw the full-size model.")
     app.run(main)

@@ -84,8 +84,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         frozen = place(frozen_arrays(config, workdir, setup.inputs), config.execution.dtype, shardings)
 
         # LoRA and head learn the reward on the frozen backbone's features.
-        first = draw(module, config.seed) if setup.start is None else setup.start
-        first, _ = split(first, is_trainable)
+        first = draw(module, config.seed, is_trainable) if setup.start is None else split(setup.start, is_trainable)[0]
         levels: tuple[Level, ...] = tuple(dict.fromkeys((judged.sigma, *judged.levels)))
         if judged.levels:
             levels += (judged.ensemble,)
