@@ -2,9 +2,9 @@
 
     python -m benchmarks.startup [--rounds 5] [--train] [--draw]
 
-Each round is two processes: import, `from_pretrained`, `score_latents` of the golden tiny model; or, with --train, a run
-of `configs/hpdv3.py:smoke`, whose data are there, up to its first step. With --draw: what drawing the full-size model's
-parameters takes, all of them and those that train.
+Each round is two processes: import, `from_pretrained`, `score_latents` of the golden tiny model; or, with --train, a
+run of `configs/hpdv3.py:smoke`, whose data are there, up to its first step. With --draw: what drawing the full-size
+model's parameters takes, all of them and those that train.
 """
 
 import json
