@@ -187,10 +187,10 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
 def main(options: AlignOptions) -> int:
     """The alignment that the config describes; a signal's status where one stopped it."""
     quieten_writers()
-    enable_compilation_cache()
     config = load_align(options.config, options.overrides)
     workdir = pathlib.Path(options.workdir or f"runs/{config.name}")
     processes.initialize(options.distributed)
+    enable_compilation_cache(workdir)
     processes.say(f"{config.name}: jax {jax.__version__} on {processes.devices()}, writing to {workdir}")
     try:
         run(config, workdir)

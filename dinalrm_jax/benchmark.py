@@ -40,7 +40,7 @@ import jaxlib
 from tqdm import tqdm
 
 from dinalrm_jax.devices.chips import Target
-from dinalrm_jax.devices.compilation import enable_compilation_cache
+from dinalrm_jax.devices.compilation import disable_compilation_cache, enable_compilation_cache
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.disk import check_writable, write_json
 from dinalrm_jax.timing import loading
@@ -284,11 +284,12 @@ def _processor() -> str:
 
 def main(options: BenchmarkOptions) -> None:
     """Times what the options name."""
-    if options.cache:
-        enable_compilation_cache()
     if options.output is not None:
         check_writable(options.output)
+    if options.cache:
+        enable_compilation_cache()
     if options.compile_for:
+        disable_compilation_cache()
         result = run_plans(options.setting, options.compile_for)
         print(result["table"])
     elif options.setting.mode == "load":

@@ -37,11 +37,11 @@ from dinalrm_jax.training.preflight import check_fit
 
 def main(options: EvaluateOptions) -> None:
     """Scores, and writes what was found."""
-    enable_compilation_cache()
     output = pathlib.Path(options.output or f"runs/evaluation/{options.benchmark}")
     if output.exists():
         raise FileExistsError(f"{output} exists already; choose another --output or remove it first")
     processes.initialize(options.distributed)
+    enable_compilation_cache()
     score = opened(options)
     check_writable(output)
     # The output is this command's from here on, before it has computed for hours.

@@ -90,8 +90,8 @@ def save_images(
 
 def main(options: GenerateOptions) -> None:
     """Samples, ranks and writes what the options name."""
-    enable_compilation_cache()
     processes.initialize(options.distributed)
+    enable_compilation_cache()
     output, prompts = pathlib.Path(options.output), read_prompts(options)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists already and is not empty; choose another output or remove it first")

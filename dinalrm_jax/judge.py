@@ -65,7 +65,6 @@ def by_rules(prompt: str, image: str) -> tuple[float, ...]:
 
 def main(options: JudgeOptions) -> int:
     """Ranks what the options name; 1 where a file could not be read."""
-    enable_compilation_cache()
     check_outputs(options)
     images = find_images(options.images)
     prompts = len(images) * [""] if options.judge == "aesthetic" else prompts_of(options, images)
@@ -75,6 +74,7 @@ def main(options: JudgeOptions) -> int:
             draw.parse(prompt)  # which says what is no caption, before any image is read
         kind, judge = VerifiedImage, by_rules
     else:
+        enable_compilation_cache()
         loaded = Judge.from_pretrained(options.judge, options.model, options.head, options.tokenizer)
 
         def judge(prompt: str, image: str) -> tuple[float, ...]:

@@ -28,8 +28,8 @@ from dinalrm_jax.model.tables import WeightsError
 
 def main(options: PreprocessOptions) -> None:
     """Prepares what the options name, or goes on with it."""
-    enable_compilation_cache()
     processes.initialize(options.distributed)
+    enable_compilation_cache()
     if options.distributed:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the preemption service's: nothing is lost by a kill
     try:

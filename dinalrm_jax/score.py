@@ -27,11 +27,11 @@ from dinalrm_jax.reward_model import RewardModel
 
 def main(options: ScoreOptions) -> int:
     """Scores what the options name; 1 where a file could not be read."""
-    enable_compilation_cache()
     check_outputs(options)
     images = find_images(options.images)
     prompts = prompts_of(options, images)
     size = parse_bucket(options.size) if options.size is not None else None
+    enable_compilation_cache()
     model = RewardModel.from_pretrained(
         options.checkpoint, options.base_model, options.dtype, revision=options.revision
     )

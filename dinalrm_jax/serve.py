@@ -50,8 +50,8 @@ def configure_logging(as_json: bool) -> None:
 def main(options: ServeOptions) -> None:
     """Serves until SIGTERM."""
     configure_logging(options.log_json)
-    enable_compilation_cache()
     api_key = read_api_key(options.api_key_env)
+    enable_compilation_cache()
     execution = ExecutionConfig(dtype=chosen_dtype(options.dtype))
     model = open_checkpoint(options.checkpoint, options.base_model, execution, revision=options.revision)
     asyncio.run(RewardServer(model, options.server, options.checkpoint, api_key).serve())

@@ -28,7 +28,7 @@ from dinalrm_jax.data.config import MixedConfig
 from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.devices import processes
-from dinalrm_jax.devices.compilation import enable_compilation_cache
+from dinalrm_jax.devices.compilation import disable_compilation_cache, enable_compilation_cache
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScorer, PairScores
@@ -86,8 +86,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         frozen = place(frozen_arrays(config, workdir, setup.inputs), config.execution.dtype, shardings)
 
         # LoRA and head learn the reward on the frozen backbone's features.
-        first = draw(module, config.seed) if setup.start is None else setup.start
-        first, _ = split(first, is_trainable)
+        first = draw(module, config.seed, is_trainable) if setup.start is None else split(setup.start, is_trainable)[0]
         levels: tuple[Level, ...] = tuple(dict.fromkeys((judged.sigma, *judged.levels)))
         if judged.levels:
             levels += (judged.ensemble,)
@@ -208,12 +207,13 @@ def run_sweep(sweep: SweepConfig, workdir: pathlib.Path) -> None:
 def main(options: TrainOptions) -> int:
     """The run or the sweep that the config describes; a signal's status where one stopped it."""
     quieten_writers()
-    enable_compilation_cache()
     config = load_run(options.config, options.overrides)
     workdir = pathlib.Path(options.workdir or f"runs/{config.name}")
     if options.check_memory:
+        disable_compilation_cache()
         return check_memory(config, options.devices, workdir)
     processes.initialize(options.distributed)
+    enable_compilation_cache(workdir)
     processes.say(f"{config.name}: jax {jax.__version__} on {processes.devices()}, writing to {workdir}")
     try:
         if isinstance(config, SweepConfig):

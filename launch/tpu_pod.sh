@@ -8,7 +8,7 @@
 #
 # The hosts need this repository at DIRECTORY (default ~/dinalrm_jax), `pip install -e '.[tpu]'` done
 # there, and one file system that all of them see (Filestore, or a mounted bucket) for WORKDIR and the
-# data. PROJECT, PYTHON and JAX_COMPILATION_CACHE_DIR are passed on where they are set.
+# data. PROJECT, PYTHON and JAX_COMPILATION_CACHE_DIR (else WORKDIR/programs) are passed on where they are set.
 # Stop it with: gcloud compute tpus tpu-vm ssh TPU --zone ZONE --worker=all --command 'pkill -TERM -f dinalrm_jax.train'
 set -euo pipefail
 : "${TPU:?set TPU to the name of the slice}" "${ZONE:?set ZONE to its zone}"

@@ -22,6 +22,7 @@ from dinalrm_jax.alignment.rewards import LatentReward, Rewards
 from dinalrm_jax.benchmark import seconds_of, spread
 from dinalrm_jax.config import OptimizerConfig, ReFLConfig, StageConfig
 from dinalrm_jax.devices.chips import GIB, Target
+from dinalrm_jax.devices.compilation import disable_compilation_cache
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import BY_ROW
@@ -256,6 +257,7 @@ def throughput(size: Size) -> dict:
 
 def ahead(size: Size, name: str) -> dict:
     """What compiling ahead says that the timed programs need, on this machine's processors."""
+    disable_compilation_cache()
     target = Target.parse(name)
     mesh = make_mesh(MeshConfig(), target.devices())
     found = {}

@@ -377,6 +377,8 @@ class BenchmarkOptions:
         at_least(self, 1, ("repeats",))
         if self.compile_for and (self.reference is not None or self.profile or self.setting.mode == "load"):
             raise UsageError("--compile-for runs nothing: it has no --reference, no --profile and no load mode")
+        if self.compile_for and self.cache:
+            raise UsageError("--cache keeps programs to load; those of --compile-for have no device here to load onto")
         if self.compile_for and self.setting.data != 1:
             raise UsageError("with --compile-for the devices that --fsdp and --tensor leave are data; leave --data out")
         if self.setting.mode in GENERATION and not self.compile_for:

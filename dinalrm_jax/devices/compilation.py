@@ -6,16 +6,48 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+from jax._src import compilation_cache
+from jax._src.lru_cache import LRUCache
 
 
-def enable_compilation_cache() -> None:
-    """Turns on JAX's persistent cache, so that a second start need not compile again.
+class ReplacingCache(LRUCache):
+    """JAX's directory of compiled programs, where a program that was compiled anew takes its file's place.
 
-    JAX_COMPILATION_CACHE_DIR says where, else ~/.cache/dinalrm_jax.
+    JAX compiles, and warns, where it cannot read a file: half of one, say, of a process that was killed or a disk that
+    was full. But it leaves the file as it is, and so it would compile at every start from then on.
+    """
+
+    def put(self, key: str, value: bytes) -> None:
+        (self.path / f"{key}-cache").unlink(missing_ok=True)
+        super().put(key, value)
+
+
+def enable_compilation_cache(workdir: pathlib.Path | None = None) -> None:
+    """Turns on JAX's persistent cache: a start loads the programs that one before it compiled.
+
+    JAX_COMPILATION_CACHE_DIR says where they are. Without it, a job of several processes that has a directory of its
+    own keeps them there, as WORKDIR/programs, since its first process alone writes what all of them read; anything else
+    keeps them in ~/.cache/dinalrm_jax/xla. Call it after `processes.initialize`.
+
+    What a program is kept under says what it is, the compiler's version, options and devices. It does not say where
+    this package or the cache lie, so both may move: a cache that is copied, a container, another host.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/dinalrm_jax/xla").expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        shared = workdir is not None and jax.process_count() > 1
+        directory = workdir.resolve() / "programs" if shared else pathlib.Path("~/.cache/dinalrm_jax/xla").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+    # The small ones too: hundreds that take a tenth of a second each.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # TPU kernels hold the paths of their source; those within the packages are enough to find it.
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", r".*/(?=dinalrm_jax/|jax/)")
+    if jax.default_backend() != "gpu":  # that alone has a cache beside this one, whose path would be in the key
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    compilation_cache.LRUCache = ReplacingCache  # type: ignore[misc]  # JAX asks nobody how to write files
+
+
+def disable_compilation_cache() -> None:
+    """For devices that are not here: JAX writes a program for them too, and then cannot load it."""
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def return_freed_memory() -> None:

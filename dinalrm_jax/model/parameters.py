@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.extend.core import jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh, NamedSharding
 
 from dinalrm_jax.devices.sharding import Rules, parameter_shardings
@@ -39,12 +41,20 @@ class Functional(Generic[M]):
         """Name -> shape and (float32) dtype of every parameter."""
         return {_name(path): jax.ShapeDtypeStruct(var.shape, var.dtype) for path, var in self.variables}
 
-    def init(self, seed: int) -> Params:
-        """Freshly drawn float32 parameters.
+    def init(self, seed: int, wanted: Callable[[str], bool] = lambda name: True) -> Params:
+        """Freshly drawn float32 parameters, those whose names are `wanted`; nothing is drawn of the others.
 
         Drawn one by one: compiling hundreds of draws as one program takes five times longer.
         """
-        return _named(self.build(nnx.Rngs(seed)))
+        names = [name for name in self.shapes if wanted(name)]
+
+        def build() -> list[jax.Array]:
+            params = _named(self.build(_CountedKeys(seed)))
+            return [params[name] for name in names]
+
+        drawn = jax.make_jaxpr(build)()
+        needed, _ = dce_jaxpr(drawn.jaxpr, len(names) * [True])
+        return dict(zip(names, jaxpr_as_fun(drawn.replace(jaxpr=needed))()))
 
     def bind(self, params: Params) -> M:
         """The module over these parameters; call its methods under jit, grad and the rest.
@@ -62,14 +72,14 @@ class Functional(Generic[M]):
         )
 
 
-def draw(module: Functional, seed: int) -> dict[str, np.ndarray]:
-    """Freshly drawn parameters on the host: the same on every process, and no device has to hold them whole."""
+def draw(module: Functional, seed: int, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
+    """`Functional.init` on the host: the same on every process, and no device has to hold the parameters whole."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
         device = jax.local_devices()[0]
     with jax.default_device(device):
-        return {name: np.asarray(array) for name, array in module.init(seed).items()}
+        return {name: np.asarray(array) for name, array in module.init(seed, wanted).items()}
 
 
 def split(params: Mapping[str, A], trains: Callable[[str], bool]) -> tuple[dict[str, A], dict[str, A]]:
@@ -92,6 +102,18 @@ class _OneKey(nnx.Rngs):
 
     def params(self) -> jax.Array:
         return self._key
+
+
+class _CountedKeys(nnx.Rngs):
+    """The keys of `nnx.Rngs(seed)`, counted outside of what is traced, for the same reason."""
+
+    def __init__(self, seed: int):
+        self._key, self._count = jax.random.key(seed), 0
+
+    def params(self) -> jax.Array:
+        key = jax.random.fold_in(self._key, self._count)
+        self._count += 1
+        return key
 
 
 def _named(module: nnx.Module) -> Params:

@@ -135,7 +135,9 @@ def frozen_arrays(config: TrainConfig, workdir: pathlib.Path, inputs: Mapping[st
         arrays = open_start(config, workdir).arrays
         _check_same("init_from", config.init_from, arrays, inputs)
         return split(arrays, is_trainable)[1]
-    return truncate(draw(transformer_functional(config.model.transformer, config.execution), config.seed), config.model)
+    module = transformer_functional(config.model.transformer, config.execution)
+    frozen = truncate(module.shapes, config.model)
+    return truncate(draw(module, config.seed, lambda name: f"backbone.{name}" in frozen), config.model)
 
 
 def _check_same(what: str, path: str, arrays: Mapping[str, np.ndarray], inputs: Mapping[str, str]) -> None:

@@ -39,7 +39,7 @@ from dinalrm_jax.weights import released, torch_file
 from dinalrm_jax.weights.digest import digest
 from dinalrm_jax.weights.files import SafetensorsDirectory, read_json, resolve, save_safetensors
 
-A = TypeVar("A", np.ndarray, jax.Array)
+A = TypeVar("A")
 
 Size = tuple[int, int]  # height, width of an image in pixels
 
@@ -150,7 +150,7 @@ def open_backbone(base_model: str | pathlib.Path) -> tuple[BackboneConfig, dict[
 
 
 def truncate(backbone: Mapping[str, A], config: RewardModelConfig) -> dict[str, A]:
-    """The frozen parameters that a reward model takes from a whole transformer."""
+    """The frozen parameters that a reward model takes from a whole transformer, or their shapes."""
     shapes = reward_functional(config, ExecutionConfig()).shapes
     return {name: backbone[name.removeprefix("backbone.")] for name in shapes if not is_trainable(name)}
 

@@ -101,6 +101,7 @@ def test_commands_refuse_before_they_compile():
     for arguments, message in (
         (("-m", "dinalrm_jax.benchmark", "--compile-for", "v9"), "'v9' is no chip"),
         (("-m", "dinalrm_jax.benchmark", "--compile-for", "v5e", "--profile"), "--compile-for runs nothing"),
+        (("-m", "dinalrm_jax.benchmark", "--compile-for", "v5e", "--cache"), "no device here to load onto"),
         (
             ("-m", "dinalrm_jax.train", "--config", "configs/hpdv3.py", "--check-memory"),
             "--check-memory and --for go together",
