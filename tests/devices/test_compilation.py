@@ -15,6 +15,7 @@ PARTS = ("backbone", "trained")  # of a model
 COUNT = """
 import sys
 import jax
+import pytest
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event.rpartition("/")[2]))
 def counted():
@@ -83,6 +84,7 @@ def counts(out: str) -> tuple[int, int]:
     return int(found[0]), int(found[1])
 
 
+@pytest.mark.heavy
 def test_a_second_run_compiles_nothing(tmp_path):
     """Every program of a run, its small ones too, wherever the cache lies now; and the numbers are the same."""
     flags = ["--config=tests/tiny_run.py", "--config.scenes.train_pairs=16", "--config.scenes.eval_pairs=4"]
