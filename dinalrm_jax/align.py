@@ -14,8 +14,6 @@ answer_help(__name__, __doc__, AlignOptions)  # before the imports that take a s
 
 import dataclasses
 import hashlib
-import pathlib
-import shutil
 from collections.abc import Sequence
 
 import jax
@@ -36,6 +34,7 @@ from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.devices.mesh import check_batch_size, make_mesh
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
+from dinalrm_jax.disk import AnyPath, as_path, is_whole, remove
 from dinalrm_jax.encoders.load import image_codec, prompt_encoder
 from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.model.backbone.family import transformer_functional
@@ -60,7 +59,7 @@ from dinalrm_jax.weights.files import fingerprint, read_json
 from dinalrm_jax.weights.pretrained import open_backbone, origin_of
 
 
-def run(config: AlignConfig, workdir: pathlib.Path) -> None:
+def run(config: AlignConfig, workdir: AnyPath) -> None:
     """Tunes one policy; on a workdir with an unfinished run it goes on there.
 
     Raises:
@@ -180,8 +179,8 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
         after, result = watch.samples(state.result), gather(state.result)
         if processes.is_first():
             named = {name.removeprefix(POLICY): array for name, array in result.items()}
-            if (workdir / "policy").exists():  # of fewer steps, or of this very end
-                shutil.rmtree(workdir / "policy")
+            if is_whole(workdir / "policy"):  # of fewer steps, or of this very end
+                remove(workdir / "policy")
             save_adapter(workdir / "policy", config.lora, named, digest(base, lambda name: False))
             rows = [row for row in read_metrics(workdir, "tuning") if watch.headline in row]
             print(report(workdir, held_out, before, after, rows, codec, config.evaluation.images, judge))
@@ -206,7 +205,7 @@ def load_reward(config: AlignConfig, checkpoint: str, base: Params) -> RewardMod
         WeightsError, FileNotFoundError: as for `RewardModel.from_pretrained`.
     """
     model = RewardModel.loaded(open_checkpoint(checkpoint, config.base_model, config.execution, base))
-    said = pathlib.Path(checkpoint) / "config.json"
+    said = as_path(checkpoint) / "config.json"
     weights = read_json(said).get("weights") if said.is_file() else None
     if weights is not None and weights != model.digest:
         raise ConfigError(
@@ -221,7 +220,7 @@ def main(options: AlignOptions) -> int:
     quieten_writers()
     enable_compilation_cache()
     config = load_align(options.config, options.overrides)
-    workdir = pathlib.Path(options.workdir or f"runs/{config.name}")
+    workdir = as_path(options.workdir or f"runs/{config.name}")
     processes.initialize(options.distributed)
     processes.say(f"{config.name}: jax {jax.__version__} on {processes.devices()}, writing to {workdir}")
     try:

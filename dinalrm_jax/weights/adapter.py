@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dinalrm_jax.disk import whole_directory
+from dinalrm_jax.disk import AnyPath, whole_directory
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.backbone.family import BackboneConfig, transformer_functional
 from dinalrm_jax.model.config import LoRAConfig
@@ -31,7 +31,7 @@ BACKBONE = "dinalrm_backbone"  # in the header: the digest of the weights that i
 
 
 def save_adapter(
-    output: str | pathlib.Path, config: LoRAConfig, adapters: Mapping[str, AnyArray], backbone: str | None = None
+    output: str | AnyPath, config: LoRAConfig, adapters: Mapping[str, AnyArray], backbone: str | None = None
 ) -> None:
     """Writes a directory that `pipe.load_lora_weights` of diffusers reads; whole or not at all.
 
