@@ -149,7 +149,8 @@ def _listed(directory: epath.Path, patterns: Sequence[str]) -> dict[str, str]:
     with _failing(f"list {directory}"):
         found = _objects().find(str(directory), detail=True)
     prefix = str(directory).removeprefix(SCHEME) + "/"
-    names = {name.removeprefix(prefix): str(info["generation"]) for name, info in found.items()}
+    files = {name: info for name, info in found.items() if info["type"] == "file"}
+    names = {name.removeprefix(prefix): str(info["generation"]) for name, info in files.items()}
     return {
         name: generation
         for name, generation in sorted(names.items())
