@@ -1,10 +1,8 @@
 """What a run leaves when it is through: its model, and its report."""
 
-import pathlib
-
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.sharding import gather
-from dinalrm_jax.disk import Mirror, is_whole, move
+from dinalrm_jax.disk import Mirror, as_path, is_whole, move
 from dinalrm_jax.encoders.load import load_image_codec
 from dinalrm_jax.evaluation.pairs import PairScorer, PairScores
 from dinalrm_jax.evaluation.run_report import write_report
@@ -49,7 +47,7 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
     if processes.is_first():
         encoders, pipeline = setup.records.encoders, setup.base_model
         # An SD3 VAE draws the records' images; without one there is no contact sheet.
-        drawn = encoders.kind != "sd3" or (pipeline is not None and (pathlib.Path(pipeline) / "vae").is_dir())
+        drawn = encoders.kind != "sd3" or (pipeline is not None and (as_path(pipeline) / "vae").is_dir())
         with Mirror(workdir / "report") as directory:
             text = write_report(
                 directory,
