@@ -55,7 +55,7 @@ def get_config(variant: str = "flow_grpo") -> ConfigDict:
     if variant in ("flow_grpo", "control"):
         values |= {"flow_grpo": {"group": 12, "clip_range": 1e-3}, "reference_weight": 0.004}
         if variant == "control":
-            values["reward"] = {"checkpoint": None}
+            values["reward"] = {"judge": {"kind": "scenes"}}
     elif variant in ("refl", "hacked"):
         values |= {"refl": {"steps": 12, "guidance": 1.0, "first": 4, "last": 10}}
         values |= {"reference_weight": 0.0 if variant == "hacked" else 1.0}

@@ -4,11 +4,12 @@
         --config.reward.checkpoint path/to/DiNa-LRM-SD35M-12layers --workdir runs/refl
 
 40 steps at 512 pixels with guidance 4.5, of which one of 30 to 39 trains; batches of 64; LoRA of rank 32. The recipe
-has no regularisation and is easily hacked: watch before_after.png, and raise `reference_weight`.
+has no regularisation and is easily hacked: watch the judges, and raise `reference_weight` or `refl.pretraining_weight`.
 
-    python -m dinalrm_jax.align --config configs/refl.py:quickstart
+    python -m dinalrm_jax.train --config configs/hpdv3.py:smoke
+    python -m dinalrm_jax.align --config configs/refl.py:smoke
 
-tunes the quickstart's generator with its reward (runs/quickstart must be there) on two cores.
+run the whole path on random tiny weights in the real layout, in two minutes.
 """
 
 from ml_collections import ConfigDict
@@ -36,28 +37,29 @@ def recipe() -> dict:
     }
 
 
-def on_the_quickstart(values: dict) -> dict:
-    """The same on the quickstart's generator, reward and captions."""
-    stage = {"steps": 40, "batch_size": 16, "checkpoint_every": 20, "evaluate_every": 20, "log_every": 5}
-    return values | {
-        "name": f"{values['name']}_quickstart",
-        "base_model": "runs/quickstart/generator/backbone",
-        "reward": {"checkpoint": "runs/quickstart/model"},
+def smoke(values: dict, **changed: dict) -> dict:
+    """Two steps of a recipe on what `train --config configs/hpdv3.py:smoke` left."""
+    values = values | {
+        "name": f"{values['name']}_smoke",
+        "base_model": "runs/hpdv3_smoke/base_model",
+        "reward": {"checkpoint": "runs/hpdv3_smoke/model"},
         "prompts": None,
-        "scene_captions": 128,
-        "tuning": values["tuning"] | stage,
+        "scene_captions": 16,
+        "tuning": values["tuning"] | {"steps": 2, "batch_size": 8, "checkpoint_every": 1, "evaluate_every": 2},
         "height": 64,
         "width": 64,
-        "evaluation": {"steps": 20, "guidance": 1.0},
+        "text_length": 16,
+        "lora": {"rank": 4, "alpha": 8.0},
+        "evaluation": {"prompts": 2, "steps": 2, "guidance": 1.0, "images": 2},
         "execution": {},
     }
+    return values | changed
 
 
 def get_config(variant: str = "") -> ConfigDict:
     values = recipe()
-    if variant == "quickstart":
-        values = on_the_quickstart(values) | {"reference_weight": 1.0}
-        values["refl"] = {"steps": 20, "guidance": 1.0, "first": 14, "last": 18}
+    if variant == "smoke":
+        values = smoke(values, refl={"steps": 4, "first": 2, "last": 3})
     elif variant:
-        raise ValueError(f"this config knows the variant :quickstart, not :{variant}")
+        raise ValueError(f"this config knows the variant :smoke, not :{variant}")
     return with_defaults(AlignConfig, values)

@@ -14,7 +14,6 @@ answer_help(__name__, __doc__, AlignOptions)  # before the imports that take a s
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -23,9 +22,11 @@ from dinalrm_jax.alignment.dpo import best_against_worst, dpo
 from dinalrm_jax.alignment.flow_grpo import flow_grpo
 from dinalrm_jax.alignment.held_out import HeldOutPrompts, report
 from dinalrm_jax.alignment.nft import nft
-from dinalrm_jax.alignment.policy import POLICY, REWARD, Policy, PromptStream, read_prompts
+from dinalrm_jax.alignment.opened import open_rewards
+from dinalrm_jax.alignment.policy import POLICY, Policy, PromptStream, read_prompts
+from dinalrm_jax.alignment.pretraining import StreamBesideImages, with_pretraining
 from dinalrm_jax.alignment.refl import refl
-from dinalrm_jax.alignment.rewards import LatentReward, Reward, Rewards, SceneRules
+from dinalrm_jax.alignment.rewards import Rewards, broken_prompt
 from dinalrm_jax.cli.configs import load_align
 from dinalrm_jax.config import AlignConfig
 from dinalrm_jax.data.records import Records
@@ -39,23 +40,19 @@ from dinalrm_jax.encoders.load import image_codec, prompt_encoder
 from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.lora import init_adapters
-from dinalrm_jax.model.parameters import Params
-from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.model.tables import WeightsError
-from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.training.checkpoint import CheckpointError
 from dinalrm_jax.training.loop import fit
 from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
 from dinalrm_jax.training.objectives import Objective
-from dinalrm_jax.training.run_weights import open_checkpoint
 from dinalrm_jax.training.setup import alone
 from dinalrm_jax.training.step import assemble
 from dinalrm_jax.training.stopping import Stopped
 from dinalrm_jax.training.stream import PairStream, Stream
 from dinalrm_jax.training.workdir import check_workdir, claim_workdir
-from dinalrm_jax.weights.adapter import save_adapter
+from dinalrm_jax.weights import adapter
 from dinalrm_jax.weights.digest import digest
-from dinalrm_jax.weights.files import fingerprint, read_json
+from dinalrm_jax.weights.files import fingerprint
 from dinalrm_jax.weights.pretrained import open_backbone, origin_of
 
 
@@ -93,30 +90,18 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         spec.validate(np.broadcast_to(np.float32(0), (1, *shape)))
         policy = Policy(tuned, transformer_functional(transformer, config.execution), shape, origin.shift)
         frozen = {f"{POLICY}{name}": array for name, array in base.items()}
-        wanted_rewards = (config.reward, *config.mixed)
-        models = [
-            None if wanted.checkpoint is None else load_reward(config, wanted.checkpoint, base)
-            for wanted in wanted_rewards
-        ]
-        for model in filter(None, models):
-            module = reward_functional(model.config, config.execution)
-            own = {name: array for name, array in model.params.items() if is_trainable(name)}
-            held = {**model.params, **place(own, np.float32, module.shardings(mesh))}
-            frozen |= {f"{prefix_of(model, models)}{name}": array for name, array in held.items()}
+        codec = image_codec(origin.encoders, config.base_model)
 
         # Rewards: what trains, and the first reward model at levels that do not.
-        members: dict[str, tuple[Reward, float]] = {}
-        for number, (wanted, model) in enumerate(zip(wanted_rewards, models)):
-            reward = SceneRules(prompts) if model is None else latent_reward(model, wanted.sigma, models)
-            members[f"reward_{number + 1}" if number else "reward"] = reward, wanted.weight
-        rewards = Rewards(members)
-        trained_on, _ = members["reward"]
-        watched: Reward = SceneRules(held_out)
-        if isinstance(trained_on, SceneRules):
-            trained_on = watched  # of the held-out captions, whose numbers are others
-        model = next(filter(None, models), None)
-        if model is not None:
-            watched = latent_reward(model, config.evaluation.sigma, models)
+        opened = open_rewards(config, base, codec, prompts + held_out, mesh)
+        for each in opened:
+            frozen |= each.params
+        names = ["reward", *(f"reward_{number + 2}" for number in range(len(config.mixed)))]
+        weights = [config.reward.weight, *(mixed.weight for mixed in config.mixed)]
+        members = {name: (each.reward, weight) for name, each, weight in zip(names, opened, weights)}
+        rewards = Rewards(members, config.reward_noises, by_error=config.reference_scale == "error")
+        watched = next((each for each in opened if each.model is not None), opened[0])
+        model = watched.model and watched.model[0]
 
         # Prompts, or pairs, and the objective over them.
         encoders = origin.encoders
@@ -127,11 +112,16 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         encode_for_reward = prompt_encoder(read_by_reward, config.base_model, config.execution.dtype)
         tuning, collection = config.tuning, None
         objective: Objective
-        stream: Stream = PromptStream(
-            prompts, encode, encode_for_reward, tuning.batch_size, config.group, config.seed, mesh
-        )
+        asked = PromptStream(prompts, encode, encode_for_reward, tuning.batch_size, config.group, config.seed, mesh)
+        stream: Stream = asked
         if config.refl is not None:
             objective = refl(policy, rewards, config.refl, config.reference_weight)
+            if config.refl.pretraining is not None:
+                objective = with_pretraining(objective, policy, config.refl.pretraining_weight, tuning.sigma)
+                images = PairStream(
+                    "pretraining", Records(config.refl.pretraining), tuning.batch_size, config.seed, mesh
+                )
+                stream = StreamBesideImages(asked, images)
         elif config.flow_grpo is not None:
             collection, objective = flow_grpo(policy, rewards, config.flow_grpo, config.reference_weight)
         elif config.nft is not None:
@@ -147,30 +137,34 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         # Adapters, and the loop that trains everything here.
         texts = hashlib.sha256("\n".join(prompts + held_out).encode()).hexdigest()[:16]
         inputs = {"prompts": texts, "base_model": fingerprint(arrays)}
-        inputs |= {name: model.digest for name, model in zip(members, models) if model is not None}
+        inputs |= {name: each.model[0].digest for name, each in zip(names, opened) if each.model is not None}
         name = claim_workdir(workdir, config, inputs)
         first = init_adapters(tuned.shapes, config.lora, config.seed)
         adapters = place(first, np.float32, {name: shardings[name] for name in first})
         adapters = {f"{POLICY}{name}": array for name, array in adapters.items()}
-        codec = image_codec(origin.encoders, config.base_model)
         watch = HeldOutPrompts(
-            config, policy, frozen, trained_on, watched, held_out, encode, encode_for_reward, codec, mesh,
-            workdir / "pictures",
+            config, policy, frozen, opened[0].reward, watched.at(config.evaluation.sigma), held_out, len(prompts),
+            encode, encode_for_reward, codec, mesh, workdir / "pictures",
         )  # fmt: skip
         before = watch.samples(adapters)
         assembled = assemble(objective, adapters, frozen, tuning, mesh, seed=config.seed, collection=collection)
-        state, best = fit(
-            "tuning",
-            tuning,
-            assembled,
-            stream,
-            workdir=workdir,
-            open_log=lambda stage: MetricsLog(
-                workdir, stage, project=config.wandb_project, run=name, config=to_mapping(config)
-            ),
-            held_out=watch,
-            profile=config.profile,
-        )
+        try:
+            state, best = fit(
+                "tuning",
+                tuning,
+                assembled,
+                stream,
+                workdir=workdir,
+                open_log=lambda stage: MetricsLog(
+                    workdir, stage, project=config.wandb_project, run=name, config=to_mapping(config)
+                ),
+                held_out=watch,
+                profile=config.profile,
+            )
+        except NonFiniteLoss as error:
+            if (said := broken_prompt(error.metrics, prompts)) is None:
+                raise
+            raise NonFiniteLoss(f"{said} (seed {config.seed}): {error}", error.metrics) from error
 
         # The result: what a judge found best, or where none watched, the last state.
         judge = watch.headline if config.evaluation.judges else None
@@ -179,40 +173,12 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         after, result = watch.samples(state.result), gather(state.result)
         if processes.is_first():
             named = {name.removeprefix(POLICY): array for name, array in result.items()}
-            if is_whole(workdir / "policy"):  # of fewer steps, or of this very end
-                remove(workdir / "policy")
-            save_adapter(workdir / "policy", config.lora, named, digest(base, lambda name: False))
+            if is_whole(workdir / adapter.POLICY):  # of fewer steps, or of this very end
+                remove(workdir / adapter.POLICY)
+            adapter.save_adapter(workdir / adapter.POLICY, config.lora, named, digest(base, lambda name: False))
             rows = [row for row in read_metrics(workdir, "tuning") if watch.headline in row]
             print(report(workdir, held_out, before, after, rows, codec, config.evaluation.images, judge))
         processes.barrier("policy")
-
-
-def prefix_of(model: RewardModel, models: Sequence[RewardModel | None]) -> str:
-    """Before the names of this reward model's parameters, which lie in one dict with the policy's."""
-    return f"{REWARD}{[each is model for each in models].index(True)}."
-
-
-def latent_reward(model: RewardModel, sigma: tuple[float, ...], models: Sequence[RewardModel | None]) -> LatentReward:
-    """A reward model at one level, or at an ensemble of several."""
-    return LatentReward(model.reward_fn(sigma if len(sigma) > 1 else sigma[0]), prefix_of(model, models))
-
-
-def load_reward(config: AlignConfig, checkpoint: str, base: Params) -> RewardModel:
-    """A reward model on the policy's own arrays.
-
-    Raises:
-        ConfigError: one that was trained on another backbone.
-        WeightsError, FileNotFoundError: as for `RewardModel.from_pretrained`.
-    """
-    model = RewardModel.loaded(open_checkpoint(checkpoint, config.base_model, config.execution, base))
-    said = as_path(checkpoint) / "config.json"
-    weights = read_json(said).get("weights") if said.is_file() else None
-    if weights is not None and weights != model.digest:
-        raise ConfigError(
-            f"the reward {checkpoint} was trained on another backbone than {config.base_model}: its weights have the "
-            f"digest {weights}, on this one {model.digest}; name the base model that it was trained on"
-        )
-    return model
 
 
 def main(options: AlignOptions) -> int:

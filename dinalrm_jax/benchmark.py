@@ -12,8 +12,9 @@ it needs of their memory, which kernels it calls and what the devices send each 
 libtpu's wheel, that of GPUs in jax_cuda12_plugin's and jax_cuda12_pjrt's.
 
 Modes: score, ensemble (three noise levels), gradient (of the score in the latents), train (one optimizer step
-on a pair), text and image (the encoders; T5-XXL takes 10 GB in bfloat16), load (a float32 checkpoint from disk,
-written to --scratch first). Of a loop's body (--layers=scan) XLA counts the FLOPs of one pass.
+on a pair), text, image and decode (encoders and VAE; T5-XXL takes 10 GB in bfloat16), load (a float32 checkpoint
+from disk, written to --scratch first); with --compile-for also generate, refl and refl_pixels, of the whole
+generator. Of a loop's body (--layers=scan, a rollout's steps) XLA counts the FLOPs of one pass.
 """
 
 from dinalrm_jax.cli.command import answer_help, run_command
@@ -44,6 +45,7 @@ from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.disk import check_writable, write_json
 from dinalrm_jax.timing import loading
 from dinalrm_jax.timing.costs import top_costs
+from dinalrm_jax.timing.generation import generation_program
 from dinalrm_jax.timing.memory import forget_peak, peak_bytes
 from dinalrm_jax.timing.plan import as_table, plan
 from dinalrm_jax.timing.programs import (
@@ -54,7 +56,7 @@ from dinalrm_jax.timing.programs import (
     program_of,
     shapes_of,
 )
-from dinalrm_jax.timing.setting import PASSES, Setting
+from dinalrm_jax.timing.setting import GENERATION, PASSES, Setting
 from dinalrm_jax.timing.work import gemm_peak, make_work
 
 FROM_ENVIRONMENT = ("XLA_FLAGS", "OMP_NUM_THREADS", "JAX_PLATFORMS")
@@ -178,7 +180,9 @@ def run_plans(setting: Setting, targets: Sequence[str]) -> dict:
     plans = {}
     for target in tqdm([Target.parse(text) for text in targets], desc="compiling", unit="target"):
         mesh = make_mesh(MeshConfig(-1, setting.fsdp, setting.tensor), target.devices())
-        if setting.mode in PASSES:
+        if setting.mode in GENERATION:
+            program = generation_program(setting, mesh)
+        elif setting.mode in PASSES:
             config = model_of(setting)
             program = program_of(setting, config, mesh, shapes_of(setting, config, mesh))
         else:

@@ -222,6 +222,9 @@ class ReFLConfig:
     steps, guidance: of the sampler, up to the step that trains; that one is computed without guidance.
     first, last: the step that trains is drawn from these, counted from 0, the last one among them.
     scale: of the reward, within the loss.
+    pretraining: directory of pairs (`preprocess` makes one), on whose chosen images the policy also keeps its loss as a
+        generator, at levels drawn from `tuning.sigma`: `(loss + weight x that) / (1 + weight)`,
+    pretraining_weight: of this weight.
     """
 
     steps: int = 40
@@ -229,8 +232,15 @@ class ReFLConfig:
     first: int = 30
     last: int = 39
     scale: float = 0.1
+    pretraining: str | None = None
+    pretraining_weight: float = 0.0
 
     def __post_init__(self):
+        if (self.pretraining is None) != (self.pretraining_weight == 0) or self.pretraining_weight < 0:
+            raise ConfigError(
+                "pretraining names the images and pretraining_weight, above 0, how much they count; got "
+                f"{self.pretraining} and {self.pretraining_weight}"
+            )
         if not 0 <= self.first <= self.last < self.steps:
             raise ConfigError(f"0 <= first <= last < steps is needed, got {self.first}, {self.last} and {self.steps}")
 
@@ -337,29 +347,8 @@ class NFTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
-    """A reward that a policy is tuned with.
-
-    checkpoint: a reward model on the policy's own backbone: released, native or of a training run. None: the share of
-        its caption that a drawn scene shows, by rules, which has no gradient (a control; the tiny encoders only).
-    sigma: the noise levels that it scores at; several are the token-level ensemble.
-    weight: of its advantages, or of its scores for ReFL, where there are several.
-    """
-
-    checkpoint: str | None
-    sigma: tuple[float, ...] = (0.4,)
-    weight: float = 1.0
-
-    def __post_init__(self):
-        if self.checkpoint is None:
-            refuse_ignored(self, ("sigma",), "rules take no noise level")
-        if not self.sigma or not all(0 <= level <= 1 for level in self.sigma):
-            raise ConfigError(f"sigma holds levels in [0, 1], got {self.sigma}")
-
-
-@dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    """A judge of decoded images that no policy is tuned with.
+    """A judge of decoded images.
 
     kind: "scenes" are the rules for drawn scenes; the others are `evaluation.judges`.
     model, head, tokenizer: of those, as for `python -m dinalrm_jax.judge`.
@@ -375,6 +364,34 @@ class JudgeConfig:
             refuse_ignored(self, ("model", "head", "tokenizer"), "the rules have no weights")
         elif self.model is None:
             raise ConfigError(f"the judge {self.kind!r} needs its model, a directory or hub id")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """A reward that a policy is tuned with: a reward model, or a judge of the decoded images.
+
+    checkpoint: a reward model on the policy's own backbone: released, native or of a training run.
+    judge: the kind "scenes" gives the share of its caption that a drawn scene shows, which has no gradient: a control.
+    sigma: the noise levels that a reward model scores at; several are the token-level ensemble.
+    weight: of its advantages, or of its scores for ReFL, where there are several.
+    """
+
+    checkpoint: str | None = None
+    judge: JudgeConfig | None = None
+    sigma: tuple[float, ...] = (0.4,)
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if (self.checkpoint is None) == (self.judge is None):
+            raise ConfigError("a reward is a reward model (checkpoint=...) or a judge (judge=...); name one of them")
+        if self.judge is not None:
+            refuse_ignored(self, ("sigma",), "a judge takes no noise level")
+        if not self.sigma or not all(0 <= level <= 1 for level in self.sigma):
+            raise ConfigError(f"sigma holds levels in [0, 1], got {self.sigma}")
+
+    @property
+    def differentiable(self) -> bool:
+        return self.judge is None or self.judge.kind != "scenes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,8 +436,11 @@ class AlignConfig:
     tuning: the stage; its batch_size counts images (of `dpo.records` pairs), its sigma is drawn from by DPO and NFT.
     refl, flow_grpo, dpo, nft: the algorithm, one of them.
     lora: the policy's adapters, on all blocks.
+    reward_noises: every image is scored under so many noises, whose mean counts; their spread is the reward's error.
     reference_weight: weight of the squared distance between the policy's velocities and the generator's own at the
         steps that train; for Flow-GRPO of the KL divergence. DPO has beta for it.
+    reference_scale: "error" multiplies that weight, image by image, by the standard error of its reward over noises:
+        where the reward does not know, the policy stays.
     height, width: of the images, in pixels.
     text_length: T5 tokens that the policy reads; the reward reads as many as it was trained with.
     """
@@ -437,7 +457,9 @@ class AlignConfig:
     nft: NFTConfig | None = None
     mixed: tuple[RewardConfig, ...] = ()
     lora: LoRAConfig = LoRAConfig(rank=32, alpha=64.0)
+    reward_noises: int = 1
     reference_weight: float = 0.0
+    reference_scale: Literal["constant", "error"] = "constant"
     height: int = 512
     width: int = 512
     text_length: int = 256
@@ -460,13 +482,19 @@ class AlignConfig:
             )
         if self.tuning.steps is None:
             raise ConfigError("tuning is so many steps long; give steps, not epochs")
-        if self.dpo is None and self.nft is None:
+        at_least(self, 1, ("reward_noises",))
+        if self.reference_scale == "error" and (self.reward_noises < 2 or not self.reference_weight):
+            raise ConfigError(
+                'reference_scale "error" needs reward_noises of at least 2, whose spread it is, and a reference_weight'
+            )
+        pretrains = self.refl is not None and self.refl.pretraining is not None
+        if self.dpo is None and self.nft is None and not pretrains:
             refuse_ignored(self.tuning, ("sigma",), f"{chosen[0]} draws no noise levels to train at")
         if self.dpo is not None and self.reference_weight:
             raise ConfigError("DPO's loss holds the policy near its reference by beta; reference_weight has no place")
         if self.dpo is not None and self.dpo.records is not None and self.mixed:
             raise ConfigError("pairs of records are not scored; leave mixed out")
-        if self.refl is not None and any(reward.checkpoint is None for reward in (self.reward, *self.mixed)):
+        if self.refl is not None and not all(reward.differentiable for reward in (self.reward, *self.mixed)):
             raise ConfigError("refl needs the reward's gradient, which rules do not have; give a checkpoint")
         if self.tuning.batch_size % (self.group * self.updates):
             raise ConfigError(

@@ -5,10 +5,10 @@
 
 Writes a PNG an image, with prompt, seed and settings among its texts, and sheet.png, all images of every prompt
 beside each other. B is a pipeline in diffusers layout (a directory or hub id), or the generator of a training run
-(WORKDIR/generator/backbone). --policy adds a LoRA in PEFT's or diffusers' layout. With --checkpoint a reward model
-ranks each prompt's images: files are numbered from best to worst, and ranking.csv has the scores. An image depends
-on its prompt, the seed and its number, not on the batch it is computed in. On several hosts (--distributed) each
-process takes a part of the prompts.
+(WORKDIR/generator/backbone). --policy adds what `align` tuned, or any LoRA in PEFT's or diffusers' layout. With
+--checkpoint a reward model ranks each prompt's images: files are numbered from best to worst, and ranking.csv has
+the scores. An image depends on its prompt, the seed and its number, not on the batch it is computed in. On several
+hosts (--distributed) each process takes a part of the prompts.
 """
 
 from dinalrm_jax.cli.command import answer_help, run_command
@@ -62,7 +62,7 @@ def scores_of(model: RewardModel, prompts: list[str], latents: np.ndarray, optio
     found = []
     for start in range(0, len(prompts), options.batch_size):
         some = slice(start, start + options.batch_size)
-        found.append(model.score_latents(latents[some], model.encode_prompt(prompts[some]), sigma=options.sigma))
+        found.append(model.score_latents(latents[some], model.encode_prompt(prompts[some]), sigma=options.levels))
     return np.concatenate(found).tolist()
 
 
@@ -117,7 +117,7 @@ def main(options: GenerateOptions) -> None:
         latents = generator.sample(
             texts, size, options.steps, options.guidance, options.seed, negative_prompts=options.negative_prompt,
             text_length=options.text_length, numbers=[numbers[row] for row in mine], batch_size=options.batch_size,
-            progress=bar.update,
+            keep_encoders=model is not None, progress=bar.update,
         )  # fmt: skip
     scores = None if model is None else scores_of(model, texts, latents, options)
     images = (

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,13 @@ import numpy as np
 
 from dinalrm_jax import sampling
 from dinalrm_jax.devices.local import split_locally
-from dinalrm_jax.encoders.load import ImageCodec, image_codec, prompt_encoder
+from dinalrm_jax.encoders.load import (
+    ImageCodec,
+    PromptEncoder,
+    forget_prompt_encoder,
+    image_codec,
+    prompt_encoder,
+)
 from dinalrm_jax.evaluation.scoring import padded
 from dinalrm_jax.model.backbone.family import BackboneConfig, transformer_functional
 from dinalrm_jax.model.batch import PromptEmbeds
@@ -58,7 +64,7 @@ class Generator:
 
         Args:
             base_model: directory or hub id in diffusers layout, or a native backbone (WORKDIR/generator/backbone).
-            policy: a LoRA in PEFT's or diffusers' layout, a directory or file.
+            policy: what `align` tuned, its workdir; or a LoRA in PEFT's or diffusers' layout, a directory or file.
             dtype: compute dtype; "auto" is float32 on CPUs and bfloat16 elsewhere.
 
         Raises:
@@ -91,6 +97,7 @@ class Generator:
         *,
         numbers: Sequence[int] | None = None,
         batch_size: int = 4,
+        keep_encoders: bool = True,
         progress: Callable[[int], object] = lambda count: None,
     ) -> np.ndarray:
         """Clean latents by Euler's method with classifier-free guidance.
@@ -109,13 +116,16 @@ class Generator:
             text_length: T5 tokens; 256, or what the backbone was trained with, where it is not given.
             numbers: of the images among those of their prompt, where these prompts are a part of more.
             batch_size: images in one program.
+            keep_encoders: whether the text encoders stay loaded for the next call. All prompts are encoded before the
+                first image; SD3's encoders take 10 GiB in bfloat16, which sampling then may have.
             progress: called with the number of images after every batch.
 
         Returns:
             (B, H/8, W/8, C) float32 clean, scaled latents, what `RewardModel.score_latents` takes.
 
         Raises:
-            ValueError: no prompts, not as many negative prompts, or a size or noise that the backbone cannot take.
+            ValueError: no prompts, not as many negative prompts, guidance that ignores them, or a size or noise that
+                the backbone cannot take.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
@@ -125,20 +135,25 @@ class Generator:
             raise ValueError(f"{len(prompts)} prompts but {len(negative_prompts)} negative prompts; give one for all")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not guidance >= 0 or (guidance <= 1 and any(negative_prompts)):
+            raise ValueError(f"guidance is a number from 0 on, and above 1 for negative prompts, got {guidance}")
         shape = self._latent_shape(size) if noise is None else np.shape(noise)[1:]
         if noise is not None and len(noise) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but initial noise for {len(noise)}")
         self.config.latents.validate(np.broadcast_to(np.float32(0), (len(prompts), *shape)))
-        encode = self._prompt_encoder(text_length)
+        texts = [*prompts, *(negative_prompts if guidance > 1 else ())]
+        encoded = self._encoded(texts, text_length, batch_size)
+        if not keep_encoders:
+            forget_prompt_encoder()
         numbers = numbered(prompts) if numbers is None else numbers
         keys = NoiseDraw(seed).keys([f"{prompt}\0{number}" for prompt, number in zip(prompts, numbers, strict=True)])
-        sample = _sampler(self.config, self.execution, float(guidance))
+        sample = sampler(self.config, self.execution, float(guidance))
         sigmas = sampling.schedule(steps, self.origin.shift)
         found = []
         for start in range(0, len(prompts), batch_size):
             rows = padded(np.arange(start, min(start + batch_size, len(prompts))), batch_size)
-            embeds = encode([prompts[row] for row in rows])
-            negative = encode([negative_prompts[row] for row in rows]) if guidance > 1 else embeds
+            embeds = _stacked(encoded[prompts[row]] for row in rows)
+            negative = _stacked(encoded[negative_prompts[row]] for row in rows) if guidance > 1 else embeds
             begin = (
                 draw_noise(keys[rows], (len(rows), *shape)) if noise is None else np.asarray(noise, np.float32)[rows]
             )
@@ -178,10 +193,19 @@ class Generator:
 
     def cut_prompts(self, prompts: Sequence[str], text_length: int | None = None) -> list[int]:
         """Which prompts are longer than the encoders read: what is beyond has no effect."""
-        longer = getattr(self._prompt_encoder(text_length), "longer", None)
-        return [] if longer is None else longer(prompts)
+        return self._prompt_encoder(text_length).longer(prompts)
 
-    def _prompt_encoder(self, text_length: int | None) -> Callable[[Sequence[str]], PromptEmbeds]:
+    def _encoded(self, texts: Sequence[str], text_length: int | None, batch_size: int) -> dict[str, PromptEmbeds]:
+        """Every text's embeddings on the host."""
+        distinct, encode, found = list(dict.fromkeys(texts)), self._prompt_encoder(text_length), {}
+        for start in range(0, len(distinct), batch_size):
+            some = distinct[start : start + batch_size]
+            rows = padded(np.arange(len(some)), batch_size)
+            embeds = jax.tree.map(np.asarray, encode([some[row] for row in rows]))
+            found |= {text: embeds[row] for row, text in enumerate(some)}
+        return found
+
+    def _prompt_encoder(self, text_length: int | None) -> PromptEncoder:
         encoders = self.origin.encoders
         if text_length is not None:
             encoders = dataclasses.replace(encoders, text_length=text_length)
@@ -197,6 +221,10 @@ class Generator:
         return size[0] // spec.downsampling, size[1] // spec.downsampling, spec.channels
 
 
+def _stacked(rows: Iterable[PromptEmbeds]) -> PromptEmbeds:
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+
+
 def numbered(prompts: Sequence[str]) -> list[int]:
     """How often each prompt stood before."""
     seen: collections.Counter[str] = collections.Counter()
@@ -208,7 +236,7 @@ def numbered(prompts: Sequence[str]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(config: BackboneConfig, execution: ExecutionConfig, guidance: float):
+def sampler(config: BackboneConfig, execution: ExecutionConfig, guidance: float):
     """The jitted (params, noise, prompt, negative prompt, sigmas) -> clean latents."""
     transformer = transformer_functional(config, execution)
 

@@ -4,17 +4,20 @@ import csv
 import json
 import subprocess
 import sys
+import weakref
 
 import jax
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import dinalrm_jax as dina
+from dinalrm_jax.encoders import load
+from dinalrm_jax.encoders.load import load_prompt_encoder
 from dinalrm_jax.encoders.taesd3 import Preview
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.backbone.family import transformer_functional
@@ -49,14 +52,15 @@ def test_images_are_those_of_diffusers(pipe, generator, guidance):
     """The same noise, 28 steps: latents and pixels."""
     height, width = 64, 96
     noise = np.random.default_rng(0).standard_normal((2, height // 8, width // 8, 16)).astype(np.float32)
+    negative = "blurred" if guidance > 1 else None
     arguments = {
-        "prompt": PROMPTS, "negative_prompt": ["blurred", "blurred"], "height": height, "width": width,
+        "prompt": PROMPTS, "negative_prompt": 2 * [negative] if negative else None, "height": height, "width": width,
         "num_inference_steps": 28, "guidance_scale": guidance, "max_sequence_length": 16,
         "latents": torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
     }  # fmt: skip
     with torch.no_grad():
         theirs = pipe(**arguments, output_type="latent").images.numpy().transpose(0, 2, 3, 1)
-    ours = generator.sample(PROMPTS, guidance=guidance, noise=noise, negative_prompts="blurred", text_length=16)
+    ours = generator.sample(PROMPTS, guidance=guidance, noise=noise, negative_prompts=negative, text_length=16)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
     with torch.no_grad():
@@ -77,6 +81,17 @@ def test_an_image_does_not_depend_on_its_batch(generator):
     assert np.abs(other[0] - alone[0]).max() > 0.1
 
 
+def test_text_encoders_go_before_the_first_image(generator, monkeypatch):
+    """And come back, with the same images."""
+    options = {"size": (64, 64), "steps": 2, "text_length": 16, "batch_size": 1}
+    first = generator.sample(PROMPTS, **options)
+    loaded = weakref.ref(load._sd3_prompt_encoder(generator.base_model, 256, "float32"))
+    seen = []
+    again = generator.sample(PROMPTS, **options, keep_encoders=False, progress=lambda count: seen.append(loaded()))
+    assert seen == [None, None]
+    np.testing.assert_array_equal(again, first)
+
+
 def test_what_cannot_be_sampled(generator):
     for arguments, message in (
         (([],), "at least one text"),
@@ -90,7 +105,17 @@ def test_what_cannot_be_sampled(generator):
         generator.sample(PROMPTS, negative_prompts=["a"], text_length=16)
     with pytest.raises(ValueError, match="2 prompts but initial noise for 1"):
         generator.sample(PROMPTS, noise=np.zeros((1, 8, 8, 16), np.float32), text_length=16)
+    for guidance, negative in ((float("nan"), None), (-1.0, None), (1.0, "a dog")):
+        with pytest.raises(ValueError, match="guidance is a number from 0 on, and above 1 for negative prompts"):
+            generator.sample(PROMPTS, guidance=guidance, negative_prompts=negative, text_length=16)
     assert generator.cut_prompts(["a fox", "fox " * 40], 16) == [1]
+
+
+def test_prompts_that_the_tiny_encoder_cuts():
+    encode = load_prompt_encoder(EncodersConfig("tiny", 4), None, "float32")
+    assert encode.longer(["one two three four", "one, two three: four 5"]) == [1]
+    cut, short = (encode([prompt]) for prompt in ("one two three four five", "one two three four"))
+    np.testing.assert_array_equal(cut.prompt_embeds, short.prompt_embeds)
 
 
 def random_adapters(config, lora, seed=0):
@@ -145,8 +170,20 @@ def test_diffusers_reads_our_adapters(tiny_pipeline, generator, tmp_path):
     assert np.abs(theirs - plain).max() > 0.01 * scale
     params = {**generator.params, **adapters}
     np.testing.assert_allclose(our_velocity(config, params, lora) / scale, theirs / scale, atol=1e-5)
-    policy = dina.Generator.from_pretrained(tiny_pipeline, tmp_path / "policy")
-    np.testing.assert_allclose(our_velocity(config, policy.params) / scale, theirs / scale, atol=1e-5)
+    for written in ("policy", "."):  # "." as the workdir of an alignment
+        policy = dina.Generator.from_pretrained(tiny_pipeline, tmp_path / written)
+        np.testing.assert_allclose(our_velocity(config, policy.params) / scale, theirs / scale, atol=1e-5)
+
+
+def test_peft_reads_our_adapters(tiny_pipeline, generator, tmp_path):
+    config, lora = generator.config, LoRAConfig(rank=4, alpha=8.0)
+    adapters = random_adapters(config, lora)
+    save_adapter(tmp_path / "policy", lora, adapters)
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline, torch_dtype=torch.float32)
+    theirs = their_velocity(PeftModel.from_pretrained(pipe.transformer, str(tmp_path / "policy")), config)
+    scale = np.abs(theirs).max()
+    params = {**generator.params, **adapters}
+    np.testing.assert_allclose(our_velocity(config, params, lora) / scale, theirs / scale, atol=1e-5)
 
 
 def test_we_read_adapters_of_peft(tiny_pipeline, generator, tmp_path):
@@ -192,6 +229,13 @@ def test_adapters_that_do_not_fit(generator, tiny_pipeline, tmp_path):
         load_adapter(tmp_path / "half", generator.config)
     with pytest.raises(FileNotFoundError, match="holds no LoRA"):
         load_adapter(tmp_path, generator.config)
+    (tmp_path / "run" / "tuning").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="an alignment that has not ended"):
+        load_adapter(tmp_path / "run", generator.config)
+    whole = (tmp_path / "wrong" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "torn.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="torn.safetensors is not a whole safetensors file"):
+        load_adapter(tmp_path / "torn.safetensors", generator.config)
     (tmp_path / "dora").mkdir()
     named = {f"base_model.model.{name}.weight": array for name, array in adapters.items()}
     save_file(named, tmp_path / "dora" / "adapter_model.safetensors")

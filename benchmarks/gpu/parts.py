@@ -15,6 +15,7 @@ import numpy as np
 
 import dinalrm_jax as dina
 from benchmarks import attention, parity, server
+from dinalrm_jax.alignment.opened import names_in
 from dinalrm_jax.alignment.policy import POLICY, REWARD, Policy, PromptBatch
 from dinalrm_jax.alignment.refl import refl as refl_objective
 from dinalrm_jax.alignment.rewards import LatentReward, Rewards
@@ -178,10 +179,11 @@ def refl(size: Size) -> dict:
     model = dina.RewardModel(size.config, params, execution)
     spec, side = transformer.latents, size.small // transformer.latents.downsampling
     policy = Policy(tuned, transformer_functional(transformer, execution), (side, side, spec.channels), 3.0)
-    rewards = Rewards({"reward": (LatentReward(model.reward_fn(0.4), f"{REWARD}0."), 1.0)})
+    names = names_in(params, held, f"{REWARD}0.")
+    rewards = Rewards({"reward": (LatentReward(model.reward_fn(0.4), names), 1.0)})
     objective = refl_objective(policy, rewards, config, 1.0)
     frozen = {f"{POLICY}{name}": array for name, array in held.items()}
-    frozen |= {f"{REWARD}0.{name}": array for name, array in params.items()}
+    frozen |= {names[name]: array for name, array in params.items()}
     trained = {f"{POLICY}{name}": array for name, array in adapters.items()}
     stage = StageConfig(images, steps=100, optimizer=OptimizerConfig(warmup_steps=0, ema_decay=0.0))
     assembled = assemble(objective, trained, frozen, stage, mesh)

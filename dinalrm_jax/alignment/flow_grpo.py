@@ -168,13 +168,13 @@ def flow_grpo(
         found = jax.lax.map(step, jnp.arange(config.window))
         loss, _, kl, velocity_ratio = (array.mean(axis=0) for array in found)
         log_ratio = found[1]
-        metrics = rolled.rewards | {
+        metrics = rewards.metrics(rolled.rewards, batch) | {
             "advantage": jnp.abs(rolled.advantage),
             "log_ratio": jnp.abs(log_ratio).mean(axis=0),
             "clipped": (jnp.abs(jnp.expm1(log_ratio)) > config.clip_range).mean(axis=0),
             "kl": kl,
             "velocity_ratio": velocity_ratio,
         }
-        return loss + reference_weight * kl, metrics
+        return loss + reference_weight * rewards.doubt(rolled.rewards) * kl, metrics
 
     return Collection(rows, together, config.updates), objective

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
 from dinalrm_jax import sampling
+from dinalrm_jax.alignment.opened import open_judge
 from dinalrm_jax.alignment.policy import Encode, Policy, PromptBatch, distance, norm_ratio
 from dinalrm_jax.alignment.rewards import Reward
 from dinalrm_jax.config import AlignConfig, JudgeConfig
@@ -20,7 +21,6 @@ from dinalrm_jax.devices.mesh import row_devices
 from dinalrm_jax.devices.sharding import WHOLE, local_rows, put_rows
 from dinalrm_jax.disk import AnyPath, Mirror
 from dinalrm_jax.encoders.load import ImageCodec
-from dinalrm_jax.evaluation.judges.clip import Judge
 from dinalrm_jax.evaluation.plots import new_figure, save
 from dinalrm_jax.evaluation.ranking import shortened
 from dinalrm_jax.model.parameters import Params
@@ -71,7 +71,7 @@ def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def open_judge(config: JudgeConfig) -> JudgeImages:
+def judge_of_images(config: JudgeConfig) -> JudgeImages:
     """(prompts, images (N, H, W, 3) uint8) -> (N,).
 
     Raises:
@@ -81,7 +81,7 @@ def open_judge(config: JudgeConfig) -> JudgeImages:
         return lambda prompts, images: np.array(
             [verify(prompt, image).correct for prompt, image in zip(prompts, images)], np.float32
         )
-    judge = Judge.from_pretrained(config.kind, config.model, config.head, config.tokenizer)
+    judge = open_judge(config)
     return lambda prompts, images: judge(prompts, list(images))
 
 
@@ -95,6 +95,7 @@ class HeldOutPrompts:
         policy, frozen: what samples; parameters on the mesh.
         trained_on, watched: the reward that trains, and the same model at other levels.
         prompts: held out.
+        first_number: of them; those that train are numbered before.
         encode, encode_for_reward: texts to embeddings.
         codec: of the images.
         mesh: over whose devices images are split.
@@ -109,6 +110,7 @@ class HeldOutPrompts:
         trained_on: Reward,
         watched: Reward,
         prompts: Sequence[str],
+        first_number: int,
         encode: Encode,
         encode_for_reward: Encode,
         codec: ImageCodec,
@@ -116,7 +118,9 @@ class HeldOutPrompts:
         pictures: AnyPath,
     ):
         self.prompts, self._frozen, self._mesh = list(prompts), frozen, mesh
-        self._judges: dict[str, JudgeImages] = {judge.kind: open_judge(judge) for judge in config.evaluation.judges}
+        self._judges: dict[str, JudgeImages] = {
+            judge.kind: judge_of_images(judge) for judge in config.evaluation.judges
+        }
         self._codec, self._pictures, self._config = codec, pictures, config.evaluation
         self.headline = f"judge_{next(iter(self._judges))}" if self._judges else "held_out_reward"
         self._size = -(-len(prompts) // row_devices(mesh)) * row_devices(mesh)
@@ -127,7 +131,10 @@ class HeldOutPrompts:
         keys = NoiseDraw(EVALUATION_SEED).keys(names)
         noises = [NoiseDraw(EVALUATION_SEED + 1 + number).keys(names) for number in range(config.evaluation.noises)]
         batch = PromptBatch(
-            encode(texts), encode(len(texts) * [""]), encode_for_reward(texts), np.asarray(rows, np.int32)
+            encode(texts),
+            encode(len(texts) * [""]),
+            encode_for_reward(texts),
+            np.asarray(first_number + rows, np.int32),
         )
         self._inputs = put_rows(jax.tree.map(np.asarray, (batch, keys, noises)), self._size, mesh)
         sigmas = jnp.asarray(policy.schedule(config.evaluation.steps))

@@ -132,11 +132,13 @@ def nft(
             reference = policy.reference(params)(x, level, judged.batch.prompt)
             losses = nft_losses(
                 velocity, judged.old_velocity[:, number], reference, judged.x0, x, level, judged.weight,
-                config.beta, reference_weight, config.advantage_clip,
+                config.beta, 0.0, config.advantage_clip,
             )  # fmt: skip
             return losses, distance(velocity, reference), norm_ratio(velocity, reference)
 
         losses, away, ratio = (x.mean(axis=0) for x in jax.lax.map(at_a_level, jnp.arange(config.levels)))
-        return losses, judged.rewards | {"reference_distance": away, "velocity_ratio": ratio}
+        losses += reference_weight * rewards.doubt(judged.rewards) * away
+        metrics = rewards.metrics(judged.rewards, judged.batch)
+        return losses, metrics | {"reference_distance": away, "velocity_ratio": ratio}
 
     return Collection(rows, together, config.updates, averaged=True), objective

@@ -32,7 +32,10 @@ def refl(policy: Policy, rewards: Rewards, config: ReFLConfig, reference_weight:
         raw = rewards(params, sampling.clean(latents, velocity, sigma), batch, reward_keys)
         reference = policy.reference(params)(latents, sigma, batch.prompt)
         away = distance(velocity, reference)
-        metrics = raw | {"reference_distance": away, "velocity_ratio": norm_ratio(velocity, reference)}
-        return -config.scale * rewards.total(raw) + reference_weight * away, metrics
+        metrics = rewards.metrics(raw, batch) | {
+            "reference_distance": away,
+            "velocity_ratio": norm_ratio(velocity, reference),
+        }
+        return -config.scale * rewards.total(raw) + reference_weight * rewards.doubt(raw) * away, metrics
 
     return objective

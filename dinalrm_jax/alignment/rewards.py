@@ -16,6 +16,8 @@ from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.noise import AnyArray
 from dinalrm_jax.scenes.verify import verify
 
+ERROR = "reward_error"
+BROKEN, BROKEN_PROMPT = "nonfinite_reward", "nonfinite_reward_prompt"
 EPSILON = 1e-4  # beside the deviation, so that equal rewards give no advantage instead of a division by 0
 
 
@@ -55,20 +57,43 @@ class LatentReward:
 
     Attributes:
         score: (params, latents, prompt, keys) -> (B,), of parameters under the reward model's own names.
-        prefix: of its parameters among all of the alignment.
+        names: of these, among all of the alignment: those that it shares with the policy are there once.
     """
 
     score: Callable[..., jax.Array]
-    prefix: str
+    names: Mapping[str, str]
 
     def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> jax.Array:
-        own = {name.removeprefix(self.prefix): x for name, x in params.items() if name.startswith(self.prefix)}
+        own = {name: params[known] for name, known in self.names.items()}
         return self.score(jax.lax.stop_gradient(own), latents, batch.reward_prompt, keys)
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeReward:
+    """A frozen judge of decoded images, differentiable in the latents.
+
+    Attributes:
+        decode: (params, latents) -> pixels (B, H, W, 3) from 0 to 1, of parameters under the decoder's own names.
+        score: (params, pixels, token ids (B, T)) -> (B,), of parameters under the judge's own names.
+        ids: the name, among all parameters, of the token ids (N, T) of all prompts, which a batch names by number.
+        decoder, prefix: before the names of their parameters.
+    """
+
+    decode: Callable[[Params, jax.Array], jax.Array]
+    score: Callable[[Params, jax.Array, jax.Array], jax.Array]
+    ids: str
+    decoder: str
+    prefix: str
+
+    def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> jax.Array:
+        pixels = self.decode(_own(params, self.decoder), latents)
+        scores = self.score(_own(params, self.prefix), pixels, params[self.ids][batch.number])
+        return scores.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class SceneRules:
-    """The share of its caption that a drawn scene shows, by `scenes.verify`; it has no gradient.
+    """The share of its caption that a drawn scene shows, by `scenes.verify`, of the tiny codec's latents; no gradient.
 
     As a reward it is a control: an algorithm that cannot raise it has a fault, whatever the reward model is like.
 
@@ -90,19 +115,41 @@ class SceneRules:
         return jax.pure_callback(judged, shape, jax.lax.stop_gradient(latents), batch.number)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rewards:
     """Weighted rewards by name; the first one is "reward".
 
     Attributes:
         members: name to (reward, weight).
+        noises: every image is scored with so many keys.
+        by_error: whether an image's standard error over them is its weight of the reference.
     """
 
     members: Mapping[str, tuple[Reward, float]]
+    noises: int = 1
+    by_error: bool = False
 
     def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> dict[str, jax.Array]:
-        """(B,) raw scores by name."""
+        """(B,) raw scores by name; under several noises their means, and ERROR, that of the weighted sum's mean."""
+        if self.noises == 1:
+            return self._scored(params, latents, batch, keys)
+        again = [jax.vmap(jax.random.fold_in, (0, None))(keys, number) for number in range(self.noises)]
+        found = [self._scored(params, latents, batch, each) for each in again]
+        raw = {name: jnp.stack([each[name] for each in found]).mean(axis=0) for name in self.members}
+        spread = jnp.stack([self.total(each) for each in found]).std(axis=0, ddof=1)
+        return raw | {ERROR: jax.lax.stop_gradient(spread / np.sqrt(self.noises))}
+
+    def _scored(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> dict[str, jax.Array]:
         return {name: reward(params, latents, batch, keys) for name, (reward, _) in self.members.items()}
+
+    def doubt(self, raw: Mapping[str, jax.Array]) -> jax.Array | float:
+        """(B,) factors of the reference's weight."""
+        return raw[ERROR] if self.by_error else 1.0
+
+    def metrics(self, raw: Mapping[str, jax.Array], batch: PromptBatch) -> dict[str, jax.Array]:
+        """(B,) what is logged: the scores, and where one is not finite, of which prompt; see `broken_prompt`."""
+        broken = ~jnp.isfinite(self.total(raw))
+        return {**raw, BROKEN: broken.astype(jnp.float32), BROKEN_PROMPT: jnp.where(broken, batch.number, 0.0)}
 
     def total(self, raw: Mapping[str, jax.Array]) -> jax.Array:
         """(B,) the weighted sum of raw scores."""
@@ -115,6 +162,23 @@ class Rewards:
         """
         apart = [weight * _of_all_devices(raw[name], group, scale) for name, (_, weight) in self.members.items()]
         return jnp.stack(apart).sum(axis=0)
+
+
+def broken_prompt(metrics: Mapping[str, float], prompts: Sequence[str]) -> str | None:
+    """Whose reward a step found NaN or infinite, by its metrics, which are means over rows; None: none was."""
+    share = float(metrics.get(BROKEN, 0.0))
+    if not share:
+        return None
+    number = float(metrics[BROKEN_PROMPT]) / share
+    if abs(number - round(number)) < 1e-3:  # of several it is their mean, and seldom a whole number
+        return f"the reward of the prompt {prompts[round(number)]!r} is NaN or infinite"
+    return f"the rewards of several prompts are NaN or infinite, {100 * share:.0f} % of the images"
+
+
+def _own(params: Params, prefix: str) -> Params:
+    """Frozen parameters under the names that they have without a prefix."""
+    own = {name.removeprefix(prefix): x for name, x in params.items() if name.startswith(prefix)}
+    return jax.lax.stop_gradient(own)
 
 
 def _of_all_devices(rewards: jax.Array, group: int, scale: Literal["global", "group"]) -> jax.Array:

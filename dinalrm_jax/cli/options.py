@@ -12,13 +12,13 @@ from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.names import BenchmarkName
 from dinalrm_jax.model.execution import Dtype, DtypeOrAuto
 from dinalrm_jax.server.config import URL, ServerConfig
-from dinalrm_jax.timing.setting import PASSES, Setting
+from dinalrm_jax.timing.setting import GENERATION, PASSES, Setting
 
 
 def at_least(options: Any, least: float, names: Sequence[str]) -> None:
     """Raises UsageError where one of these options is below `least`."""
     for name in names:
-        if getattr(options, name) < least:
+        if not getattr(options, name) >= least:  # NaN is not either
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
 
 
@@ -279,14 +279,14 @@ class GenerateOptions(JobOptions):
     """What `generate` is told.
 
     base_model: The pipeline or backbone to sample from; a directory or hub id.
-    policy: A LoRA to add to it; a directory, or a file in diffusers' layout.
+    policy: A LoRA to add to it: an alignment's WORKDIR, a directory or file in PEFT's or diffusers' layout.
     prompt: A prompt; give the flag again for more.
     prompts: A text file with a prompt a line.
     negative_prompt: What images should not show.
     output: Directory to write, which must not exist or be empty.
     count: Images of every prompt.
     checkpoint: A reward model that ranks each prompt's images.
-    sigma: The noise levels that it ranks at.
+    sigma: The noise levels that it ranks at; 0.2,0.5,0.7 where none are given.
     size: HEIGHTxWIDTH in pixels; 512x512, or as large as the backbone was trained for, where it is not given.
     steps: Steps of the sampler.
     guidance: Scale of classifier-free guidance; 1 for none.
@@ -305,7 +305,7 @@ class GenerateOptions(JobOptions):
     output: str = flag(metavar="DIR")
     count: int = 1
     checkpoint: str | None = flag(None, metavar="CHECKPOINT")
-    sigma: tuple[float, ...] = (0.2, 0.5, 0.7)
+    sigma: tuple[float, ...] = ()
     size: str | None = flag(None, metavar="HEIGHTxWIDTH")
     steps: int = 28
     guidance: float = 4.5
@@ -319,10 +319,19 @@ class GenerateOptions(JobOptions):
         at_least(self, 1, ("count", "steps", "batch_size"))
         at_least(self, 0, ("guidance",))
         are_levels(self, ("sigma",))
-        if not self.sigma:
-            raise UsageError("--sigma names no level to rank at")
+        if self.sigma and self.checkpoint is None:
+            raise UsageError("--sigma is where a reward model ranks: give --checkpoint too")
+        if self.negative_prompt and self.guidance <= 1:
+            raise UsageError(f"--negative-prompt needs guidance above 1, got --guidance {self.guidance:g}")
+        if self.text_length is not None:
+            at_least(self, 1, ("text_length",))
         if bool(self.prompt) == (self.prompts is not None):
             raise UsageError("give either --prompt, once or more, or --prompts with a file")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """That images are ranked at."""
+        return self.sigma or (0.2, 0.5, 0.7)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -372,6 +381,8 @@ class BenchmarkOptions:
             raise UsageError("--compile-for runs nothing: it has no --reference, no --profile and no load mode")
         if self.compile_for and self.setting.data != 1:
             raise UsageError("with --compile-for the devices that --fsdp and --tensor leave are data; leave --data out")
+        if self.setting.mode in GENERATION and not self.compile_for:
+            raise UsageError(f"the mode {self.setting.mode} is compiled ahead, not timed: give --compile-for too")
         if self.setting.mode == "load" and self.reference is not None:
             raise UsageError("--reference has no load mode")
         if self.setting.mode not in PASSES and self.compile_reference:

@@ -28,9 +28,19 @@ from dinalrm_jax.encoders.prompt import SD3PromptEncoder
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.encoding import EncodersConfig
+from dinalrm_jax.model.parameters import Params
 
 PRECISION = "highest"  # of the VAE's products: by default TPUs and GPUs round what they multiply
-PromptEncoder = Callable[[Sequence[str]], PromptEmbeds]
+
+
+class PromptEncoder(Protocol):
+    """Texts to embeddings."""
+
+    def __call__(self, prompts: Sequence[str], /) -> PromptEmbeds: ...
+
+    def longer(self, prompts: Sequence[str]) -> list[int]:
+        """Which prompts are longer than what is read; what is beyond has no effect."""
+        ...
 
 
 class ImageCodec(Protocol):
@@ -59,11 +69,15 @@ class ImageCodec(Protocol):
         """(B, H/8, W/8, C) clean, scaled latents -> (B, H, W, 3) uint8, as good as the codec can."""
         ...
 
+    def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
+        """The same as a pure function (params, latents) -> pixels from 0 to 1, differentiable, and its parameters."""
+        ...
+
 
 def load_prompt_encoder(config: EncodersConfig, base_model: str | pathlib.Path | None, dtype: str) -> PromptEncoder:
     """The text side of the encoders that `config` describes; see `SD3PromptEncoder` for the errors."""
     if config.kind == "tiny":
-        return functools.partial(_tiny_prompts, length=config.text_length)
+        return TinyPromptEncoder(config.text_length)
     return SD3PromptEncoder(_required(base_model), config.text_length, dtype)
 
 
@@ -94,6 +108,19 @@ def image_codec_fingerprint(config: EncodersConfig, base_model: str | pathlib.Pa
     return vae_fingerprint(vae) if vae.is_dir() else None
 
 
+class TinyPromptEncoder:
+    """Hashed words, up to `length` of them."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        return PromptEmbeds(*tiny.encode_prompts(prompts, self._length, tiny.TEXT_WIDTH))
+
+    def longer(self, prompts: Sequence[str]) -> list[int]:
+        return [place for place, prompt in enumerate(prompts) if len(tiny.words(prompt)) > self._length]
+
+
 class TinyCodec:
     """The linear codec; it has no posterior to sample."""
 
@@ -105,6 +132,9 @@ class TinyCodec:
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         return np.stack([tiny.decode_latents(row) for row in latents])
+
+    def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
+        return (lambda params, latents: _from_0_to_1(tiny.to_pixels(latents, jnp))), {}
 
 
 class SD3Codec:
@@ -119,7 +149,7 @@ class SD3Codec:
         self.downsampling = config.downsampling
         self.fingerprint = vae_fingerprint(directory)
         self._params = on_local_devices(params, jnp.float32)
-        self._channels = config.latent_channels
+        self._module, self._channels = module, config.latent_channels
         self._decode = jax.jit(_precisely(lambda params, latents: module.bind(params).decode(latents)))
         self._encode = jax.jit(
             _precisely(lambda params, images, noise: module.bind(params).encode(images / 127.5 - 1, noise))
@@ -136,6 +166,14 @@ class SD3Codec:
         images = np.asarray(self._decode(self._params, split_locally(latents.astype(np.float32))))
         return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
+    def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
+        module = self._module
+        return (lambda params, latents: _from_0_to_1(module.bind(params).decode(latents))), self._params
+
+
+def _from_0_to_1(pixels: jax.Array) -> jax.Array:
+    return jnp.clip((pixels + 1) / 2, 0, 1)
+
 
 def _precisely(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """The function, traced at PRECISION whatever the surroundings set."""
@@ -151,10 +189,6 @@ def _named_noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal noise that depends on the name only, so that any batching gives the same latents."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, np.float32)
-
-
-def _tiny_prompts(prompts: Sequence[str], length: int) -> PromptEmbeds:
-    return PromptEmbeds(*tiny.encode_prompts(prompts, length, tiny.TEXT_WIDTH))
 
 
 def _required(base_model: str | pathlib.Path | None) -> str | pathlib.Path:
@@ -176,3 +210,8 @@ def prompt_encoder(config: EncodersConfig, base_model: str | pathlib.Path | None
     if config.kind == "tiny":
         return load_prompt_encoder(config, base_model, dtype)
     return _sd3_prompt_encoder(_required(base_model), EncodersConfig.text_length, dtype).with_length(config.text_length)
+
+
+def forget_prompt_encoder() -> None:
+    """Frees SD3's text encoders, unless somebody else has them; they are loaded again when they are asked for."""
+    _sd3_prompt_encoder.cache_clear()

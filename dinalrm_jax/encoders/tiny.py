@@ -13,6 +13,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 
@@ -62,10 +63,15 @@ def encode_image(image: np.ndarray) -> np.ndarray:
 
 def decode_latents(latents: np.ndarray) -> np.ndarray:
     """(H/8, W/8, 16) latents -> (H, W, 3) uint8: what the kept coefficients show."""
-    rows, columns, _ = latents.shape
-    blocks = (latents.astype(np.float32) @ _codec_matrices()[1]).reshape(rows, columns, BLOCK, BLOCK, 3)
-    pixels = blocks.transpose(0, 2, 1, 3, 4).reshape(rows * BLOCK, columns * BLOCK, 3)
+    pixels = to_pixels(latents.astype(np.float32), np)
     return np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def to_pixels(latents, xp: ModuleType):
+    """(.., H/8, W/8, 16) -> (.., H, W, 3) from -1 to 1 and beyond; `xp` is numpy or jax.numpy."""
+    *batch, rows, columns, _ = latents.shape
+    blocks = (latents @ _codec_matrices()[1]).reshape(*batch, rows, columns, BLOCK, BLOCK, 3)
+    return xp.swapaxes(blocks, -4, -3).reshape(*batch, rows * BLOCK, columns * BLOCK, 3)
 
 
 def encode_prompts(prompts: Sequence[str], length: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,13 +90,18 @@ def encode_prompts(prompts: Sequence[str], length: int, width: int) -> tuple[np.
     embeds = np.zeros((len(prompts), length, width), np.float32)
     pooled = np.zeros((len(prompts), width), np.float32)
     for row, prompt in enumerate(prompts):
-        words = re.findall(r"[a-z]+|[0-9]+", prompt.lower())[:length]
-        if not words:
+        known = words(prompt)[:length]
+        if not known:
             continue
-        vectors = np.stack([_word_vector(word, width) for word in words])
-        embeds[row, : len(words)] = vectors + places[: len(words)]
-        pooled[row] = vectors.sum(axis=0) / np.sqrt(len(words))
+        vectors = np.stack([_word_vector(word, width) for word in known])
+        embeds[row, : len(known)] = vectors + places[: len(known)]
+        pooled[row] = vectors.sum(axis=0) / np.sqrt(len(known))
     return embeds, pooled
+
+
+def words(prompt: str) -> list[str]:
+    """The tokens of a prompt."""
+    return re.findall(r"[a-z]+|[0-9]+", prompt.lower())
 
 
 @functools.lru_cache(maxsize=100_000)

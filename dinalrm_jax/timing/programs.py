@@ -29,6 +29,7 @@ from dinalrm_jax.training.objectives import reward_objective
 from dinalrm_jax.training.step import assemble
 
 SIGMA, ENSEMBLE = 0.4, (0.2, 0.5, 0.7)
+VAE_BLOCK = 8  # pixels along a side of one latent
 # SD3.5's text encoders beside T5-XXL: CLIP ViT-L/14 and ViT-bigG/14.
 CLIP_L = CLIPTextConfig(
     hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=12, num_attention_heads=12
@@ -125,20 +126,28 @@ def _merged(params: dict[str, Any], config: RewardModelConfig) -> dict[str, Any]
 
 
 def encoder_shapes(setting: Setting, mesh: Mesh) -> tuple:
-    """(parameters, ids or pixels) of the encoders of prompts or images, without arrays, whole on every device."""
+    """(parameters, ids, pixels or latents) of encoders and decoder, without arrays, whole on every device."""
+    if setting.mode == "decode":
+        side = setting.resolution // VAE_BLOCK
+        return _shapes(_vae(), setting, mesh), whole_on_every_device(
+            (setting.batch, side, side, VAEConfig.latent_channels), setting.dtype, mesh
+        )
     if setting.mode == "image":
         shape = (setting.batch, setting.resolution, setting.resolution, 3)
-        return _shapes(_vae(), setting, mesh), _whole(shape, setting.dtype, mesh)
+        return _shapes(_vae(), setting, mesh), whole_on_every_device(shape, setting.dtype, mesh)
     if setting.tokens <= CLIP_TOKENS:
         raise ConfigError(f"text tokens are {CLIP_TOKENS} of CLIP and T5's, got {setting.tokens} in all")
     lengths = (CLIP_TOKENS, CLIP_TOKENS, setting.tokens - CLIP_TOKENS)
-    ids = tuple(_whole((setting.batch, length), jnp.int32, mesh) for length in lengths)
+    ids = tuple(whole_on_every_device((setting.batch, length), jnp.int32, mesh) for length in lengths)
     return {name: _shapes(module, setting, mesh) for name, module in _text_modules().items()}, ids
 
 
 def encoder_program(setting: Setting, mesh: Mesh, inputs: tuple) -> Program:
-    """The encoders of prompts or images, over inputs like those of `encoder_shapes`."""
+    """The encoders of prompts or images, or the decoder, over inputs like those of `encoder_shapes`."""
     params, data = inputs
+    if setting.mode == "decode":
+        decoder = _vae()
+        return Program(jax.jit(lambda params, latents: decoder.bind(params).decode(latents)), (params, data), mesh)
     if setting.mode == "image":
         module = _vae()
         return Program(jax.jit(lambda params, pixels: module.bind(params).encode(pixels)), (params, data), mesh)
@@ -160,10 +169,10 @@ def _vae() -> Functional:
 
 
 def _shapes(module: Functional, setting: Setting, mesh: Mesh) -> dict[str, Any]:
-    return {name: _whole(shape.shape, setting.dtype, mesh) for name, shape in module.shapes.items()}
+    return {name: whole_on_every_device(shape.shape, setting.dtype, mesh) for name, shape in module.shapes.items()}
 
 
-def _whole(shape: tuple[int, ...], dtype, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def whole_on_every_device(shape: tuple[int, ...], dtype, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, WHOLE))
 
 

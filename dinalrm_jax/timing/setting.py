@@ -8,6 +8,8 @@ from dinalrm_jax.model.execution import AttentionImplementation, Dtype, Executio
 
 # How often the blocks' forward FLOPs are done for one image or pair: a backward pass takes as many as a forward.
 PASSES = {"score": 1, "ensemble": 3, "gradient": 2, "train": 4}
+# Of the whole generator; compiled ahead, not timed.
+GENERATION = ("generate", "refl", "refl_pixels")
 MODEL_OPTIONS = ("attention", "layers", "remat", "merged", "data", "fsdp", "tensor")
 
 
@@ -16,8 +18,9 @@ class Setting:
     """What is timed.
 
     mode: What to time: scores of images (score, ensemble), the gradient of their sum in the latents (gradient), one
-        optimizer step on pairs (train), prompts to embeddings (text), pixels to latents (image), or loading a
-        checkpoint from disk (load).
+        optimizer step on pairs (train), prompts to embeddings (text), pixels to latents (image) and back (decode),
+        or loading a checkpoint from disk (load). Compiled ahead only: a rollout of the whole generator with guidance
+        (generate), and a step of ReFL on it by the reward of latents (refl) or by VAE and CLIP-H (refl_pixels).
     resolution: Side of an image in pixels, a multiple of 16.
     batch: How many images there are in a call; pairs for train, prompts for text.
     tokens: Text tokens of a prompt: 77 are CLIP's, the rest are T5's.
@@ -33,7 +36,9 @@ class Setting:
     tensor: Devices that split heads and hidden units.
     """
 
-    mode: Literal["score", "ensemble", "gradient", "train", "text", "image", "load"] = "score"
+    mode: Literal[
+        "score", "ensemble", "gradient", "train", "text", "image", "decode", "load", "generate", "refl", "refl_pixels"
+    ] = "score"
     resolution: int = 256
     batch: int = 1
     tokens: int = 205
@@ -51,15 +56,15 @@ class Setting:
         at_least(self, 1, ("batch", "tokens", "blocks", "data", "fsdp", "tensor"))
         if self.blocks > 24:
             raise ConfigError(f"the backbone has 24 blocks, got blocks {self.blocks}")
-        if self.mode not in PASSES:
+        if self.mode not in (*PASSES, *GENERATION):
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             ignored = [name for name in MODEL_OPTIONS if getattr(self, name) != defaults[name]]
             if ignored:
                 raise ConfigError(f"mode {self.mode} does not take {', '.join(ignored)}, of the reward model")
         if self.resolution < 16 or self.resolution % 16:
             raise ConfigError(f"resolution must be a multiple of 16 pixels, got {self.resolution}")
-        if self.merged and self.mode == "train":
-            raise ConfigError("merged: LoRA is what train trains")
+        if self.merged and self.mode in ("train", *GENERATION):
+            raise ConfigError(f"mode {self.mode} does not take merged")
 
     @property
     def execution(self) -> ExecutionConfig:

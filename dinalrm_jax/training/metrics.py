@@ -19,7 +19,15 @@ PUBLISHED_EVERY = 30.0  # seconds, in a bucket: each time the whole files are up
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; nothing after the last good checkpoint was saved."""
+    """The loss is NaN or infinite; nothing after the last good checkpoint was saved.
+
+    Attributes:
+        metrics: of the step.
+    """
+
+    def __init__(self, message: str, metrics: Mapping[str, float]):
+        super().__init__(message)
+        self.metrics = metrics
 
 
 class MetricsLog:
@@ -103,7 +111,8 @@ class MetricsLog:
                 )
                 raise NonFiniteLoss(
                     f"{self.stage}: {what}; stopped, and the last good checkpoint is kept. "
-                    "Lower the learning rate, or look at the data of that step"
+                    "Lower the learning rate, or look at the data of that step",
+                    {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0},
                 )
 
     def write(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:

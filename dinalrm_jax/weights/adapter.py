@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dinalrm_jax.disk import AnyPath, whole_directory
+from dinalrm_jax.disk import AnyPath, whole_directory, write_json
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.backbone.family import BackboneConfig, transformer_functional
 from dinalrm_jax.model.config import LoRAConfig
@@ -25,7 +25,8 @@ from dinalrm_jax.weights.files import read_json
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
     "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json",
 )  # fmt: skip
-PREFIXES = ("transformer.", "base_model.model.")
+PREFIXES = ("transformer.", "base_model.model.")  # of the names in the one and in the other
+POLICY = "policy"  # in an alignment's workdir
 METADATA = "lora_adapter_metadata"  # in a diffusers file's header: PEFT's config, its keys with "transformer." before
 BACKBONE = "dinalrm_backbone"  # in the header: the digest of the weights that it was trained on
 
@@ -33,7 +34,9 @@ BACKBONE = "dinalrm_backbone"  # in the header: the digest of the weights that i
 def save_adapter(
     output: str | AnyPath, config: LoRAConfig, adapters: Mapping[str, AnyArray], backbone: str | None = None
 ) -> None:
-    """Writes a directory that `pipe.load_lora_weights` of diffusers reads; whole or not at all.
+    """Writes a directory that `pipe.load_lora_weights` of diffusers and `PeftModel.from_pretrained` of PEFT read.
+
+    The adapters stand in it twice, once for each; it is written whole or not at all.
 
     Args:
         output: must not exist.
@@ -41,15 +44,18 @@ def save_adapter(
         adapters: "PATH.lora_A" and "PATH.lora_B" of a transformer.
         backbone: `weights.digest` of the transformer that they belong to.
     """
-    stems = sorted({name.rpartition(".")[0] for name in adapters})
-    targets = sorted({stem.partition(".attn")[2].partition(".")[2] for stem in stems})
+    targets = sorted({name.rpartition(".")[0] for name in adapters})  # each by its path: not all blocks have all
     peft = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": targets, "init_lora_weights": "gaussian"}
     header = {"format": "pt", METADATA: json.dumps({f"transformer.{key}": value for key, value in peft.items()})}
     if backbone is not None:
         header[BACKBONE] = backbone
-    tensors = {f"transformer.{name}.weight": np.asarray(array, np.float32) for name, array in adapters.items()}
+    tensors = {f"{name}.weight": np.ascontiguousarray(array, np.float32) for name, array in adapters.items()}
     with whole_directory(output) as directory:
-        save_file(tensors, directory / DIFFUSERS_FILE, metadata=header)
+        for prefix, file in zip(PREFIXES, (DIFFUSERS_FILE, PEFT_FILE)):
+            named = {f"{prefix}{name}": array for name, array in tensors.items()}
+            save_file(named, directory / file, metadata=header)
+            (directory / file).chmod(0o644)  # safetensors creates files that only their owner can read
+        write_json(directory / PEFT_CONFIG, {"peft_type": "LORA", "bias": "none", **peft}, indent=1)
 
 
 def load_adapter(
@@ -58,7 +64,7 @@ def load_adapter(
     """An adapter of this transformer, in either layout.
 
     Args:
-        path: a directory, or a file in diffusers' layout.
+        path: a directory, also the workdir of an alignment, whose `policy` is meant; or a file in either layout.
         transformer: what it must fit.
 
     Returns:
@@ -68,18 +74,14 @@ def load_adapter(
     Raises:
         FileNotFoundError: there is no adapter.
         ConfigError: one of several ranks, or of a kind that this is not (DoRA, biases).
-        WeightsError: one of another geometry; every name that does not fit is listed.
+        WeightsError: a broken file, or a LoRA of another geometry; every name that does not fit is listed.
     """
-    path = pathlib.Path(path)
-    file = (
-        path
-        if path.is_file()
-        else next((path / name for name in (DIFFUSERS_FILE, PEFT_FILE) if (path / name).is_file()), None)
-    )
-    if file is None:
-        raise FileNotFoundError(f"{path} holds no LoRA: neither {DIFFUSERS_FILE} nor {PEFT_FILE}")
-    with safe_open(file, "np") as opened:
-        header, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    file = _adapter_file(pathlib.Path(path))
+    try:
+        with safe_open(file, "np") as opened:
+            header, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsError(f"{file} is not a whole safetensors file: {error}") from error
     said = json.loads(header.get(METADATA, "{}"))
     peft = {key.removeprefix("transformer."): value for key, value in said.items()}
     if file.name == PEFT_FILE:
@@ -87,6 +89,18 @@ def load_adapter(
             raise FileNotFoundError(f"{file.parent} holds no {PEFT_CONFIG}, which says the LoRA's alpha")
         peft = read_json(file.parent / PEFT_CONFIG)
     return *_checked(tensors, peft, transformer, str(file)), header.get(BACKBONE)
+
+
+def _adapter_file(path: pathlib.Path) -> pathlib.Path:
+    if path.is_file():
+        return path
+    for directory in (path, path / POLICY):
+        for name in (DIFFUSERS_FILE, PEFT_FILE):
+            if (directory / name).is_file():
+                return directory / name
+    if (path / "tuning").is_dir():
+        raise FileNotFoundError(f"{path} is an alignment that has not ended; its `{POLICY}` is written at the end")
+    raise FileNotFoundError(f"{path} holds no LoRA: neither {DIFFUSERS_FILE} nor {PEFT_FILE}")
 
 
 def _checked(

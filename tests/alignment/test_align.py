@@ -1,7 +1,9 @@
 """The alignment command on a tiny SD3 pipeline and a reward on its backbone; and what its objectives compute."""
 
 import dataclasses
+import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,13 +21,16 @@ from dinalrm_jax.alignment.dpo import best_against_worst, dpo
 from dinalrm_jax.alignment.flow_grpo import flow_grpo
 from dinalrm_jax.alignment.held_out import verdict
 from dinalrm_jax.alignment.nft import nft
+from dinalrm_jax.alignment.opened import open_rewards
 from dinalrm_jax.alignment.policy import Policy, PromptBatch, PromptStream, read_prompts
+from dinalrm_jax.alignment.pretraining import BesideImages, with_pretraining
 from dinalrm_jax.alignment.refl import refl
-from dinalrm_jax.alignment.rewards import LatentReward, Rewards
+from dinalrm_jax.alignment.rewards import LatentReward, Rewards, broken_prompt
 from dinalrm_jax.config import (
     AlignConfig,
     DPOConfig,
     FlowGRPOConfig,
+    JudgeConfig,
     NFTConfig,
     OptimizerConfig,
     PolicyEvaluationConfig,
@@ -33,16 +38,22 @@ from dinalrm_jax.config import (
     RewardConfig,
     StageConfig,
 )
-from dinalrm_jax.devices.mesh import MeshConfig
+from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
+from dinalrm_jax.encoders.load import image_codec
+from dinalrm_jax.evaluation.judges.clip import Judge
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.backbone.family import transformer_functional
+from dinalrm_jax.model.batch import PreferenceBatch
 from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.lora import init_adapters
 from dinalrm_jax.noise import NoiseDraw, SigmaConfig, draw_noise
+from dinalrm_jax.training.metrics import NonFiniteLoss
 from dinalrm_jax.weights.pretrained import load_backbone, truncate
 from tests.conftest import ROOT, randomized
+from tests.random_clip import write_clip
+from tests.test_launch import free_port
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0, warmup_steps=0, ema_decay=0.0)
 REFL = ReFLConfig(steps=4, guidance=1.5, first=1, last=3)
@@ -90,12 +101,21 @@ def parts(tiny_pipeline, reward_checkpoint):
     drawn = init_adapters(tuned.shapes, lora, 0)
     adapters = {name: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for name, x in drawn.items()}
     params = {f"policy.{name}": array for name, array in {**backbone, **adapters}.items()}
-    params |= {f"reward0.{name}": array for name, array in model.params.items()}
+    names = {name: f"reward0.{name}" for name in model.params}
+    params |= {names[name]: array for name, array in model.params.items()}
     texts = [text for text in PROMPTS[:2] for _ in range(4)]
     embeds, negative = model.encode_prompt(texts), model.encode_prompt(8 * [""])
     batch = PromptBatch(embeds, negative, embeds, jnp.arange(8) // 4)
-    rewards = Rewards({"reward": (LatentReward(model.reward_fn(0.4), "reward0."), 1.0)})
+    rewards = Rewards({"reward": (LatentReward(model.reward_fn(0.4), names), 1.0)})
     return policy, rewards, params, batch, jax.random.split(jax.random.key(3), 8)
+
+
+def velocities(policy, params):
+    """The policy's and the reference's, compiled."""
+    return (
+        jax.jit(lambda x, sigma, prompt: policy.velocity(params)(x, sigma, prompt)),
+        jax.jit(lambda x, sigma, prompt: policy.reference(params)(x, sigma, prompt)),
+    )
 
 
 def collected(algorithm, params, batch, keys):
@@ -123,7 +143,7 @@ def test_refl_is_the_rewards_gradient_at_one_step(parts):
     noise_keys, _, reward_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
     noise = jax.vmap(lambda key: jax.random.normal(key, policy.shape))(noise_keys)
     sigmas = sampling.schedule(4)
-    tuned = policy.velocity(params)
+    tuned, _ = velocities(policy, params)
     x = noise
     for index in range(2):
         level = jnp.full(8, sigmas[index])
@@ -185,6 +205,7 @@ def test_flow_grpo_is_the_policy_gradient(parts, kind, noise_level):
     x = jax.vmap(lambda key: jax.random.normal(key, policy.shape))(noise_keys)
     sigmas, visited = sampling.schedule(5), []
 
+    @functools.partial(jax.jit, static_argnums=2)
     def transition(params, x, index):
         level = jnp.full(8, sigmas[index])
         v, without = (policy.velocity(params)(x, level, prompt) for prompt in (batch.prompt, batch.negative))
@@ -232,14 +253,10 @@ def test_a_later_update_is_clipped(parts, guard):
     rolled = dataclasses.replace(rolled, fresh=jnp.zeros(8, bool))
     moved = {name: 1.1 * x for name, x in trained(params).items()}
 
-    def losses(adapters):
-        return objective({**params, **adapters}, rolled, keys)[0]
-
-    ratios = objective({**params, **moved}, rolled, keys)[1]
+    value, ratios = jax.jit(objective)({**params, **moved}, rolled, keys)
     assert float(ratios["clipped"].min()) > 0
-    value = losses(moved)
     free = dataclasses.replace(grpo, clip_range=1e3)
-    unclipped = flow_grpo(policy, reward, free, 0.0)[1]({**params, **moved}, rolled, keys)[0]
+    unclipped, _ = jax.jit(flow_grpo(policy, reward, free, 0.0)[1])({**params, **moved}, rolled, keys)
     assert (value >= unclipped - 1e-6).all()  # the worse of both is taken
     assert (value > unclipped + 1e-6).any()
 
@@ -252,14 +269,14 @@ def test_nft_learns_from_what_was_sampled(parts):
     advantages = dina.alignment.group_advantages(judged.rewards["reward"], np.array([0] * 4 + [1] * 4))
     np.testing.assert_allclose(judged.weight, np.clip(advantages, -5, 5) / 10 + 0.5, rtol=1e-4)
     moved = {**params, **{name: 1.2 * x for name, x in trained(params).items()}}
-    losses, metrics = objective(moved, judged, keys)
+    losses, metrics = jax.jit(objective)(moved, judged, keys)
+    (new_velocity, plain_velocity), (old_velocity, _) = velocities(policy, moved), velocities(policy, params)
     wanted = []
     for number in range(2):
         level = judged.levels[:, number]
         wide = level[:, None, None, None]
         x = (1 - wide) * judged.x0 + wide * judged.noise[:, number]
-        new, old = (policy.velocity(each)(x, level, batch.prompt) for each in (moved, params))
-        plain = policy.reference(params)(x, level, batch.prompt)
+        new, old, plain = (of(x, level, batch.prompt) for of in (new_velocity, old_velocity, plain_velocity))
         np.testing.assert_allclose(judged.old_velocity[:, number], old, atol=1e-4)
         wanted.append(dina.alignment.nft_loss(new, old, plain, judged.x0, x, level, judged.weight, 0.1, 0.05))
     np.testing.assert_allclose(losses.mean(), np.mean(wanted), rtol=1e-4)
@@ -280,7 +297,7 @@ def test_dpo_takes_a_groups_best_against_its_worst(parts):
         np.testing.assert_array_equal(pairs.chosen[row], latents[4 * row + scores[row].argmax()])
         np.testing.assert_array_equal(pairs.rejected[row], latents[4 * row + scores[row].argmin()])
         np.testing.assert_array_equal(pairs.prompt.prompt_embeds[row], np.asarray(batch.prompt.prompt_embeds)[4 * row])
-    losses, metrics = objective(params, pairs, keys[:2])
+    losses, metrics = jax.jit(objective)(params, pairs, keys[:2])
     # Both images of a pair with one level and one noise: those of the pair's key.
     _, noise_keys = jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys[:2])
     noise = np.repeat(jax.vmap(lambda key: jax.random.normal(key, policy.shape))(noise_keys), 2, axis=0)
@@ -288,7 +305,7 @@ def test_dpo_takes_a_groups_best_against_its_worst(parts):
     level = np.full(4, 0.4, np.float32)
     prompt = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), pairs.prompt)
     noisy = 0.6 * both + 0.4 * noise
-    new, plain = policy.velocity(params)(noisy, level, prompt), policy.reference(params)(noisy, level, prompt)
+    new, plain = (of(noisy, level, prompt) for of in velocities(policy, params))
     np.testing.assert_allclose(losses.mean(), dina.alignment.dpo_loss(new, plain, both, noise, 50.0), rtol=1e-4)
     assert set(np.asarray(metrics["accuracy"]).tolist()) <= {0.0, 1.0}
 
@@ -297,7 +314,9 @@ def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("algorithm", ["refl", "flow_grpo", "nft", "dpo"])
+@pytest.mark.parametrize(
+    "algorithm", ["refl", "flow_grpo", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("nft", "dpo"))]
+)
 def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
     """The frozen arrays stay; the adapters that are written give the policy that was watched."""
     config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))  # whose loops must agree on their steps
@@ -342,33 +361,64 @@ def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
     )
 
 
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(config, tmp_path):
-    """Stopped by SIGTERM after its first step, in a process of its own."""
-    whole = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, images=1))
-    align.run(whole, tmp_path / "whole")
-    lines = [
-        f"--config.{key}={value}"
-        for key, value in (
-            ("base_model", config.base_model), ("prompts", config.prompts),
-            ("reward.checkpoint", config.reward.checkpoint),
-        )
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "dinalrm_jax.align", "--config", "tests/alignment/tiny_align.py", *lines]
-    command += ["--workdir", str(tmp_path / "stopped")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    checkpoints = tmp_path / "stopped" / "tuning" / "checkpoints"
-    while not (checkpoints / "1").is_dir() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, told
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, second = (
-        load_file(tmp_path / name / "policy" / "pytorch_lora_weights.safetensors") for name in ("whole", "stopped")
+def command(config, algorithm, workdir, launcher=(sys.executable, "-m"), *more):
+    values = {"base_model": config.base_model, "prompts": config.prompts, "reward.checkpoint": config.reward.checkpoint}
+    lines = [f"--config.{key}={value}" for key, value in values.items()]
+    file = f"tests/alignment/tiny_align.py:{algorithm}"
+    return [*launcher, "dinalrm_jax.align", "--config", file, *lines, *more, "--workdir", str(workdir)]
+
+
+def finish(*arguments, **options):
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def policy_of(workdir):
+    return workdir / "policy" / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "number", "status"),
+    [("refl", signal.SIGTERM, 128 + signal.SIGTERM),
+     pytest.param("flow_grpo", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.heavy)],
+)  # fmt: skip
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(config, tmp_path, algorithm, number, status):
+    """After its first step, told or killed, and started again: to the bit."""
+    process = subprocess.Popen(
+        command(config, algorithm, tmp_path / "stopped"), cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    for name, array in first.items():
-        np.testing.assert_allclose(second[name], array, atol=1e-6, err_msg=name)
+    while not (tmp_path / "stopped" / "tuning" / "checkpoints" / "1").is_dir() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == status, told
+    assert not policy_of(tmp_path / "stopped").exists()
+    finish(config, algorithm, tmp_path / "stopped")
+    finish(config, algorithm, tmp_path / "whole")
+    ours, theirs = (load_file(policy_of(tmp_path / name)) for name in ("stopped", "whole"))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    assert [row["step"] for row in metrics_of(tmp_path / "stopped") if "loss" in row] == [1, 2, 3]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("algorithm", ["refl", "flow_grpo"])
+def test_two_processes_of_four_devices_tune_as_one_device(config, tmp_path, algorithm):
+    script = (str(ROOT / "launch" / "local_processes.sh"),)
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "PROCESSES": "2", "DEVICES": "4", "PORT": str(free_port()),
+        "LOGS": str(tmp_path / "logs"), "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }  # fmt: skip
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+    finish(config, algorithm, tmp_path / "two", script, *mesh, env=environment)
+    finish(config, algorithm, tmp_path / "one", env={**environment, "JAX_NUM_CPU_DEVICES": "1"})
+    two, one = ([row["loss"] for row in metrics_of(tmp_path / name) if "loss" in row] for name in ("two", "one"))
+    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)  # a loss of Flow-GRPO is near 0
+    ours, theirs = (load_file(policy_of(tmp_path / name)) for name in ("two", "one"))
+    scale = max(np.abs(array).max() for array in theirs.values())
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, atol=1e-4 * scale, err_msg=name)
 
 
 def test_the_order_of_prompts_resumes():
@@ -424,6 +474,129 @@ def test_what_is_refused_before_the_first_step(config, reward_checkpoint, tmp_pa
     train, held_out = read_prompts(captions)
     assert (len(train), len(held_out)) == (20, 2)
     assert not set(train) & set(held_out)
+
+
+def codec_rewards(config, tiny_pipeline, judges):
+    """Judges of a config as rewards, with their parameters, over PROMPTS."""
+    chosen = dataclasses.replace(config, refl=None, flow_grpo=GRPO, reward=judges[0], mixed=judges[1:])
+    codec = image_codec(EncodersConfig("sd3", 16), tiny_pipeline)
+    opened = open_rewards(chosen, {}, codec, PROMPTS, make_mesh(MeshConfig(data=1)))
+    return opened, {name: array for each in opened for name, array in each.params.items()}
+
+
+def test_a_judge_rewards_what_it_says_of_the_decoded_images(config, parts, tiny_pipeline, tmp_path):
+    """As PickScore says it of the images themselves, its gradient by finite differences, and mixed with another."""
+    write_clip(tmp_path / "clip", "gelu", tiny_pipeline)
+    kinds = (RewardConfig(judge=JudgeConfig("pickscore", str(tmp_path / "clip"))),
+             RewardConfig(judge=JudgeConfig("pickscore", str(tmp_path / "clip")), weight=0.2))  # fmt: skip
+    opened, params = codec_rewards(config, tiny_pipeline, kinds)
+    policy, _, _, batch, keys = parts
+    batch = dataclasses.replace(batch, number=jnp.asarray([3, 0, 0, 5, 1, 1, 2, 7]))
+    latents = jax.random.normal(jax.random.key(0), (8, *policy.shape))
+    rewards = Rewards({"reward": (opened[0].reward, 1.0), "reward_2": (opened[1].reward, 0.2)})
+    raw = jax.jit(rewards)(params, latents, batch, keys)
+    images = image_codec(EncodersConfig("sd3", 16), tiny_pipeline).decode(np.asarray(latents))
+    texts = [PROMPTS[number] for number in np.asarray(batch.number)]
+    said = Judge.from_pretrained("pickscore", tmp_path / "clip")(texts, list(images))
+    assert np.std(said) > 0.02 * np.abs(said).max()
+    for name in ("reward", "reward_2"):
+        # Images are rounded to 8 bits for the judge, and not for the reward.
+        np.testing.assert_allclose(raw[name], said, atol=5e-3 * np.abs(said).max())
+    np.testing.assert_allclose(rewards.total(raw), raw["reward"] + 0.2 * raw["reward_2"], rtol=1e-5)
+    apart = [dina.alignment.group_advantages(raw[name], np.arange(8) // 4) for name in ("reward", "reward_2")]
+    np.testing.assert_allclose(rewards.advantages(raw, 4, "global"), apart[0] + 0.2 * apart[1], rtol=1e-4, atol=1e-5)
+
+    def total(latents):
+        return rewards.total(rewards(params, latents, batch, keys)).sum()
+
+    gradient = jax.jit(jax.grad(total))(latents)
+    along = jax.random.normal(jax.random.key(1), latents.shape)
+    ahead, behind = (jax.jit(total)(latents + step * along) for step in (1e-3, -1e-3))
+    np.testing.assert_allclose((ahead - behind) / 2e-3, (gradient * along).sum(), rtol=0.02)  # float32's differences
+
+
+def test_a_reward_shares_the_policys_arrays(config, tiny_pipeline):
+    """There is one copy of them among all parameters, and the reward finds the others under its own prefix."""
+    transformer, arrays = load_backbone(tiny_pipeline)
+    base = {name: jnp.asarray(array) for name, array in arrays.items()}
+    codec = image_codec(EncodersConfig("sd3", 16), tiny_pipeline)
+    (opened,) = open_rewards(config, base, codec, PROMPTS, make_mesh(MeshConfig(data=1)))
+    model, names = opened.model
+    shared = {name for name in names if names[name].startswith("policy.")}
+    assert shared == {name for name in model.params if name.startswith("backbone.") and ".lora_" not in name}
+    assert all(opened.params[names[name]] is base[name.removeprefix("backbone.")] for name in shared)
+    assert {known.partition(".")[0] for known in names.values()} == {"policy", "reward0"}
+
+
+def test_rules_are_no_reward_of_photographs(config, tiny_pipeline):
+    with pytest.raises(ConfigError, match="rules read drawn scenes"):
+        codec_rewards(config, tiny_pipeline, (RewardConfig(judge=JudgeConfig("scenes")),))
+
+
+def test_the_reference_counts_where_the_reward_is_in_doubt(parts):
+    """Several noises: the mean is the reward, its standard error the weight of the reference, image by image."""
+    policy, reward, params, batch, keys = parts
+    member = reward.members["reward"]
+    several = Rewards({"reward": member}, noises=3, by_error=True)
+    latents = jax.random.normal(jax.random.key(0), (8, *policy.shape))
+    raw = jax.jit(several)(params, latents, batch, keys)
+    score = jax.jit(lambda keys: member[0](params, latents, batch, keys))
+    each = np.stack([score(jax.vmap(jax.random.fold_in, (0, None))(keys, number)) for number in range(3)])
+    np.testing.assert_allclose(raw["reward"], each.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(raw["reward_error"], each.std(axis=0, ddof=1) / np.sqrt(3), rtol=1e-3)
+    assert float(raw["reward_error"].min()) > 0
+    one = dataclasses.replace(REFL, first=2, last=2)
+    losses, metrics = jax.jit(refl(policy, several, one, 0.3))(params, batch, keys)
+    wanted = -0.1 * metrics["reward"] + 0.3 * metrics["reward_error"] * metrics["reference_distance"]
+    np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+    for algorithm in (
+        lambda weight: flow_grpo(policy, several, GRPO, weight),
+        lambda weight: nft(policy, several, NFTConfig(steps=3, group=4), weight, SigmaConfig()),
+    ):
+        (collection, objective), (_, plain) = (algorithm(weight) for weight in (0.3, 0.0))
+        rolled, _ = collected((collection, objective), params, batch, keys)
+        (held, metrics), (free, _) = (jax.jit(each)(params, rolled, keys) for each in (objective, plain))
+        away = metrics["kl"] if "kl" in metrics else metrics["reference_distance"]
+        np.testing.assert_allclose(held - free, 0.3 * metrics["reward_error"] * away, rtol=1e-2, atol=1e-5)
+
+
+def test_a_policy_goes_on_as_a_generator(parts):
+    """The loss of the chosen images at their own levels, and its weight."""
+    policy, reward, params, batch, keys = parts
+    pairs = PreferenceBatch(*jax.random.normal(jax.random.key(5), (2, 8, *policy.shape)), batch.reward_prompt)
+    alone = refl(policy, reward, dataclasses.replace(REFL, first=2, last=2), 0.0)
+    both = with_pretraining(alone, policy, 0.5, SigmaConfig("constant", (0.3,)))
+    losses, metrics = jax.jit(both)(params, BesideImages(batch, pairs), keys)
+    plain, _ = jax.jit(alone)(params, batch, keys)
+    error = np.asarray(metrics["pretraining_loss"])
+    np.testing.assert_allclose(losses, (plain + 0.5 * error) / 1.5, rtol=1e-4)
+    again = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+    noise = np.asarray(draw_noise(jax.vmap(jax.random.split, out_axes=1)(again)[1], pairs.chosen.shape))
+    noisy = 0.7 * np.asarray(pairs.chosen) + 0.3 * noise
+    velocity = velocities(policy, params)[0](noisy, jnp.full(8, 0.3), pairs.prompt)
+    np.testing.assert_allclose(error, np.square(velocity - (noise - pairs.chosen)).mean(axis=(1, 2, 3)), rtol=1e-4)
+
+
+def test_a_broken_reward_names_its_prompt(parts):
+    policy, reward, params, batch, keys = parts
+    batch = dataclasses.replace(batch, number=jnp.asarray([2, 2, 2, 2, 6, 6, 6, 6]))
+    for broken, said in (((4,), "the prompt 'two red cup'"), ((4, 7), "the prompt 'two red cup'"), ((), None),
+                         ((0, 1, 5), "several prompts")):  # fmt: skip
+        raw = {"reward": jnp.asarray([np.nan if row in broken else 1.0 for row in range(8)])}
+        means = {name: float(np.mean(np.asarray(x))) for name, x in reward.metrics(raw, batch).items()}
+        told = broken_prompt(means, ["", "", "one blue cup", "", "", "", "two red cup", ""])
+        assert told is None if said is None else said in told
+
+
+def test_a_run_ends_where_its_reward_is_nan(config, reward_checkpoint, tmp_path, monkeypatch):
+    """Of one prompt alone: its name is in the error, and the adapters of the step before are kept."""
+
+    def broken(self, params, latents, batch, keys):
+        return jnp.where(batch.number == 2, jnp.nan, latents.mean(axis=(1, 2, 3)))
+
+    monkeypatch.setattr(LatentReward, "__call__", broken)
+    with pytest.raises(NonFiniteLoss, match=r"the reward of the prompt 'one blue cup' is NaN or infinite \(seed 0\)"):
+        align.run(config, tmp_path / "run")
 
 
 def test_which_updates_of_a_rollout_are_fresh(parts):

@@ -6,7 +6,7 @@ from dinalrm_jax.config import AlignConfig
 from dinalrm_jax.mapping import with_defaults
 
 
-def get_config() -> ConfigDict:
+def get_config(algorithm: str = "refl") -> ConfigDict:
     values = {
         "name": "tiny", "base_model": "", "prompts": "", "reward": {"checkpoint": ""},
         "tuning": {
@@ -17,4 +17,6 @@ def get_config() -> ConfigDict:
         "mesh": {"data": 1}, "lora": {"rank": 2, "alpha": 4.0}, "height": 32, "width": 48, "text_length": 16,
         "evaluation": {"prompts": 2, "steps": 3, "guidance": 1.5, "images": 1},
     }  # fmt: skip
+    if algorithm == "flow_grpo":
+        values |= {"refl": None, "flow_grpo": {"steps": 5, "window": 2, "last": 4, "group": 2}}
     return with_defaults(AlignConfig, values)

@@ -17,6 +17,7 @@ OPTIONS = [
     options.ScoreOptions, options.ServeOptions, options.BenchmarkOptions, options.ClientOptions,
 ]  # fmt: skip
 SCORE = ["--checkpoint=c", "--prompt=a"]
+GENERATE = ["--base-model=b", "--prompt=a", "--output=o"]
 DATA = ["--checkpoint=c", "--benchmark=records", "--data=d"]
 RECORDS = ["--dataset=hpdv3", "--source=s", "--output=o"]
 
@@ -72,6 +73,10 @@ def test_kinds_of_values():
         (options.ScoreOptions, ["--prompt=a"], r"this command needs --checkpoint \("),
         (options.ScoreOptions, [*SCORE, "--prompt-file=b"], "give either --prompt or --prompt-file"),
         (options.ScoreOptions, [*SCORE, "--dtype=bfloat"], "takes one of auto, float32.*did you mean bfloat16"),
+        (options.GenerateOptions, [*GENERATE, "--sigma=0.4"], "give --checkpoint too"),
+        (options.GenerateOptions, [*GENERATE, "--guidance=1", "--negative-prompt=b"], "needs guidance above 1"),
+        (options.GenerateOptions, [*GENERATE, "--guidance=nan"], "--guidance must be at least 0, got nan"),
+        (options.GenerateOptions, [*GENERATE, "--text-length=0"], "--text-length must be at least 1, got 0"),
         (options.ServeOptions, ["--checkpoint=c", "--port=70000"], "port must lie in 0..65535, got 70000"),
         (options.ScoreOptions, [*SCORE, "--sigma=1.5"], r"--sigma takes levels in \[0, 1\].*got \(1.5,\)"),
         (options.EvaluateOptions, [*DATA, "--ensemble=0.2,2"], r"--ensemble takes levels in \[0, 1\]"),

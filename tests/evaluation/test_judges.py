@@ -26,6 +26,7 @@ from dinalrm_jax.scenes import draw
 from dinalrm_jax.weights.torch_file import TorchFileError
 from tests.conftest import ROOT
 from tests.golden import hpsv2
+from tests.random_clip import tokenizer_of, write_clip
 
 VOCABULARY = ROOT.parent / "shared" / "data" / "clip_tokenizer" / "bpe_simple_vocab_16e6.txt.gz"
 PROMPTS = ["a red fox in the snow", "two blue squares on the left of a very long sentence"]
@@ -34,24 +35,8 @@ PROMPTS = ["a red fox in the snow", "two blue squares on the left of a very long
 @pytest.fixture(scope="module", params=["quick_gelu", "gelu"])
 def theirs(request, tmp_path_factory, tiny_pipeline):
     """A random CLIP of either activation, saved as published ones are, with its tokenizer beside it."""
-    torch.manual_seed(0)
-    act = request.param
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "vocab_size": 49408, "hidden_act": act, "eos_token_id": 49407, "bos_token_id": 49406}  # fmt: skip
-    vision = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3,
-              "image_size": 42, "patch_size": 14, "hidden_act": act}  # fmt: skip
-    model = transformers.CLIPModel(
-        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name != "logit_scale":
-                parameter.normal_(std=0.5 if parameter.ndim < 2 else 0.5 * parameter[0].numel() ** -0.5)
     directory = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(directory)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_pipeline / "tokenizer")
-    tokenizer.save_pretrained(directory)
-    return model, directory, tokenizer
+    return write_clip(directory, request.param, tiny_pipeline), directory, tokenizer_of(directory)
 
 
 @pytest.fixture

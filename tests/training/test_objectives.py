@@ -32,9 +32,10 @@ def test_the_released_loss_of_the_golden_pairs(golden_model, golden_batch, cases
     assert len(set(cases["sigma"].tolist())) > 1
     module = reward_functional(golden_model.config, golden_model.execution)
 
+    @jax.jit
     def mean_loss(batch, sigma):
-        losses, _ = reward_losses(module, RELEASED, golden_model.params, batch, jnp.asarray(sigma), cases["noise"])
-        return float(losses.mean())
+        losses, _ = reward_losses(module, RELEASED, golden_model.params, batch, sigma, cases["noise"])
+        return losses.mean()
 
     assert mean_loss(golden_batch, cases["sigma"]) == pytest.approx(float(cases["loss_thurstone"]), abs=1e-5)
     swapped = dataclasses.replace(golden_batch, chosen=golden_batch.rejected, rejected=golden_batch.chosen)

@@ -102,7 +102,7 @@ class Judge:
             table = (Row("layers.{}", "head.layers.{}"),)
             shapes = {f"head.{name}": shape for name, shape in top.shapes.items()}
             params |= load(torch_file.read(head), table, shapes, source=str(head))
-        score = jax.jit(functools.partial(_score, kind, module, top))
+        score = jax.jit(functools.partial(judge_score, kind, module, top))
         return cls(kind, score, on_local_devices(params, jnp.float32), tokens)
 
     def tokens(self, prompts: Sequence[str]) -> np.ndarray:
@@ -141,7 +141,8 @@ def _load(place: pathlib.Path) -> Loaded:
     return load_open_clip(place, torch_file.read(place, "state_dict")) if place.is_file() else load_transformers(place)
 
 
-def _score(kind: JudgeName, module: Functional, top: Functional | None, params: Params, pixels, ids) -> jax.Array:
+def judge_score(kind: JudgeName, module: Functional, top: Functional | None, params: Params, pixels, ids) -> jax.Array:
+    """(B,) of pixels (B, H, W, 3) in [0, 1] and token ids (B, T); `top` is the aesthetic head, under "head."."""
     own = {name: array for name, array in params.items() if not name.startswith("head.")}
     clip = module.bind(own)
     image = _unit(clip.image_features(pixels))
