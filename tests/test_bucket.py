@@ -116,9 +116,10 @@ def test_a_bucket_s_models_and_checkpoints_are_read(runs):
 
 @pytest.mark.heavy
 def test_an_alignment_in_a_bucket(runs):
-    """On the bucket's own backbone; a longer run takes the place of the shorter one's policy."""
+    """On the bucket's own backbone and reward model; a longer run takes the place of the shorter one's policy."""
     config = AlignConfig(
-        "tiny", str(runs[1] / "generator" / "backbone"), RewardConfig(None), StageConfig(8, 1, evaluate_every=1),
+        "tiny", str(runs[1] / "generator" / "backbone"), RewardConfig(str(runs[1] / "model")),
+        StageConfig(8, 1, evaluate_every=1),
         scene_captions=8, flow_grpo=FlowGRPOConfig(steps=2, window=1, last=1, group=4), lora=LoRAConfig(2, 4.0),
         height=32, width=32, evaluation=PolicyEvaluationConfig(prompts=2, steps=2), mesh=MeshConfig(data=1),
     )  # fmt: skip
