@@ -1,16 +1,17 @@
 """A run whose workdir is in a bucket, against a server of Google's storage API; see `bucket_server`."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import signal
 import subprocess
 import sys
 import time
 
+import fsspec
+import jax.numpy as jnp
 import numpy as np
 import pytest
-
-pytest.importorskip("gcsfs")
-pytest.importorskip("gcp_storage_emulator")
 
 import dinalrm_jax as dina
 from dinalrm_jax import align, train
@@ -18,6 +19,7 @@ from dinalrm_jax.config import (
     AlignConfig,
     FlowGRPOConfig,
     PolicyEvaluationConfig,
+    ProfileConfig,
     RewardConfig,
     StageConfig,
     TrainConfig,
@@ -26,10 +28,18 @@ from dinalrm_jax.devices.mesh import MeshConfig
 from dinalrm_jax.disk import Locked, as_path, bucket, is_whole, local_copy, lock, move, whole_directory, write_json
 from dinalrm_jax.mapping import ConfigError, from_mapping
 from dinalrm_jax.model.config import LoRAConfig
+from dinalrm_jax.training.checkpoint import Checkpoints
 from dinalrm_jax.training.metrics import MetricsLog, read_metrics
+from dinalrm_jax.training.optimizer import make_optimizer
+from dinalrm_jax.training.profiling import ProfileWindow
+from dinalrm_jax.training.step import TrainState
 from tests import tiny_run
 from tests.conftest import ROOT
 from tests.test_train import start, wait_for_step
+
+for needed in ("gcsfs", "gcp_storage_emulator"):
+    if importlib.util.find_spec(needed) is None:  # to import gcsfs here would be before it is told about the server
+        pytest.skip(f"needs {needed}: pip install -e '.[test]'", allow_module_level=True)
 
 SHORT = ("--config.generator.steps=20", "--config.reward.steps=60")
 HOLD = """
@@ -54,7 +64,8 @@ def server(tmp_path_factory):
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # kinds of buckets that the emulator has not
-        patch.setenv("NO_GCE_CHECK", "true")
+        patch.setenv("FSSPEC_GCS_TOKEN", "anon")  # or gcsfs asks around for credentials first
+        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})  # the same, as fsspec may be imported already
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield url
         process.kill()
@@ -245,6 +256,32 @@ def test_a_log_in_a_bucket_is_written_now_and_then_and_when_it_matters(monkeypat
         line(log, first + 3)
         log.close()
     assert [row["step"] for row in read_metrics(workdir, "reward")] == list(range(1, 9))
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_put_aside(capsys):
+    directory = as_path("gs://bucket/damaged/checkpoints")
+    optimizer = make_optimizer(from_mapping(TrainConfig, tiny_run.get_config()).reward.optimizer, 10)
+    like = TrainState.create({"head.a": jnp.zeros(3)}, optimizer)
+    checkpoints = Checkpoints(directory)
+    for step in (1, 2):
+        checkpoints.save(dataclasses.replace(like, step=jnp.array(step)), {"step": step})
+    checkpoints.close()
+    for path in (directory / "2" / "state").glob("*/d"):
+        path.rmtree()
+    (directory / "2" / "state" / "d").rmtree()
+    state, position = Checkpoints(directory).restore_latest(like)
+    assert (int(state.step), position) == (1, {"step": 1})
+    assert f"it is now {directory.parent / 'damaged-2'}" in capsys.readouterr().out
+    assert [path.name for path in directory.iterdir()] == ["1"]
+    assert (directory.parent / "damaged-2").is_dir()
+
+
+def test_a_profile_in_a_bucket():
+    directory = as_path("gs://bucket/profiled/profile")
+    with contextlib.closing(ProfileWindow(directory, ProfileConfig(start=0, steps=1))) as window:
+        window.before(1)
+        window.after(1, jnp.ones(3) + 1)
+    assert (directory / "plugins" / "profile").is_dir()
 
 
 def test_what_a_bucket_cannot_be(monkeypatch):

@@ -28,7 +28,7 @@ class Checkpoints:
 
     Each holds the train state (trainable parameters, optimizer, EMA, step) and the loader's
     position; the frozen weights are not in it. Orbax writes to a temporary directory and renames
-    it, so an interrupted save leaves the previous checkpoint the latest.
+    it, or in a bucket marks it, so an interrupted save leaves the previous checkpoint the latest.
 
     Args:
         directory: of the stage.
