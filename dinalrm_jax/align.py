@@ -14,8 +14,6 @@ answer_help(__name__, __doc__, AlignOptions)  # before the imports that take a s
 
 import dataclasses
 import hashlib
-import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -37,6 +35,7 @@ from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.devices.mesh import check_batch_size, make_mesh
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
+from dinalrm_jax.disk import AnyPath, as_path, is_whole, remove
 from dinalrm_jax.encoders.load import Decoder, image_codec, prompt_encoder
 from dinalrm_jax.encoders.taesd3 import Preview
 from dinalrm_jax.mapping import ConfigError, to_mapping
@@ -58,7 +57,7 @@ from dinalrm_jax.weights.files import fingerprint
 from dinalrm_jax.weights.pretrained import open_backbone, origin_of
 
 
-def run(config: AlignConfig, workdir: pathlib.Path) -> None:
+def run(config: AlignConfig, workdir: AnyPath) -> None:
     """Tunes one policy; on a workdir with an unfinished run it goes on there.
 
     Raises:
@@ -176,8 +175,8 @@ def run(config: AlignConfig, workdir: pathlib.Path) -> None:
         after, result = watch.samples(state.result), gather(state.result)
         if processes.is_first():
             named = {name.removeprefix(POLICY): array for name, array in result.items()}
-            if (workdir / adapter.POLICY).exists():  # of fewer steps, or of this very end
-                shutil.rmtree(workdir / adapter.POLICY)
+            if is_whole(workdir / adapter.POLICY):  # of fewer steps, or of this very end
+                remove(workdir / adapter.POLICY)
             adapter.save_adapter(workdir / adapter.POLICY, config.lora, named, digest(base, lambda name: False))
             rows = [row for row in read_metrics(workdir, "tuning") if watch.headline in row]
             print(report(workdir, held_out, before, after, rows, drawer, config.evaluation.images, judge))
@@ -188,7 +187,7 @@ def main(options: AlignOptions) -> int:
     """The alignment that the config describes; a signal's status where one stopped it."""
     quieten_writers()
     config = load_align(options.config, options.overrides)
-    workdir = pathlib.Path(options.workdir or f"runs/{config.name}")
+    workdir = as_path(options.workdir or f"runs/{config.name}")
     processes.initialize(options.distributed)
     enable_compilation_cache(workdir)
     processes.say(f"{config.name}: jax {jax.__version__} on {processes.devices()}, writing to {workdir}")

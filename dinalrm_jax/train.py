@@ -15,7 +15,6 @@ from dinalrm_jax.cli.options import TrainOptions
 answer_help(__name__, __doc__, TrainOptions)  # before the imports that take a second
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -31,6 +30,7 @@ from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import disable_compilation_cache, enable_compilation_cache
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
+from dinalrm_jax.disk import AnyPath, as_path, is_whole
 from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScorer, PairScores
 from dinalrm_jax.evaluation.scoring import Level, NonFiniteScores
 from dinalrm_jax.generator import Generator
@@ -58,7 +58,7 @@ from dinalrm_jax.training.sweep import sweep_runs
 from dinalrm_jax.weights.pretrained import Origin, save_backbone
 
 
-def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
+def run(config: TrainConfig, workdir: AnyPath) -> PairScores:
     """A whole training run; returns the held-out scores that its report shows.
 
     Raises:
@@ -74,7 +74,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> PairScores:
         module = reward_functional(config.model, config.execution)
 
         # The backbone: loaded or random; then, where asked for, trained as a flow-matching generator.
-        if config.generator is not None and not (workdir / "generator" / "backbone").exists():
+        if config.generator is not None and not is_whole(workdir / "generator" / "backbone"):
             train_generator(setup)
         if config.samples is not None:
             setup = with_samples(setup, config.samples)
@@ -191,12 +191,12 @@ def train_stage(
     )
 
 
-def run_sweep(sweep: SweepConfig, workdir: pathlib.Path) -> None:
+def run_sweep(sweep: SweepConfig, workdir: AnyPath) -> None:
     """Runs every configuration with every seed, errors as for `run`; see `training.sweep`."""
 
-    def generate(config: TrainConfig, shared: pathlib.Path) -> pathlib.Path:
+    def generate(config: TrainConfig, shared: AnyPath) -> AnyPath:
         backbone = shared / "generator" / "backbone"
-        if not backbone.exists():
+        if not is_whole(backbone):
             train_generator(set_up(config, shared))
         return backbone
 
@@ -208,7 +208,7 @@ def main(options: TrainOptions) -> int:
     """The run or the sweep that the config describes; a signal's status where one stopped it."""
     quieten_writers()
     config = load_run(options.config, options.overrides)
-    workdir = pathlib.Path(options.workdir or f"runs/{config.name}")
+    workdir = as_path(options.workdir or f"runs/{config.name}")
     if options.check_memory:
         disable_compilation_cache()
         return check_memory(config, options.devices, workdir)

@@ -34,6 +34,7 @@ from dinalrm_jax.training.checkpoint import BestCheckpoint, CheckpointError, Che
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dinalrm_jax.training.profiling import ProfileWindow
+from dinalrm_jax.training.setup import set_up
 from dinalrm_jax.training.step import TrainState
 from dinalrm_jax.training.workdir import claim_workdir
 from tests import tiny_run
@@ -287,6 +288,12 @@ def test_a_value_that_decides_the_result_needs_another_workdir(config, tmp_path,
     claim_workdir(tmp_path, config, {})
     with pytest.raises(ConfigError, match=rf"changed: {path} \("):
         claim_workdir(tmp_path, replaced(config, path, value), {})
+
+
+def test_a_mixture_needs_no_data_beside_it(config, finished, tmp_path):
+    mixture = (MixedConfig(str(finished[0] / "data"), 2.0),)
+    setup = set_up(dataclasses.replace(config, data=None, scenes=None, mixture=mixture), tmp_path / "run")
+    assert len(setup.records.pairs("train")) == tiny_run.get_config().scenes.train_pairs
 
 
 def test_another_weight_of_a_mixture_needs_another_workdir_and_another_place_does_not(config, tmp_path):

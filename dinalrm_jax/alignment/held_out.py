@@ -19,6 +19,7 @@ from dinalrm_jax.config import AlignConfig, JudgeConfig
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.mesh import row_devices
 from dinalrm_jax.devices.sharding import WHOLE, local_rows, put_rows
+from dinalrm_jax.disk import AnyPath, Mirror
 from dinalrm_jax.encoders.load import Decoder, ImageCodec
 from dinalrm_jax.evaluation.plots import new_figure, save
 from dinalrm_jax.evaluation.ranking import shortened
@@ -116,7 +117,7 @@ class HeldOutPrompts:
         codec: ImageCodec,
         drawer: Decoder,
         mesh: Mesh,
-        pictures: pathlib.Path,
+        pictures: AnyPath,
     ):
         self.prompts, self._frozen, self._mesh = list(prompts), frozen, mesh
         self._judges: dict[str, JudgeImages] = {
@@ -180,9 +181,9 @@ class HeldOutPrompts:
         """`PolicySamples.summary`; draws the first images to `pictures`."""
         found = self.samples(trained)
         if processes.is_first():
-            self._pictures.mkdir(parents=True, exist_ok=True)
             strip = np.concatenate(list(self._drawer.decode(found.latents[: self._config.images])), axis=1)
-            Image.fromarray(strip).save(self._pictures / f"{step:06d}.png")
+            with Mirror(self._pictures) as pictures:
+                Image.fromarray(strip).save(pictures / f"{step:06d}.png")
         return found.summary()
 
     def enough(self, rows: Sequence[Mapping[str, float]]) -> str | None:
@@ -212,7 +213,7 @@ def verdict(first: Mapping[str, float], rows: Sequence[Mapping[str, float]], jud
 
 
 def report(
-    directory: pathlib.Path,
+    workdir: AnyPath,
     prompts: Sequence[str],
     before: PolicySamples,
     after: PolicySamples,
@@ -230,10 +231,11 @@ def report(
     first, last = before.summary(), after.summary()
     said = verdict(first, rows, judge)
     told = {"before": first, "after": last, "verdict": said}
-    (directory / "policy.json").write_text(json.dumps(told, indent=1) + "\n")
-    _draw_before_after(directory / "before_after.png", prompts, before, after, drawer, images)
-    _draw_curves(directory / "curves.png", [{"step": 0, **first}, *rows], judge)
-    _draw_pictures(directory / "pictures.png", directory / "pictures")
+    with Mirror(workdir, kept=["pictures/*.png"]) as directory:
+        (directory / "policy.json").write_text(json.dumps(told, indent=1) + "\n")
+        _draw_before_after(directory / "before_after.png", prompts, before, after, drawer, images)
+        _draw_curves(directory / "curves.png", [{"step": 0, **first}, *rows], judge)
+        _draw_pictures(directory / "pictures.png", directory / "pictures")
     return (
         f"{len(prompts)} held-out prompts: reward {first['held_out_reward']:+.2f} -> {last['held_out_reward']:+.2f} at "
         f"levels that did not train, {first['held_out_trained_reward']:+.2f} -> {last['held_out_trained_reward']:+.2f} "

@@ -1,7 +1,6 @@
 """What a config names as rewards, opened: reward models on the policy's own backbone, and judges."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -14,6 +13,7 @@ from dinalrm_jax.alignment.rewards import JudgeReward, LatentReward, Reward, Sce
 from dinalrm_jax.config import AlignConfig, JudgeConfig, RewardConfig
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import WHOLE
+from dinalrm_jax.disk import as_path
 from dinalrm_jax.encoders.load import ImageCodec, TinyCodec
 from dinalrm_jax.evaluation.judges import JudgeName
 from dinalrm_jax.evaluation.judges.clip import Judge
@@ -115,7 +115,7 @@ def _latent_reward(model: RewardModel, names: Mapping[str, str], sigma: tuple[fl
 
 def _load_model(config: AlignConfig, checkpoint: str, base: Params) -> RewardModel:
     model = RewardModel.loaded(open_checkpoint(checkpoint, config.base_model, config.execution, base))
-    said = pathlib.Path(checkpoint) / "config.json"
+    said = as_path(checkpoint) / "config.json"
     weights = read_json(said).get("weights") if said.is_file() else None
     if weights is not None and weights != model.digest:
         raise ConfigError(

@@ -62,7 +62,8 @@ class TrainOptions(JobOptions):
     """What `train` is told.
 
     config: The experiment's file, for instance configs/quickstart.py; a packaged config where there is no such file.
-    workdir: Directory of everything the run writes; runs/NAME, with the config's name, where it is not given.
+    workdir: Directory of everything the run writes, also gs://BUCKET/DIRECTORY; runs/NAME, with the config's name,
+        where it is not given.
     overrides: Change one value of the config, for instance --config.seed=1 or --config.reward.steps=100; None turns
         off what may be None, a whole section among it (--config.generator=None).
     check_memory: Train nothing; compile for other devices, which need not be here, and say whether the run fits them.
@@ -85,7 +86,8 @@ class AlignOptions(JobOptions):
     """What `align` is told.
 
     config: The experiment's file, for instance configs/refl.py; a packaged config where there is no such file.
-    workdir: Directory of everything the run writes; runs/NAME, with the config's name, where it is not given.
+    workdir: Directory of everything the run writes, also gs://BUCKET/DIRECTORY; runs/NAME, with the config's name,
+        where it is not given.
     overrides: Change one value of the config, for instance --config.seed=1 or --config.tuning.steps=100.
     """
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dinalrm_jax.disk import publish, whole_directory
+from dinalrm_jax.disk import mounted, publish, whole_directory
 from dinalrm_jax.mapping import from_mapping, to_mapping
 from dinalrm_jax.model.encoding import EncodersConfig
 
@@ -287,10 +287,11 @@ class Records:
 
     Raises:
         RecordsError: not such a directory, an unfinished one, or one of another format.
+        ConfigError: one in a bucket that is not mounted.
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        self.directory = pathlib.Path(directory)
+        self.directory = mounted(directory)
         path = self.directory / "manifest.json"
         if not path.is_file():
             lacking = "holds no manifest.json, so it is not" if self.directory.is_dir() else "is not there, or not"

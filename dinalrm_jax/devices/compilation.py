@@ -2,12 +2,13 @@
 
 import ctypes
 import os
-import pathlib
 from collections.abc import Callable
 
 import jax
 from jax._src import compilation_cache
 from jax._src.lru_cache import LRUCache
+
+from dinalrm_jax.disk import AnyPath, resolved
 
 
 class ReplacingCache(LRUCache):
@@ -22,7 +23,7 @@ class ReplacingCache(LRUCache):
         super().put(key, value)
 
 
-def enable_compilation_cache(workdir: pathlib.Path | None = None) -> None:
+def enable_compilation_cache(workdir: AnyPath | None = None) -> None:
     """Turns on JAX's persistent cache: a start loads the programs that one before it compiled.
 
     JAX_COMPILATION_CACHE_DIR says where they are. Without it, a job of several processes that has a directory of its
@@ -34,7 +35,7 @@ def enable_compilation_cache(workdir: pathlib.Path | None = None) -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         shared = workdir is not None and jax.process_count() > 1
-        directory = workdir.resolve() / "programs" if shared else pathlib.Path("~/.cache/dinalrm_jax/xla").expanduser()
+        directory = resolved(workdir) / "programs" if shared else resolved("~/.cache/dinalrm_jax/xla")
         jax.config.update("jax_compilation_cache_dir", str(directory))
     # The small ones too: hundreds that take a tenth of a second each.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

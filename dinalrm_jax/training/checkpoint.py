@@ -2,8 +2,6 @@
 
 import contextlib
 import itertools
-import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dinalrm_jax.devices import processes
+from dinalrm_jax.disk import AnyPath, free_space, resolved
 from dinalrm_jax.training.step import TrainState
 
 DISK_FAILURES = ("No space left on device", "Disk quota exceeded", "File too large", "Input/output error")
@@ -29,15 +28,15 @@ class Checkpoints:
 
     Each holds the train state (trainable parameters, optimizer, EMA, step) and the loader's
     position; the frozen weights are not in it. Orbax writes to a temporary directory and renames
-    it, so an interrupted save leaves the previous checkpoint the latest.
+    it, or in a bucket marks it, so an interrupted save leaves the previous checkpoint the latest.
 
     Args:
         directory: of the stage.
         keep: how many of the latest checkpoints stay.
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int = 2):
-        self.directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory: str | AnyPath, keep: int = 2):
+        self.directory = resolved(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -51,7 +50,7 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         needed = sum(array.nbytes for array in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.directory).free
+        free = free_space(self.directory)
         if not processes.all_agree(free > 1.1 * needed):  # orbax would say it with a thousand lines
             raise CheckpointError(
                 f"cannot save a checkpoint in {self.directory}: No space left on device, {needed / 2**20:.1f} MiB are "
@@ -160,7 +159,7 @@ class BestCheckpoint:
         step, accuracy: of that checkpoint; None before there is one.
     """
 
-    def __init__(self, directory: str | pathlib.Path):
+    def __init__(self, directory: str | AnyPath):
         self._checkpoints = Checkpoints(directory, keep=1)
         position = self._checkpoints.position() or {}
         self.step, self.accuracy = position.get("step"), position.get("accuracy")
@@ -190,7 +189,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _failures_of_saving(directory: pathlib.Path):
+def _failures_of_saving(directory: AnyPath):
     """Whatever orbax and tensorstore raise, as one line that names the place and the reason."""
     try:
         yield

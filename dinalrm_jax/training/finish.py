@@ -1,9 +1,8 @@
 """What a run leaves when it is through: its model, and its report."""
 
-import pathlib
-
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.sharding import gather
+from dinalrm_jax.disk import Mirror, as_path, is_whole, move
 from dinalrm_jax.encoders.load import load_image_codec
 from dinalrm_jax.evaluation.pairs import PairScorer, PairScores
 from dinalrm_jax.evaluation.run_report import write_report
@@ -22,13 +21,13 @@ REPORT_SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 def save_model(setup: Setup, params: Params, step: int) -> None:
     """Writes the model of a finished run, unless it is there; that of a shorter run keeps its step in its name."""
     directory = setup.workdir / "model"
-    found = read_json(directory / "config.json").get("step") if (directory / "config.json").exists() else None
+    found = read_json(directory / "config.json").get("step") if is_whole(directory) else None
     processes.barrier("model looked for")  # before the first process moves it
     if found == step:
         return
     if found is not None:
         if processes.is_first():
-            directory.rename(directory.with_name(f"{directory.name}_step_{found}"))
+            move(directory, directory.with_name(f"{directory.name}_step_{found}"))
         processes.barrier("shorter model renamed")
     whole = gather(params)
     if processes.is_first():
@@ -48,18 +47,19 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
     if processes.is_first():
         encoders, pipeline = setup.records.encoders, setup.base_model
         # An SD3 VAE draws the records' images; without one there is no contact sheet.
-        drawn = encoders.kind != "sd3" or (pipeline is not None and (pathlib.Path(pipeline) / "vae").is_dir())
-        text = write_report(
-            workdir / "report",
-            setup.records,
-            scores,
-            shared,
-            history=read_metrics(workdir, "reward"),
-            codec=load_image_codec(encoders, pipeline) if drawn else None,
-            weights=read_json(workdir / "model" / "config.json")["weights"],
-            best=(best.step, best.accuracy),
-            note="rehearsal: the base model's weights are noise, its VAE's too" if config.rehearsal else None,
-        )
+        drawn = encoders.kind != "sd3" or (pipeline is not None and (as_path(pipeline) / "vae").is_dir())
+        with Mirror(workdir / "report") as directory:
+            text = write_report(
+                directory,
+                setup.records,
+                scores,
+                shared,
+                history=read_metrics(workdir, "reward"),
+                codec=load_image_codec(encoders, pipeline) if drawn else None,
+                weights=read_json(workdir / "model" / "config.json")["weights"],
+                best=(best.step, best.accuracy),
+                note="rehearsal: the base model's weights are noise, its VAE's too" if config.rehearsal else None,
+            )
         print(f"\n{text}\nmodel: {workdir / 'model'}   report and plots: {workdir / 'report'}")
     processes.barrier("report")
     return scores

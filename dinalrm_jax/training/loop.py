@@ -1,7 +1,6 @@
 """The training loop: any assembled step over any stream of batches, evaluated, logged, saved and resumed."""
 
 import contextlib
-import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
@@ -10,6 +9,7 @@ import jax
 
 from dinalrm_jax.config import ProfileConfig, StageConfig
 from dinalrm_jax.devices import processes
+from dinalrm_jax.disk import AnyPath
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.training.ahead import compile_ahead
@@ -53,7 +53,7 @@ def fit(
     assembled: AssembledStep[B],
     stream: Stream[B],
     *,
-    workdir: pathlib.Path,
+    workdir: AnyPath,
     open_log: Callable[[str], MetricsLog],
     held_out: HeldOut | None = None,
     plain: Objective[B] | None = None,
@@ -153,6 +153,7 @@ def fit(
                     bar.set_postfix({key: f"{values[key]:.3f}" for key in ("loss", "accuracy") if key in values})
                 if step % stage.checkpoint_every == 0 or last or asked:
                     log.check_finite()
+                    log.publish()  # what no other start will compute again
                     checkpoints.save(state, position)
                 if asked:
                     raise Stopped(asked, name, step)

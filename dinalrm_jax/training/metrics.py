@@ -13,6 +13,9 @@ import psutil
 
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.chips import peak_flops
+from dinalrm_jax.disk import AnyPath, Mirror
+
+PUBLISHED_EVERY = 30.0  # seconds, in a bucket: each time the whole files are uploaded
 
 
 class NonFiniteLoss(RuntimeError):
@@ -42,7 +45,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: AnyPath,
         stage: str,
         *,
         project: str | None = None,
@@ -56,11 +59,12 @@ class MetricsLog:
         self._writes, self._wandb = processes.is_first(), None
         if not self._writes:
             return
-        self._path = directory / "metrics.jsonl"
+        self._files = Mirror(directory, kept=["metrics.jsonl"])
+        self._path = self._files.local / "metrics.jsonl"
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             with self._path.open("a") as file:
                 file.write("\n")  # ends a line that a kill tore, which must not swallow the next one
-        self._board = _TensorBoard(directory / "tensorboard" / stage)
+        self._board = _TensorBoard(self._files.local / "tensorboard" / stage)
         if project is not None:
             import wandb  # optional, and only where it is asked for
 
@@ -136,11 +140,22 @@ class MetricsLog:
         self._units.clear()
         self._since = time.perf_counter()
         values |= extra
-        self.write_values(step, values)
+        self._write(step, values)
+        if self._writes:
+            self._files.publish(every=PUBLISHED_EVERY)
         return values
 
     def write_values(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers as they are."""
+        self._write(step, values)
+        self.publish()
+
+    def publish(self) -> None:
+        """Returns once what was written is where the run's directory is."""
+        if self._writes:
+            self._files.publish()
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
         if not self._writes:
             return
         with self._path.open("a") as file:
@@ -152,6 +167,7 @@ class MetricsLog:
     def close(self) -> None:
         if self._writes:
             self._board.close()
+            self._files.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -204,7 +220,7 @@ def memory() -> dict[str, float]:
     return values
 
 
-def read_metrics(directory: pathlib.Path, stage: str) -> list[dict[str, float]]:
+def read_metrics(directory: AnyPath, stage: str) -> list[dict[str, float]]:
     """The lines of a stage in step order; after a resume, the later line of a step counts."""
     by_step: dict[int, dict[str, float]] = {}
     if not (directory / "metrics.jsonl").exists():

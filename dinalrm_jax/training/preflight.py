@@ -1,6 +1,5 @@
 """What is checked before a run computes anything."""
 
-import pathlib
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
@@ -10,6 +9,7 @@ from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.devices.mesh import check_batch_size
+from dinalrm_jax.disk import as_path, local_copy
 from dinalrm_jax.encoders.pipeline import vae_fingerprint
 from dinalrm_jax.mapping import to_mapping
 from dinalrm_jax.model.config import RewardModelConfig
@@ -56,9 +56,9 @@ def check_fit(records: AnyRecords, model: RewardModelConfig, base_model: str | N
             f"{records.directory} was made by other encoders than this model's: {to_mapping(records.encoders)} there, "
             f"model.encoders is {to_mapping(model.encoders)}; preprocess again, or set model.encoders"
         )
-    vae = None if base_model is None else pathlib.Path(base_model) / "vae"
+    vae = None if base_model is None else as_path(base_model) / "vae"
     if "codec" in records.manifest and vae is not None and (vae / "config.json").is_file():
-        expected = vae_fingerprint(vae)
+        expected = vae_fingerprint(local_copy(vae, ["*"]))
         if records.manifest["codec"] != expected:
             raise RecordsError(
                 f"{records.directory} holds latents of another VAE ({records.manifest['codec']}) than that of "

@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from dinalrm_jax.config import TrainConfig
+from dinalrm_jax.disk import AnyPath, resolved
 from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.config import RewardModelConfig
@@ -29,26 +30,26 @@ from dinalrm_jax.weights.pretrained import PretrainedModel, open_backbone, open_
 
 
 def open_checkpoint(
-    checkpoint: str | pathlib.Path,
+    checkpoint: str | AnyPath,
     base_model: str | pathlib.Path | None,
     execution: ExecutionConfig,
     backbone: Params | None = None,
     revision: str | None = None,
 ) -> PretrainedModel:
     """What `RewardModel.from_pretrained` loads, with its arguments and errors."""
-    directory = pathlib.Path(checkpoint).expanduser()
-    if revision is None and directory.is_dir() and (step := _training_step(directory.resolve())) is not None:
+    directory = resolved(checkpoint)
+    if revision is None and directory.is_dir() and (step := _training_step(directory)) is not None:
         return _open_training(step, base_model, execution, backbone)
     return open_reward_model(checkpoint, base_model, execution, backbone, revision)
 
 
 def is_training_checkpoint(path: str) -> bool:
     """Whether a path is that of a training run's checkpoint."""
-    directory = pathlib.Path(path).expanduser()
-    return directory.is_dir() and _training_step(directory.resolve()) is not None
+    directory = resolved(path)
+    return directory.is_dir() and _training_step(directory) is not None
 
 
-def _training_step(directory: pathlib.Path) -> pathlib.Path | None:
+def _training_step(directory: AnyPath) -> AnyPath | None:
     """The checkpoint of one step that a directory is, or, of a run's `best`, holds; None where it is no run's.
 
     Raises:
@@ -69,7 +70,7 @@ def _training_step(directory: pathlib.Path) -> pathlib.Path | None:
     return directory if (directory / "state").is_dir() and (directory.parents[2] / "config.json").is_file() else None
 
 
-def _open_training(directory: pathlib.Path, base_model, execution: ExecutionConfig, backbone) -> PretrainedModel:
+def _open_training(directory: AnyPath, base_model, execution: ExecutionConfig, backbone) -> PretrainedModel:
     workdir = directory.parents[2]
     claim = read_claim(workdir)
     if not isinstance(claim.config, TrainConfig) or directory.parents[1].name != "reward":
@@ -87,7 +88,7 @@ def _open_training(directory: pathlib.Path, base_model, execution: ExecutionConf
     return PretrainedModel(config.model, execution, base_model, arrays, {}, config.loss, claim.image_sizes)
 
 
-def _trained(directory: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+def _trained(directory: AnyPath, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """The averaged parameters of a checkpoint, or where no average was taken, the parameters; optimizer unread."""
     import orbax.checkpoint as ocp  # here, as it takes long to import and most models come from elsewhere
 
@@ -112,7 +113,7 @@ def _trained(directory: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]
         logging.set_verbosity(verbosity)
 
 
-def frozen_arrays(config: TrainConfig, workdir: pathlib.Path, inputs: Mapping[str, str]) -> Mapping[str, np.ndarray]:
+def frozen_arrays(config: TrainConfig, workdir: AnyPath, inputs: Mapping[str, str]) -> Mapping[str, np.ndarray]:
     """The frozen part of the reward model that a run trains: its generator's, its base model's, that of the model
     it goes on from, or a random one.
 
@@ -145,7 +146,7 @@ def _check_same(what: str, path: str, arrays: Mapping[str, np.ndarray], inputs: 
         raise WeightsError(f"{what} {path} holds other weights than the run began with; give the directory that it had")
 
 
-def base_model_of(config: TrainConfig, workdir: pathlib.Path) -> str | None:
+def base_model_of(config: TrainConfig, workdir: AnyPath) -> str | None:
     """The base model that a run is on; a rehearsal's is its own."""
     return str(workdir / "base_model") if config.rehearsal is not None else config.base_model
 
@@ -158,7 +159,7 @@ def open_base(base_model: str, config: TrainConfig) -> Mapping[str, np.ndarray]:
     return arrays
 
 
-def open_start(config: TrainConfig, workdir: pathlib.Path) -> PretrainedModel:
+def open_start(config: TrainConfig, workdir: AnyPath) -> PretrainedModel:
     """The model that `config.init_from` names.
 
     Raises:

@@ -16,7 +16,7 @@ from dinalrm_jax.data.records import Records
 from dinalrm_jax.data.sources.datasets import preprocess
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.mesh import make_mesh
-from dinalrm_jax.disk import lock
+from dinalrm_jax.disk import AnyPath, lock, mounted
 from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.scenes import rehearsal
 from dinalrm_jax.scenes.config import RehearsalConfig
@@ -45,7 +45,7 @@ class Setup:
     """
 
     config: TrainConfig
-    workdir: pathlib.Path
+    workdir: AnyPath
     mesh: Mesh
     records: AnyRecords
     base_model: str | None
@@ -60,7 +60,7 @@ class Setup:
         return MetricsLog(self.workdir, stage, project=config.wandb_project, run=self.run, config=to_mapping(config))
 
 
-def set_up(given: TrainConfig, workdir: pathlib.Path) -> Setup:
+def set_up(given: TrainConfig, workdir: AnyPath) -> Setup:
     """Finds or makes a run's inputs, checks that they fit each other, and claims its directory.
 
     Raises:
@@ -70,8 +70,9 @@ def set_up(given: TrainConfig, workdir: pathlib.Path) -> Setup:
     check_stages(given, mesh)
     check_workdir(workdir, given, {})
     start = None if given.init_from is None else open_start(given, workdir).arrays
-    data = make_inputs(given, workdir)
-    records = Mixture(given.mixture) if given.mixture else Records(data)
+    if given.samples is not None:
+        mounted(workdir / "samples")  # which are drawn later
+    records = Mixture(given.mixture) if given.mixture else Records(make_inputs(given, workdir))
     config = in_steps(given, records)
     base_model = base_model_of(config, workdir)
     check_records(records, config, base_model)
@@ -93,9 +94,9 @@ def trained_sizes(records: AnyRecords, config: TrainConfig) -> tuple[Size, ...]:
     return tuple(sorted({(unit * height, unit * width) for height, width, _ in shapes}))
 
 
-def alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
+def alone(workdir: AnyPath) -> contextlib.AbstractContextManager:
     """The workdir's lock, of all processes of this run together."""
-    return lock(workdir) if processes.is_first() else contextlib.nullcontext()
+    return lock(workdir, processes.say) if processes.is_first() else contextlib.nullcontext()
 
 
 def in_steps(config: TrainConfig, records: AnyRecords) -> TrainConfig:
@@ -113,9 +114,9 @@ def in_steps(config: TrainConfig, records: AnyRecords) -> TrainConfig:
     return dataclasses.replace(config, **lasting)
 
 
-def make_inputs(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path:
+def make_inputs(config: TrainConfig, workdir: AnyPath) -> pathlib.Path:
     """The directory of the run's records; scenes and rehearsals are made where they are not there yet."""
-    data = workdir / "data" if config.data is None else pathlib.Path(config.data)
+    data = mounted(workdir / "data" if config.data is None else config.data)
     if config.data is config.scenes is config.rehearsal is None and not data.exists():
         raise ConfigError(
             f"data is not set and {data} is not there; name the directory of records with --config.data DIR "
@@ -129,7 +130,7 @@ def make_inputs(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path:
     return data
 
 
-def make_rehearsal(config: TrainConfig, wanted: RehearsalConfig, workdir: pathlib.Path) -> None:
+def make_rehearsal(config: TrainConfig, wanted: RehearsalConfig, workdir: AnyPath) -> None:
     """Pipeline, source and records from nothing; see `RehearsalConfig`."""
     source, base_model = workdir / "source", workdir / "base_model"
     if processes.is_first() and not base_model.exists():

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable
 
 from dinalrm_jax.config import SweepConfig, TrainConfig
 from dinalrm_jax.devices import processes
+from dinalrm_jax.disk import AnyPath
 from dinalrm_jax.evaluation.pairs import PairScores
 from dinalrm_jax.evaluation.run_report import sweep_table
 from dinalrm_jax.evaluation.scoring import level_name
@@ -15,9 +15,9 @@ from dinalrm_jax.training.workdir import claim_workdir
 
 def sweep_runs(
     sweep: SweepConfig,
-    workdir: pathlib.Path,
-    run: Callable[[TrainConfig, pathlib.Path], PairScores],
-    generate: Callable[[TrainConfig, pathlib.Path], pathlib.Path],
+    workdir: AnyPath,
+    run: Callable[[TrainConfig, AnyPath], PairScores],
+    generate: Callable[[TrainConfig, AnyPath], AnyPath],
 ) -> None:
     """Runs every configuration with every seed, and prints the held-out accuracies with their spread.
 

@@ -5,7 +5,6 @@ WORKDIR/config.json    the whole configuration, a name of the run, fingerprints 
 
 import dataclasses
 import json
-import pathlib
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from dinalrm_jax.config import AlignConfig, SweepConfig, TrainConfig
 from dinalrm_jax.devices import processes
-from dinalrm_jax.disk import remove_leftovers, write_json
+from dinalrm_jax.disk import AnyPath, is_whole, remove_leftovers, write_json
 from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping
 
 RunConfig = TrainConfig | SweepConfig | AlignConfig
@@ -56,7 +55,7 @@ class Claim:
     image_sizes: tuple[tuple[int, int], ...] = ()
 
 
-def read_claim(workdir: pathlib.Path) -> Claim | None:
+def read_claim(workdir: AnyPath) -> Claim | None:
     """What the directory was claimed for, or None.
 
     Raises:
@@ -78,7 +77,7 @@ def read_claim(workdir: pathlib.Path) -> Claim | None:
         ) from None
 
 
-def check_workdir(workdir: pathlib.Path, config: RunConfig, inputs: Mapping[str, str]) -> None:
+def check_workdir(workdir: AnyPath, config: RunConfig, inputs: Mapping[str, str]) -> None:
     """Raises ConfigError if the directory holds a run that would end otherwise; says what changed.
 
     Args:
@@ -100,7 +99,7 @@ def check_workdir(workdir: pathlib.Path, config: RunConfig, inputs: Mapping[str,
 
 
 def claim_workdir(
-    workdir: pathlib.Path,
+    workdir: AnyPath,
     config: RunConfig,
     inputs: Mapping[str, str],
     image_sizes: Sequence[tuple[int, int]] = (),
@@ -126,7 +125,7 @@ def claim_workdir(
     return run
 
 
-def _may_change(name: str, old: Any, new: Any, workdir: pathlib.Path, config: RunConfig) -> bool:
+def _may_change(name: str, old: Any, new: Any, workdir: AnyPath, config: RunConfig) -> bool:
     """Whether a value may differ between two starts on a workdir."""
     if isinstance(config, SweepConfig):
         if re.fullmatch(r"seeds\.\d+", name):
@@ -140,7 +139,7 @@ def _may_change(name: str, old: Any, new: Any, workdir: pathlib.Path, config: Ru
         # A longer run passes through a shorter one, unless its learning rate knows the end; a finished
         # generator is what the reward stage stands on.
         stage = getattr(config, match[1])
-        finished = match[1] == "generator" and (workdir / "generator" / "backbone").exists()
+        finished = match[1] == "generator" and is_whole(workdir / "generator" / "backbone")
         return stage is not None and stage.optimizer.schedule == "constant" and not finished
     return False
 

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dinalrm_jax.disk import whole_directory, write_json
+from dinalrm_jax.disk import AnyPath, whole_directory, write_json
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.backbone.family import BackboneConfig, transformer_functional
 from dinalrm_jax.model.config import LoRAConfig
@@ -32,7 +32,7 @@ BACKBONE = "dinalrm_backbone"  # in the header: the digest of the weights that i
 
 
 def save_adapter(
-    output: str | pathlib.Path, config: LoRAConfig, adapters: Mapping[str, AnyArray], backbone: str | None = None
+    output: str | AnyPath, config: LoRAConfig, adapters: Mapping[str, AnyArray], backbone: str | None = None
 ) -> None:
     """Writes a directory that `pipe.load_lora_weights` of diffusers and `PeftModel.from_pretrained` of PEFT read.
 

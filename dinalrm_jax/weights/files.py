@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dinalrm_jax.disk import AnyPath, local_copy
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.tables import WeightsError
 
@@ -92,8 +93,8 @@ def save_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> N
     path.chmod(0o644)  # safetensors creates files that only their owner can read
 
 
-def resolve(name: str | pathlib.Path, patterns: tuple[str, ...], revision: str | None = None) -> pathlib.Path:
-    """A local directory as it is, or what matches `patterns` of a hub repository, downloaded.
+def resolve(name: str | AnyPath, patterns: tuple[str, ...], revision: str | None = None) -> pathlib.Path:
+    """A local directory as it is, or what matches `patterns` of one in a bucket or of a hub repository, downloaded.
 
     Args:
         revision: of the repository: a commit, tag or branch; None: its main branch.
@@ -102,7 +103,7 @@ def resolve(name: str | pathlib.Path, patterns: tuple[str, ...], revision: str |
         FileNotFoundError: neither.
         ConfigError: a directory with a revision.
     """
-    path = pathlib.Path(name).expanduser()
+    path = local_copy(name, patterns)
     if path.is_dir():
         if revision is not None:
             raise ConfigError(f"{path} is a local directory, which has no revision {revision!r}; leave it out")
@@ -133,7 +134,7 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_json(path: pathlib.Path) -> dict:
+def read_json(path: AnyPath) -> dict:
     """A model's JSON file.
 
     Raises:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dinalrm_jax.devices.placement import place
-from dinalrm_jax.disk import whole_directory
+from dinalrm_jax.disk import AnyPath, whole_directory
 from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping
 from dinalrm_jax.model import tables
 from dinalrm_jax.model.backbone.family import (
@@ -62,7 +62,7 @@ class PretrainedModel:
 
     config: RewardModelConfig
     execution: ExecutionConfig
-    base_model: str | pathlib.Path | None
+    base_model: str | AnyPath | None
     arrays: dict[str, np.ndarray] = dataclasses.field(repr=False)
     shared: Params = dataclasses.field(repr=False)
     likelihood: LossConfig | None = None
@@ -75,8 +75,8 @@ class PretrainedModel:
 
 
 def open_reward_model(
-    checkpoint: str | pathlib.Path,
-    base_model: str | pathlib.Path | None,
+    checkpoint: str | AnyPath,
+    base_model: str | AnyPath | None,
     execution: ExecutionConfig,
     backbone: Params | None = None,
     revision: str | None = None,
@@ -111,7 +111,7 @@ def open_reward_model(
     return PretrainedModel(model_config, execution, base_model, arrays, shared, likelihood)
 
 
-def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path, BackboneConfig]:
+def read_diffusers_config(base_model: str | AnyPath) -> tuple[pathlib.Path, BackboneConfig]:
     """The transformer's directory and geometry; `base_model` is a pipeline or the transformer itself.
 
     Raises:
@@ -126,14 +126,14 @@ def read_diffusers_config(base_model: str | pathlib.Path) -> tuple[pathlib.Path,
 
 
 def load_backbone(
-    base_model: str | pathlib.Path, execution: ExecutionConfig = ExecutionConfig()
+    base_model: str | AnyPath, execution: ExecutionConfig = ExecutionConfig()
 ) -> tuple[BackboneConfig, Params]:
     """A whole transformer from a diffusers directory or a native backbone, on the device in the compute dtype."""
     transformer, arrays = open_backbone(base_model)
     return transformer, place(arrays, execution.dtype)
 
 
-def open_backbone(base_model: str | pathlib.Path) -> tuple[BackboneConfig, dict[str, np.ndarray]]:
+def open_backbone(base_model: str | AnyPath) -> tuple[BackboneConfig, dict[str, np.ndarray]]:
     """The same as views of the mapped files, in their dtype: only what is used of them is read."""
     directory = resolve(base_model, TRANSFORMER_FILES)
     config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
@@ -180,7 +180,7 @@ def share(backbone: Params, config: RewardModelConfig, execution: ExecutionConfi
 
 
 def save_reward_model(
-    output: str | pathlib.Path,
+    output: str | AnyPath,
     config: RewardModelConfig,
     params: Mapping[str, np.ndarray | jax.Array],
     likelihood: LossConfig | None = None,
@@ -213,7 +213,7 @@ class Origin:
     shift: float = 3.0
 
 
-def origin_of(base_model: str | pathlib.Path) -> Origin:
+def origin_of(base_model: str | AnyPath) -> Origin:
     """How a backbone was trained, as its files say.
 
     Raises:
@@ -232,7 +232,7 @@ def origin_of(base_model: str | pathlib.Path) -> Origin:
 
 
 def save_backbone(
-    config: BackboneConfig, params: Mapping[str, AnyArray], output: str | pathlib.Path, origin: Origin | None = None
+    config: BackboneConfig, params: Mapping[str, AnyArray], output: str | AnyPath, origin: Origin | None = None
 ) -> None:
     """Writes a native backbone, whole or not at all; without an origin it cannot be sampled from alone."""
     with whole_directory(output) as directory:
@@ -241,7 +241,7 @@ def save_backbone(
 
 
 def export_released(
-    output: str | pathlib.Path,
+    output: str | AnyPath,
     config: RewardModelConfig,
     params: Mapping[str, np.ndarray | jax.Array],
     likelihood: LossConfig | None = None,
@@ -266,7 +266,7 @@ def export_released(
         torch_file.write(checkpoint / "rm_head.pt", tables.dump(head, released.HEAD))
 
 
-def export_diffusers(config: BackboneConfig, params: Params, output: str | pathlib.Path) -> None:
+def export_diffusers(config: BackboneConfig, params: Params, output: str | AnyPath) -> None:
     """Writes a whole transformer as a diffusers `transformer/` directory."""
     with whole_directory(output) as directory:
         layout = _diffusers(config)
@@ -286,7 +286,7 @@ def _diffusers(config: BackboneConfig) -> DiffusersLayout:
 def _open_native(
     directory: pathlib.Path,
     config: dict,
-    base_model: str | pathlib.Path | None,
+    base_model: str | AnyPath | None,
     execution: ExecutionConfig,
     backbone: Params | None,
 ) -> PretrainedModel:
