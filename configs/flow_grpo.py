@@ -4,9 +4,9 @@
         --config.reward.checkpoint path/to/DiNa-LRM-SD35M-12layers --workdir runs/flow_grpo
 
 10 steps at 512 pixels without guidance, three of the first five with the noise of "cps"; two updates a rollout, clipped
-at 3e-6. This is verl-omni's recipe: 14 prompts of 18 images, KL 0.01, 80 rollouts. `:released` is that of
-diffusion-rm: 64 prompts of 18 images, KL 0.004, an average, and a fifth of PickScore's advantage mixed in. `:smoke`
-is for what configs/hpdv3.py:smoke leaves.
+at 3e-6. This is verl-omni's recipe, for 1 or 7 devices: 14 prompts of 18 images, KL 0.01, 80 rollouts. `:released` is
+that of diffusion-rm: 64 prompts of 18 images, KL 0.004, an average, and a fifth of PickScore's advantage mixed in.
+`:smoke` is for what configs/hpdv3.py:smoke leaves.
 """
 
 from ml_collections import ConfigDict

@@ -4,12 +4,13 @@
         --config.reward.checkpoint path/to/DiNa-LRM-SD35M-12layers --workdir runs/refl
 
 40 steps at 512 pixels with guidance 4.5, of which one of 30 to 39 trains; batches of 64; LoRA of rank 32. The recipe
-has no regularisation and is easily hacked: watch the judges, and raise `reference_weight` or `refl.pretraining_weight`.
+has no regularisation and is easily hacked: watch the judges, and raise `reference_weight`, or give images to
+`refl.pretraining`.
 
     python -m dinalrm_jax.train --config configs/hpdv3.py:smoke
     python -m dinalrm_jax.align --config configs/refl.py:smoke
 
-run the whole path on random tiny weights in the real layout, in two minutes.
+run the whole path on random tiny weights in the real layout, in a few minutes.
 """
 
 from ml_collections import ConfigDict

@@ -17,8 +17,9 @@ import hashlib
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from dinalrm_jax.alignment.dpo import best_against_worst, dpo
+from dinalrm_jax.alignment.dpo import best_against_worst, dpo, of_judged
 from dinalrm_jax.alignment.flow_grpo import flow_grpo
 from dinalrm_jax.alignment.held_out import HeldOutPrompts, report
 from dinalrm_jax.alignment.nft import nft
@@ -32,7 +33,7 @@ from dinalrm_jax.config import AlignConfig
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import enable_compilation_cache
-from dinalrm_jax.devices.mesh import check_batch_size, make_mesh
+from dinalrm_jax.devices.mesh import check_batch_size, make_mesh, row_devices
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.disk import AnyPath, as_path, is_whole, remove
@@ -46,6 +47,7 @@ from dinalrm_jax.training.checkpoint import CheckpointError
 from dinalrm_jax.training.loop import fit
 from dinalrm_jax.training.metrics import MetricsLog, NonFiniteLoss, read_metrics
 from dinalrm_jax.training.objectives import Objective
+from dinalrm_jax.training.preflight import check_fit
 from dinalrm_jax.training.setup import alone
 from dinalrm_jax.training.step import assemble
 from dinalrm_jax.training.stopping import Stopped
@@ -69,12 +71,7 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         check_workdir(workdir, config, {})
         mesh = make_mesh(config.mesh)
         check_batch_size("tuning.batch_size", config.tuning.batch_size, config.tuning.micro_batches, mesh)
-        parts = config.group * config.updates * mesh.shape["data"]
-        if config.tuning.batch_size % parts:
-            raise ConfigError(
-                f"tuning.batch_size {config.tuning.batch_size} must be a multiple of group x updates x mesh.data = "
-                f"{config.group} x {config.updates} x {mesh.shape['data']}: a prompt's images lie together"
-            )
+        check_batch(config, mesh)
         prompts, held_out = read_prompts(config)
 
         # The generator, once for the policy, its reference and the reward.
@@ -94,7 +91,7 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         codec = image_codec(origin.encoders, config.base_model)
 
         # Rewards: what trains, and the first reward model at levels that do not.
-        opened = open_rewards(config, base, codec, prompts + held_out, mesh)
+        opened = open_rewards(config, arrays, base, codec, prompts + held_out, mesh)
         for each in opened:
             frozen |= each.params
         names = ["reward", *(f"reward_{number + 2}" for number in range(len(config.mixed)))]
@@ -111,17 +108,17 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         encode = prompt_encoder(encoders, config.base_model, config.execution.dtype)
         read_by_reward = encoders if model is None else model.config.encoders
         encode_for_reward = prompt_encoder(read_by_reward, config.base_model, config.execution.dtype)
-        tuning, collection = config.tuning, None
+        tuning, collection, records = config.tuning, None, None
         objective: Objective
         asked = PromptStream(prompts, encode, encode_for_reward, tuning.batch_size, config.group, config.seed, mesh)
         stream: Stream = asked
         if config.refl is not None:
             objective = refl(policy, rewards, config.refl, config.reference_weight)
             if config.refl.pretraining is not None:
+                records = Records(config.refl.pretraining)
+                check_fit(records, encoders, transformer, config.base_model, ("train",))
                 objective = with_pretraining(objective, policy, config.refl.pretraining_weight, tuning.sigma)
-                images = PairStream(
-                    "pretraining", Records(config.refl.pretraining), tuning.batch_size, config.seed, mesh
-                )
+                images = PairStream("pretraining", records, tuning.batch_size, config.seed, mesh)
                 stream = StreamBesideImages(asked, images)
         elif config.flow_grpo is not None:
             collection, objective = flow_grpo(policy, rewards, config.flow_grpo, config.reference_weight)
@@ -130,15 +127,17 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         else:
             objective = dpo(policy, config.dpo, tuning.sigma)
             if config.dpo.records is None:
-                collection = best_against_worst(policy, rewards, config.dpo)
+                collection, objective = best_against_worst(policy, rewards, config.dpo), of_judged(objective)
             else:
                 records = Records(config.dpo.records)
+                check_fit(records, encoders, transformer, config.base_model, ("train",))
                 stream = PairStream("tuning", records, tuning.batch_size, config.seed, mesh)
 
         # Adapters, and the loop that trains everything here.
         texts = hashlib.sha256("\n".join(prompts + held_out).encode()).hexdigest()[:16]
         inputs = {"prompts": texts, "base_model": fingerprint(arrays)}
-        inputs |= {name: each.model[0].digest for name, each in zip(names, opened) if each.model is not None}
+        inputs |= {name: each.digest for name, each in zip(names, opened) if each.digest is not None}
+        inputs |= {} if records is None else {"records": records.fingerprint}
         name = claim_workdir(workdir, config, inputs)
         first = init_adapters(tuned.shapes, config.lora, config.seed)
         adapters = place(first, np.float32, {name: shardings[name] for name in first})
@@ -177,10 +176,28 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
             named = {name.removeprefix(POLICY): array for name, array in result.items()}
             if is_whole(workdir / adapter.POLICY):  # of fewer steps, or of this very end
                 remove(workdir / adapter.POLICY)
-            adapter.save_adapter(workdir / adapter.POLICY, config.lora, named, digest(base, lambda name: False))
+            adapter.save_adapter(workdir / adapter.POLICY, config.lora, named, digest(arrays, lambda name: False))
             rows = [row for row in read_metrics(workdir, "tuning") if watch.headline in row]
             print(report(workdir, held_out, before, after, rows, drawer, config.evaluation.images, judge))
         processes.barrier("policy")
+
+
+def check_batch(config: AlignConfig, mesh: Mesh) -> None:
+    """Raises ConfigError unless a step's prompts, and the rows of each of its updates, divide over the mesh."""
+    tuning, data = config.tuning, mesh.shape["data"]
+    check_batch_size("tuning.batch_size", tuning.batch_size, tuning.micro_batches, mesh)
+    if tuning.batch_size % (config.group * config.updates * data):
+        raise ConfigError(
+            f"tuning.batch_size {tuning.batch_size} must be a multiple of group x updates x mesh.data = "
+            f"{config.group} x {config.updates} x {data}: a prompt's images lie together"
+        )
+    rows = tuning.batch_size // (config.group if config.dpo is not None else 1) // config.updates
+    unit = tuning.micro_batches * row_devices(mesh)
+    if rows % unit:
+        raise ConfigError(
+            f"an update has {rows} rows of tuning.batch_size {tuning.batch_size}, which must be a multiple of "
+            f"micro_batches x mesh.data x mesh.fsdp = {unit}"
+        )
 
 
 def main(options: AlignOptions) -> int:

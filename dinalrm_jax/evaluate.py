@@ -71,7 +71,7 @@ def opened(options: EvaluateOptions) -> Callable[[], Evaluation]:
         options.checkpoint, options.base_model, options.dtype, revision=options.revision
     )
     if on_records:
-        check_fit(records, model.config, options.base_model, [split])
+        check_fit(records, model.config.encoders, model.config.transformer, options.base_model, [split])
         return lambda: evaluate_records(model, records, split, options.levels, draws, batch_size=options.batch_size)
     return lambda: evaluate_images(model, benchmark, options.levels, draws, size=size, batch_size=options.batch_size)
 

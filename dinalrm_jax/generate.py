@@ -67,7 +67,7 @@ def scores_of(model: RewardModel, prompts: list[str], latents: np.ndarray, optio
 
 
 def save_images(
-    options: GenerateOptions, prompts: list[str], places: list[int], images: np.ndarray, scores
+    options: GenerateOptions, prompts: list[str], places: list[int], numbers: list[int], images: np.ndarray, scores
 ) -> list[ScoredImage]:
     """Writes the images, prompt by prompt, the best first where there are scores; their rows."""
     output, rows = pathlib.Path(options.output), []
@@ -78,8 +78,9 @@ def save_images(
             path = output / file_name(place, prompts[row], rank)
             made = {
                 "prompt": prompts[row], "negative_prompt": options.negative_prompt, "seed": options.seed,
-                "number": members.index(row), "steps": options.steps, "guidance": options.guidance,
-                "base_model": options.base_model, "policy": options.policy,
+                "number": numbers[row], "steps": options.steps, "guidance": options.guidance,
+                "text_length": options.text_length, "base_model": options.base_model, "policy": options.policy,
+                "preview": options.preview,
                 "score": None if scores is None else scores[row],
             }  # fmt: skip
             save_generated(path, images[row], made)
@@ -95,7 +96,7 @@ def main(options: GenerateOptions) -> None:
     output, prompts = pathlib.Path(options.output), read_prompts(options)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists already and is not empty; choose another output or remove it first")
-    processes.barrier("output")  # which the first process makes
+    processes.barrier("output")  # before any of them makes it
     size = None if options.size is None else parse_bucket(options.size)
     generator = Generator.from_pretrained(options.base_model, options.policy, options.dtype)
     model = None if options.checkpoint is None else RewardModel.from_pretrained(
@@ -126,7 +127,7 @@ def main(options: GenerateOptions) -> None:
         else preview.decode(latents, options.batch_size)
     )
     output.mkdir(parents=True, exist_ok=True)
-    rows = save_images(options, texts, places, images, scores)
+    rows = save_images(options, texts, places, [numbers[row] for row in mine], images, scores)
     several = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
     draw_sheet(output / f"sheet{several}.png", rows, scored=scores is not None)
     if scores is not None:

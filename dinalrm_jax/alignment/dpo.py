@@ -1,5 +1,7 @@
 """Diffusion-DPO (arXiv 2311.12908) for flow matching: pairs of images, from records or a group's best and worst."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -7,7 +9,7 @@ from jaxtyping import Float
 
 from dinalrm_jax import sampling
 from dinalrm_jax.alignment.policy import Policy, PromptBatch, distance, norm_ratio, row_randomness
-from dinalrm_jax.alignment.rewards import Rewards
+from dinalrm_jax.alignment.rewards import BROKEN, Rewards
 from dinalrm_jax.config import DPOConfig
 from dinalrm_jax.model.batch import PreferenceBatch
 from dinalrm_jax.model.parameters import Params
@@ -47,6 +49,25 @@ def dpo_losses(velocity, ref_velocity, latents, noise, beta: float) -> tuple[jax
     return -jax.nn.log_sigmoid(-0.5 * beta * gap), gap
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class JudgedPairs:
+    """Pairs that rewards made: what `dpo` learns from, and what is logged of them, a row each."""
+
+    pairs: PreferenceBatch
+    metrics: dict[str, jax.Array]
+
+
+def of_judged(objective: Objective[PreferenceBatch]) -> Objective[JudgedPairs]:
+    """`dpo` of pairs that rewards made; where one was not finite, neither is the loss."""
+
+    def judged(params: Params, batch: JudgedPairs, keys: jax.Array):
+        losses, metrics = objective(params, batch.pairs, keys)
+        return jnp.where(batch.metrics[BROKEN] > 0, jnp.nan, losses), metrics | batch.metrics
+
+    return judged
+
+
 def dpo(policy: Policy, config: DPOConfig, sigma: SigmaConfig) -> Objective[PreferenceBatch]:
     """`dpo_loss` of pairs, both of whose images are noised alike, at a level that `sigma` draws."""
     sample_sigma = sampler(sigma)
@@ -83,13 +104,15 @@ def best_against_worst(policy: Policy, rewards: Rewards, config: DPOConfig) -> C
         noise_keys, reward_keys = row_randomness(keys, 2)
         guided = sampling.guided(policy.velocity(params), batch.prompt, batch.negative, config.guidance)
         latents = sampling.rollout(guided, draw_noise(noise_keys, (len(keys), *policy.shape)), sigmas).latents
-        return batch.prompt, latents, rewards(params, latents, batch, reward_keys)
+        raw = rewards(params, latents, batch, reward_keys)
+        return batch.prompt, latents, raw, rewards.metrics(raw, batch)
 
-    def together(rolled) -> PreferenceBatch:
-        prompt, latents, raw = rolled
+    def together(rolled) -> JudgedPairs:
+        prompt, latents, raw, metrics = rolled
         worth = rewards.advantages(raw, config.group, "global").reshape(-1, config.group)
         places = jnp.arange(len(worth)) * config.group
         best, worst = (latents[places + find(worth, axis=1)] for find in (jnp.argmax, jnp.argmin))
-        return PreferenceBatch(best, worst, jax.tree.map(lambda x: x[places], prompt))
+        pairs = PreferenceBatch(best, worst, jax.tree.map(lambda x: x[places], prompt))
+        return JudgedPairs(pairs, {name: x.reshape(-1, config.group).mean(axis=1) for name, x in metrics.items()})
 
     return Collection(rows, together, config.updates)

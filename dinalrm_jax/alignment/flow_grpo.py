@@ -54,19 +54,17 @@ def guarded_policy_loss(
         std: the diffusion coefficient: `transition(..).std / sqrt_dt` of "sde" and "dance".
         sqrt_dt: the square root of the step in sigma.
     """
-    log_ratio = jnp.asarray(log_prob) - jnp.asarray(old_log_prob)
-    return _guarded(log_ratio, advantages, mean, old_mean, std, sqrt_dt, clip_range, advantage_clip).mean()
-
-
-def _guarded(
-    log_ratio: jax.Array, advantages, mean, old_mean, std, sqrt_dt, clip_range: float, advantage_clip: float
-) -> jax.Array:
-    """(B,) of `guarded_policy_loss`."""
     std, sqrt_dt = jnp.mean(jnp.asarray(std)), jnp.mean(jnp.asarray(sqrt_dt))
+    log_ratio = _freed(jnp.asarray(log_prob) - jnp.asarray(old_log_prob), mean, old_mean, std, sqrt_dt)
+    return (_clipped(jnp.exp(log_ratio), advantages, clip_range, advantage_clip) / sqrt_dt**2).mean()
+
+
+def _freed(log_ratio: jax.Array, mean, old_mean, std, sqrt_dt) -> jax.Array:
+    """(B,) log-ratios of `guarded_policy_loss`; std and sqrt_dt may be of each row."""
     scale = std * sqrt_dt
     drift = jnp.square(jnp.asarray(mean) - jnp.asarray(old_mean))
     bias = drift.mean(axis=tuple(range(1, drift.ndim))) / (2 * scale**2)
-    return _clipped(jnp.exp((log_ratio + bias) * scale), advantages, clip_range, advantage_clip) / sqrt_dt**2
+    return (log_ratio + bias) * scale
 
 
 def _clipped(ratio: jax.Array, advantages, clip_range: float, advantage_clip: float) -> jax.Array:
@@ -152,14 +150,10 @@ def flow_grpo(
             log_ratio = sampling.log_ratio(config.kind, t, old, after)
             sqrt_dt = jnp.sqrt(sigma - following)
             if config.guard:
-                guarded = jax.vmap(
-                    lambda r, a, m, o, std, dt: _guarded(
-                        r[None], a[None], m[None], o[None], std, dt, config.clip_range, config.advantage_clip
-                    )[0]
-                )
-                loss = guarded(log_ratio, rolled.advantage, t.mean, old, t.std / sqrt_dt, sqrt_dt)
-            else:
-                loss = _clipped(jnp.exp(log_ratio), rolled.advantage, config.clip_range, config.advantage_clip)
+                log_ratio = _freed(log_ratio, t.mean, old, t.std / sqrt_dt, sqrt_dt)
+            loss = _clipped(jnp.exp(log_ratio), rolled.advantage, config.clip_range, config.advantage_clip)
+            if config.guard:
+                loss /= sigma - following
             # The KL divergence is divided by what the released code divides it by: without the step's length.
             spread = t.std if config.kind == "cps" else t.std / sqrt_dt
             kl = distance(t.mean, wanted.mean) / (2 * spread**2)

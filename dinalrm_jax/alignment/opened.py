@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -22,6 +23,7 @@ from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.training.run_weights import open_checkpoint
+from dinalrm_jax.weights.digest import digest
 from dinalrm_jax.weights.files import read_json
 
 DECODER, TOKENS = "decoder.", "tokens"
@@ -34,12 +36,14 @@ class OpenedReward:
     Attributes:
         reward: as the config has it.
         params: its frozen parameters on the mesh, by their names among all of the alignment.
-        model: the reward model, and the names of its parameters; None of a judge.
+        model: the reward model without its arrays, and the names of its parameters; None of a judge.
+        digest: of the reward model's weights.
     """
 
     reward: Reward
     params: Params
     model: tuple[RewardModel, Mapping[str, str]] | None = None
+    digest: str | None = None
 
     def at(self, sigma: tuple[float, ...]) -> Reward:
         """A reward model at other levels; a judge as it is."""
@@ -47,12 +51,18 @@ class OpenedReward:
 
 
 def open_rewards(
-    config: AlignConfig, base: Params, codec: ImageCodec, prompts: Sequence[str], mesh: Mesh
+    config: AlignConfig,
+    arrays: Mapping[str, np.ndarray],
+    base: Params,
+    codec: ImageCodec,
+    prompts: Sequence[str],
+    mesh: Mesh,
 ) -> list[OpenedReward]:
     """The rewards of a config, the one that it names first before those that are mixed in.
 
     Args:
-        base: the policy's frozen arrays, which are the reward models' too.
+        arrays: the policy's frozen arrays on the host.
+        base: the same on the mesh, which are the reward models' too.
         codec: of the policy's latents.
         prompts: all, which batches name by their numbers.
 
@@ -60,41 +70,55 @@ def open_rewards(
         ConfigError: a reward of another backbone, or rules for scenes where there are none.
         WeightsError, FileNotFoundError: as for `RewardModel.from_pretrained` and `Judge.from_pretrained`.
     """
-    wanted = enumerate((config.reward, *config.mixed))
-    return [_open(config, each, f"{REWARD}{number}.", base, codec, prompts, mesh) for number, each in wanted]
+    opened = [
+        _open(config, wanted, f"{REWARD}{number}.", arrays, base, codec, prompts, mesh)
+        for number, wanted in enumerate((config.reward, *config.mixed))
+    ]
+    read = {each.model[0].config.encoders for each in opened if each.model is not None}
+    if len(read) > 1:
+        raise ConfigError(
+            f"the reward models read prompts by different encoders, {sorted(map(str, read))}; mix like ones"
+        )
+    return opened
 
 
 def _open(
     config: AlignConfig,
     wanted: RewardConfig,
     prefix: str,
+    arrays: Mapping[str, np.ndarray],
     base: Params,
     codec: ImageCodec,
     prompts: Sequence[str],
     mesh: Mesh,
 ) -> OpenedReward:
     if wanted.judge is None:
-        model = _load_model(config, wanted.checkpoint, base)
+        model, weights = _load_model(config, wanted.checkpoint, arrays, base)
         names = names_in(model.params, base, prefix)
         own = {name: array for name, array in model.params.items() if is_trainable(name)}
         module = reward_functional(model.config, config.execution)
         params = {names[name]: array for name, array in place(own, np.float32, module.shardings(mesh)).items()}
         params |= {names[name]: array for name, array in model.params.items() if name not in own}
-        return OpenedReward(_latent_reward(model, names, wanted.sigma), params, (model, names))
+        model = dataclasses.replace(model, params={})  # the placed ones are enough
+        return OpenedReward(_latent_reward(model, names, wanted.sigma), params, (model, names), weights)
     if wanted.judge.kind == "scenes":
         if not isinstance(codec, TinyCodec):
             raise ConfigError(f"rules read drawn scenes, which {config.base_model} does not draw; take another judge")
         return OpenedReward(SceneRules(prompts), {})
     judge, (decode, decoder) = open_judge(wanted.judge), codec.decoder()
+    dtype = config.execution.dtype
+
+    def decoded(params: Params, latents: jax.Array) -> jax.Array:  # the image's memory is the decoder's, and large
+        return decode(params, latents.astype(dtype)).astype(jnp.float32)
 
     def placed(params: Params, before: str, dtype) -> Params:
         named = {f"{before}{name}": array for name, array in params.items()}
         return place(named, dtype, dict.fromkeys(named, NamedSharding(mesh, WHOLE)))
 
     ids = f"{TOKENS}{prefix}"
-    params = placed(decoder, DECODER, config.execution.dtype) | placed(judge.params, prefix, config.execution.dtype)
+    params = placed(decoder, DECODER, dtype) | placed(judge.params, prefix, dtype)
     params |= placed({"": jnp.asarray(judge.tokens(prompts))}, ids, np.int32)
-    return OpenedReward(JudgeReward(decode, judge.score, ids, DECODER, prefix), params)
+    return OpenedReward(JudgeReward(decoded, judge.score, ids, DECODER, prefix), params)
 
 
 def open_judge(config: JudgeConfig) -> Judge:
@@ -113,13 +137,19 @@ def _latent_reward(model: RewardModel, names: Mapping[str, str], sigma: tuple[fl
     return LatentReward(model.reward_fn(sigma if len(sigma) > 1 else sigma[0]), names)
 
 
-def _load_model(config: AlignConfig, checkpoint: str, base: Params) -> RewardModel:
+def _load_model(
+    config: AlignConfig, checkpoint: str, arrays: Mapping[str, np.ndarray], base: Params
+) -> tuple[RewardModel, str]:
+    """A reward model on the policy's arrays, and its digest, for which the host's arrays are read: all of them."""
     model = RewardModel.loaded(open_checkpoint(checkpoint, config.base_model, config.execution, base))
+    own = {name: array for name, array in model.params.items() if is_trainable(name)}
+    frozen = {name: arrays[name.removeprefix("backbone.")] for name in model.params.keys() - own.keys()}
+    found = digest({**frozen, **own}, is_trainable)
     said = as_path(checkpoint) / "config.json"
     weights = read_json(said).get("weights") if said.is_file() else None
-    if weights is not None and weights != model.digest:
+    if weights is not None and weights != found:
         raise ConfigError(
             f"the reward {checkpoint} was trained on another backbone than {config.base_model}: its weights have the "
-            f"digest {weights}, on this one {model.digest}; name the base model that it was trained on"
+            f"digest {weights}, on this one {found}; name the base model that it was trained on"
         )
-    return model
+    return model, found

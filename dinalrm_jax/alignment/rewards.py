@@ -18,6 +18,7 @@ from dinalrm_jax.scenes.verify import verify
 
 ERROR = "reward_error"
 BROKEN, BROKEN_PROMPT = "nonfinite_reward", "nonfinite_reward_prompt"
+BROKEN_SPREAD = "nonfinite_reward_prompt_squared"
 EPSILON = 1e-4  # beside the deviation, so that equal rewards give no advantage instead of a division by 0
 
 
@@ -35,12 +36,16 @@ def group_advantages(
     rewards, groups = jnp.asarray(rewards, jnp.float32), jnp.asarray(groups)
     same = (groups[:, None] == groups).astype(jnp.float32)
     count = same.sum(axis=1)
-    centred = rewards - same @ rewards / count
+
+    def summed(values: jax.Array) -> jax.Array:  # of each one's group; TPUs and GPUs would round the factors
+        return jnp.matmul(same, values, precision="highest")
+
+    centred = rewards - summed(rewards) / count
     if scale == "global":
         return centred / (jnp.std(rewards, ddof=1) + EPSILON)
     if scale != "group":
         raise ValueError(f'scale must be "global" or "group", got {scale!r}')
-    return centred / (jnp.sqrt(same @ jnp.square(centred) / jnp.maximum(count - 1, 1)) + EPSILON)
+    return centred / (jnp.sqrt(summed(jnp.square(centred)) / jnp.maximum(count - 1, 1)) + EPSILON)
 
 
 class Reward(Protocol):
@@ -149,7 +154,8 @@ class Rewards:
     def metrics(self, raw: Mapping[str, jax.Array], batch: PromptBatch) -> dict[str, jax.Array]:
         """(B,) what is logged: the scores, and where one is not finite, of which prompt; see `broken_prompt`."""
         broken = ~jnp.isfinite(self.total(raw))
-        return {**raw, BROKEN: broken.astype(jnp.float32), BROKEN_PROMPT: jnp.where(broken, batch.number, 0.0)}
+        number = jnp.where(broken, batch.number, 0.0)
+        return {**raw, BROKEN: broken.astype(jnp.float32), BROKEN_PROMPT: number, BROKEN_SPREAD: jnp.square(number)}
 
     def total(self, raw: Mapping[str, jax.Array]) -> jax.Array:
         """(B,) the weighted sum of raw scores."""
@@ -170,7 +176,8 @@ def broken_prompt(metrics: Mapping[str, float], prompts: Sequence[str]) -> str |
     if not share:
         return None
     number = float(metrics[BROKEN_PROMPT]) / share
-    if abs(number - round(number)) < 1e-3:  # of several it is their mean, and seldom a whole number
+    spread = float(metrics[BROKEN_SPREAD]) / share - number**2
+    if abs(spread) <= 1e-5 * (1 + number**2) and abs(number - round(number)) < 0.25:  # else the mean of several
         return f"the reward of the prompt {prompts[round(number)]!r} is NaN or infinite"
     return f"the rewards of several prompts are NaN or infinite, {100 * share:.0f} % of the images"
 

@@ -18,6 +18,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from dinalrm_jax.mapping import ConfigError
+
 COLORS = {
     "red": (214, 40, 40),
     "green": (46, 150, 60),
@@ -147,9 +149,17 @@ def is_held_out(text: str) -> bool:
 
 
 def draw_captions(count: int, seed: int, *, held_out: bool) -> list[str]:
-    """`count` captions of all combinations, different ones, of those held out or of the others."""
+    """`count` captions of all combinations, different ones, of those held out or of the others.
+
+    Raises:
+        ConfigError: there are hardly so many.
+    """
     rng, found = np.random.default_rng([seed, held_out]), {}
-    while len(found) < count:
+    for drawn in itertools.count():
+        if len(found) == count:
+            break
+        if drawn > 100 * count + 10_000:
+            raise ConfigError(f"there are hardly {count} captions of scenes, {len(found)} were found; ask for fewer")
         text = caption(draw_scene(rng, COMBINATIONS))
         if is_held_out(text) == held_out:
             found[text] = None

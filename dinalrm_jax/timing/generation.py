@@ -115,7 +115,7 @@ def _of_pixels(setting: Setting, config: RewardModelConfig, mesh: Mesh) -> tuple
     own[ids] = whole_on_every_device((1000, TOKENS_READ), jnp.int32, mesh)
 
     def decode(params, latents):
-        return jnp.clip((vae.bind(params).decode(latents) + 1) / 2, 0, 1)
+        return jnp.clip((vae.bind(params).decode(latents.astype(setting.dtype)) + 1) / 2, 0, 1).astype(jnp.float32)
 
     return JudgeReward(decode, functools.partial(judge_score, "hpsv2", clip, None), ids, DECODER, prefix), own
 

@@ -12,7 +12,8 @@ from dinalrm_jax.devices.mesh import check_batch_size
 from dinalrm_jax.disk import as_path, local_copy
 from dinalrm_jax.encoders.pipeline import vae_fingerprint
 from dinalrm_jax.mapping import to_mapping
-from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.backbone.family import BackboneConfig
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.reward import reward_functional
 
 
@@ -43,18 +44,24 @@ def check_records(records: AnyRecords, config: TrainConfig, base_model: str | No
             )
     if not len(records.pairs("eval")):
         raise RecordsError(f"{records.directory} has no pairs in split 'eval' to evaluate on")
-    check_fit(records, config.model, base_model, ("train", "eval"))
+    check_fit(records, config.model.encoders, config.model.transformer, base_model, ("train", "eval"))
 
 
-def check_fit(records: AnyRecords, model: RewardModelConfig, base_model: str | None, splits: Sequence[str]) -> None:
-    """Raises RecordsError unless a model can score the splits of these records: its encoders made them, and they fit.
+def check_fit(
+    records: AnyRecords,
+    encoders: EncodersConfig,
+    transformer: BackboneConfig,
+    base_model: str | None,
+    splits: Sequence[str],
+) -> None:
+    """Raises RecordsError unless a model can read the splits of these records: its encoders made them, and they fit.
 
     Where `base_model` is a pipeline directory, the records' latents must be of its VAE.
     """
-    if records.encoders != model.encoders:
+    if records.encoders != encoders:
         raise RecordsError(
             f"{records.directory} was made by other encoders than this model's: {to_mapping(records.encoders)} there, "
-            f"model.encoders is {to_mapping(model.encoders)}; preprocess again, or set model.encoders"
+            f"{to_mapping(encoders)} here; preprocess again, or set model.encoders (of an alignment, text_length)"
         )
     vae = None if base_model is None else as_path(base_model) / "vae"
     if "codec" in records.manifest and vae is not None and (vae / "config.json").is_file():
@@ -64,7 +71,7 @@ def check_fit(records: AnyRecords, model: RewardModelConfig, base_model: str | N
                 f"{records.directory} holds latents of another VAE ({records.manifest['codec']}) than that of "
                 f"{base_model} ({expected}); preprocess again with this base model, or train on the other one"
             )
-    spec = model.transformer.latents
+    spec = transformer.latents
     prompt, latents = records.prompts[0], records.images[0].latents
     widths = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
     own = (spec.channels, spec.text_width, spec.pooled_width)

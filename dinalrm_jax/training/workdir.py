@@ -28,7 +28,8 @@ FREE = (
     r"execution\.(attention|layers|remat)",
     r"reward\.checkpoint",
     r"prompts",
-    r"(generator|reward|tuning)\.(log_every|checkpoint_every|evaluate_every|micro_batches)",
+    r"(generator|reward|tuning)\.(log_every|checkpoint_every)",
+    r"(generator|reward)\.(evaluate_every|micro_batches)",  # of an alignment both decide what it ends in
     r"evaluation\.(batch_size|levels|ensemble)(\.\d+)?",
     r"rehearsal\.preparation\.threads",
     r"wandb_project",

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import dinalrm_jax as dina
 from dinalrm_jax import align, sampling
-from dinalrm_jax.alignment.dpo import best_against_worst, dpo
+from dinalrm_jax.alignment.dpo import best_against_worst, dpo, of_judged
 from dinalrm_jax.alignment.flow_grpo import flow_grpo
 from dinalrm_jax.alignment.held_out import verdict
 from dinalrm_jax.alignment.nft import nft
@@ -290,8 +290,10 @@ def test_dpo_takes_a_groups_best_against_its_worst(parts):
         best_against_worst(policy, reward, config),
         dpo(policy, config, SigmaConfig("constant", (0.4,))),
     )
-    (_, latents, raw) = jax.jit(lambda params: collection.rows(params, batch, keys))(params)
-    pairs = collection.together((batch.prompt, latents, raw))
+    rolled = jax.jit(lambda params: collection.rows(params, batch, keys))(params)
+    _, latents, raw, _ = rolled
+    judged = collection.together(rolled)
+    pairs = judged.pairs
     scores = np.asarray(raw["reward"]).reshape(2, 4)
     for row in range(2):
         np.testing.assert_array_equal(pairs.chosen[row], latents[4 * row + scores[row].argmax()])
@@ -308,6 +310,13 @@ def test_dpo_takes_a_groups_best_against_its_worst(parts):
     new, plain = (of(noisy, level, prompt) for of in velocities(policy, params))
     np.testing.assert_allclose(losses.mean(), dina.alignment.dpo_loss(new, plain, both, noise, 50.0), rtol=1e-4)
     assert set(np.asarray(metrics["accuracy"]).tolist()) <= {0.0, 1.0}
+    # A reward that is not finite leaves no loss, and says which prompt it was of.
+    broken = {**raw, "reward": raw["reward"].at[5].set(jnp.nan)}
+    spoiled = collection.together((batch.prompt, latents, broken, reward.metrics(broken, batch)))
+    losses, metrics = jax.jit(of_judged(objective))(params, spoiled, keys[:2])
+    assert np.isnan(np.asarray(losses)).tolist() == [False, True]
+    means = {name: float(np.mean(np.asarray(x))) for name, x in metrics.items()}
+    assert broken_prompt(means, PROMPTS) == f"the reward of the prompt {PROMPTS[1]!r} is NaN or infinite"
 
 
 def metrics_of(workdir):
@@ -495,7 +504,7 @@ def codec_rewards(config, tiny_pipeline, judges):
     """Judges of a config as rewards, with their parameters, over PROMPTS."""
     chosen = dataclasses.replace(config, refl=None, flow_grpo=GRPO, reward=judges[0], mixed=judges[1:])
     codec = image_codec(EncodersConfig("sd3", 16), tiny_pipeline)
-    opened = open_rewards(chosen, {}, codec, PROMPTS, make_mesh(MeshConfig(data=1)))
+    opened = open_rewards(chosen, {}, {}, codec, PROMPTS, make_mesh(MeshConfig(data=1)))
     return opened, {name: array for each in opened for name, array in each.params.items()}
 
 
@@ -535,10 +544,11 @@ def test_a_reward_shares_the_policys_arrays(config, tiny_pipeline):
     transformer, arrays = load_backbone(tiny_pipeline)
     base = {name: jnp.asarray(array) for name, array in arrays.items()}
     codec = image_codec(EncodersConfig("sd3", 16), tiny_pipeline)
-    (opened,) = open_rewards(config, base, codec, PROMPTS, make_mesh(MeshConfig(data=1)))
+    (opened,) = open_rewards(config, arrays, base, codec, PROMPTS, make_mesh(MeshConfig(data=1)))
     model, names = opened.model
+    assert model.params == {}  # what it has of its own lies on the mesh, once
     shared = {name for name in names if names[name].startswith("policy.")}
-    assert shared == {name for name in model.params if name.startswith("backbone.") and ".lora_" not in name}
+    assert shared == {name for name in names if name.startswith("backbone.") and ".lora_" not in name}
     assert all(opened.params[names[name]] is base[name.removeprefix("backbone.")] for name in shared)
     assert {known.partition(".")[0] for known in names.values()} == {"policy", "reward0"}
 
@@ -596,7 +606,7 @@ def test_a_broken_reward_names_its_prompt(parts):
     policy, reward, params, batch, keys = parts
     batch = dataclasses.replace(batch, number=jnp.asarray([2, 2, 2, 2, 6, 6, 6, 6]))
     for broken, said in (((4,), "the prompt 'two red cup'"), ((4, 7), "the prompt 'two red cup'"), ((), None),
-                         ((0, 1, 5), "several prompts")):  # fmt: skip
+                         ((0, 1, 5), "several prompts"), ((0, 4), "several prompts")):  # fmt: skip
         raw = {"reward": jnp.asarray([np.nan if row in broken else 1.0 for row in range(8)])}
         means = {name: float(np.mean(np.asarray(x))) for name, x in reward.metrics(raw, batch).items()}
         told = broken_prompt(means, ["", "", "one blue cup", "", "", "", "two red cup", ""])
@@ -630,7 +640,10 @@ def evaluation(step, reward, judge):
 def test_the_verdict_names_hacking_where_reward_and_judge_part():
     first = evaluation(0, 1.0, 0.5)
     good = [evaluation(10, 1.1, 0.5), evaluation(20, 1.2, 0.6)]
-    assert verdict(first, good, "judge_scenes") == "judge_scenes went with the reward: 0.500 to 0.600"
+    assert verdict(first, good, "judge_scenes") == "judge_scenes went up: 0.500 to 0.600"
+    assert verdict(first, good[:1], "judge_scenes") == "judge_scenes did not rise measurably: 0.500 to 0.500"
+    sure = [{**evaluation(step, step, 1.0 - step), "judge_scenes_error": 0.0} for step in (0, 1)]
+    assert verdict(sure[0], sure[1:], "judge_scenes").startswith("hacking: at step 1")
     hacked = [evaluation(10, 1.5, 0.49), evaluation(20, 2.0, 0.3), evaluation(30, 3.0, 0.0)]
     assert verdict(first, hacked, "judge_scenes").startswith("hacking: at step 20")
     both_fell = [evaluation(10, 0.9, 0.3)]

@@ -139,7 +139,9 @@ def test_the_base_models_vae_is_named_and_none_is_loaded(source, tiny_pipeline, 
     manifest = preprocess(source, tmp_path / "out", config, tiny_pipeline)
     assert manifest["codec"] == vae_fingerprint(tiny_pipeline / "vae")
     model = RewardModelConfig(rehearsal.TRANSFORMER, 2, (1, 2), (1, 2), None, encoders=config.encoders)
-    check_fit(Records(tmp_path / "out"), model, tiny_pipeline, ("train", "eval"))  # they can be trained on
+    check_fit(
+        Records(tmp_path / "out"), model.encoders, model.transformer, tiny_pipeline, ("train", "eval")
+    )  # they can be trained on
     bare = shutil.copytree(tiny_pipeline, tmp_path / "bare")
     shutil.rmtree(bare / "vae")
     assert "codec" not in preprocess(source, tmp_path / "bare_out", config, bare)
