@@ -35,7 +35,7 @@ def alignment(variant: str) -> dict:
     return {
         "name": f"quickstart_align_{variant}",
         "base_model": f"{REWARD_RUN}/generator/backbone",
-        "reward": {"checkpoint": f"{REWARD_RUN}/model"},
+        "reward": {"checkpoint": f"{REWARD_RUN}/model", "sigma": (0.2,)},  # where it orders one caption's pictures best
         "scene_captions": 1000,
         "height": 64,
         "width": 64,
@@ -44,7 +44,9 @@ def alignment(variant: str) -> dict:
             "steps": 60, "batch_size": 96, "checkpoint_every": 20, "evaluate_every": 10, "log_every": 5,
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 0, "ema_decay": 0.0},
         },
-        "evaluation": {"prompts": 128, "steps": 12, "guidance": 1.0, "judges": ({"kind": "scenes"},)},
+        "evaluation": {
+            "prompts": 128, "steps": 12, "guidance": 1.0, "sigma": (0.1, 0.4, 0.6), "judges": ({"kind": "scenes"},),
+        },
     }  # fmt: skip
 
 
