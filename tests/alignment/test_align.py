@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,13 @@ import dinalrm_jax as dina
 from dinalrm_jax import align, sampling
 from dinalrm_jax.alignment.dpo import best_against_worst, dpo, of_judged
 from dinalrm_jax.alignment.flow_grpo import flow_grpo
-from dinalrm_jax.alignment.held_out import verdict
+from dinalrm_jax.alignment.held_out import HeldOutPrompts, verdict
 from dinalrm_jax.alignment.nft import nft
 from dinalrm_jax.alignment.opened import open_rewards
 from dinalrm_jax.alignment.policy import Policy, PromptBatch, PromptStream, read_prompts
 from dinalrm_jax.alignment.pretraining import BesideImages, with_pretraining
 from dinalrm_jax.alignment.refl import refl
-from dinalrm_jax.alignment.rewards import LatentReward, Rewards, broken_prompt
+from dinalrm_jax.alignment.rewards import LatentReward, Rewards, SceneRules, broken_prompt
 from dinalrm_jax.config import (
     AlignConfig,
     DPOConfig,
@@ -39,6 +40,7 @@ from dinalrm_jax.config import (
     StageConfig,
 )
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
+from dinalrm_jax.encoders import tiny
 from dinalrm_jax.encoders.load import image_codec
 from dinalrm_jax.evaluation.judges.clip import Judge
 from dinalrm_jax.mapping import ConfigError
@@ -49,6 +51,7 @@ from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.lora import init_adapters
 from dinalrm_jax.noise import NoiseDraw, SigmaConfig, draw_noise
+from dinalrm_jax.scenes import draw
 from dinalrm_jax.training.metrics import NonFiniteLoss
 from dinalrm_jax.weights.pretrained import load_backbone, truncate
 from tests.conftest import ROOT, randomized
@@ -428,6 +431,40 @@ def test_two_processes_of_four_devices_tune_as_one_device(config, tmp_path, algo
     scale = max(np.abs(array).max() for array in theirs.values())
     for name, array in theirs.items():
         np.testing.assert_allclose(ours[name], array, atol=1e-4 * scale, err_msg=name)
+
+
+def test_a_run_ends_where_its_judge_falls_again_and_again():
+    watch = types.SimpleNamespace(
+        _config=PolicyEvaluationConfig(judges=(JudgeConfig("scenes"),), patience=2), headline="judge_scenes"
+    )
+
+    def enough(*said):
+        return HeldOutPrompts.enough(watch, [{"judge_scenes": value} for value in said])
+
+    assert enough(0.5, 0.4) is None
+    assert enough(0.5, 0.4, 0.45) is None
+    assert enough(0.6, 0.5, 0.4).startswith("judge_scenes fell at 2 evaluations one after the other, from 0.600 to 0.4")
+    assert enough(0.5, 0.6, 0.5, 0.4) is not None
+
+
+def test_rules_reward_what_a_picture_shows_of_its_own_caption():
+    """Under jit and split over devices, of captions that the batch names by their numbers."""
+    rng = np.random.default_rng(3)
+    scenes = [(draw.Group(2, "red", "circle", "left"),), (draw.Group(2, "blue", "circle", "left"),)]
+    captions = [draw.caption(scene) for scene in scenes]
+    shown = [tiny.encode_image(draw.render(scene, 64, rng)) for scene in (scenes[0], scenes[1], scenes[0], scenes[0])]
+    numbers = np.array([0, 0, 1, 0], np.int32)
+    rules = SceneRules(captions)
+    mesh = make_mesh(MeshConfig(data=4))
+
+    def score(latents, numbers):
+        empty = dina.PromptEmbeds(jnp.zeros((len(numbers), 1, 1)), jnp.zeros((len(numbers), 1)))
+        batch = PromptBatch(empty, empty, empty, numbers)
+        return rules({}, latents, batch, jax.random.split(jax.random.key(0), len(numbers)))
+
+    rows = jax.sharding.PartitionSpec("data")
+    split = jax.shard_map(score, mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False)
+    np.testing.assert_array_equal(jax.jit(split)(np.stack(shown), numbers), [1.0, 0.75, 0.75, 1.0])
 
 
 def test_the_order_of_prompts_resumes():
