@@ -192,7 +192,7 @@ def test_commands(checkout, published, preferences):
         assert "Baseline without a model, the larger image file wins" in report
         return
     assert "HPDv2" in (checkout / "runs" / "hpdv2_evaluation" / "report.md").read_text()
-    assert all((checkout / "runs" / name).exists() for name in ("foxes.png", "ascent.png", "best_of_8/ranking.csv"))
+    assert all((checkout / "runs" / name).exists() for name in ("foxes.png", "best_of_8/ranking.csv"))
     exported = dina.RewardModel.from_pretrained(checkout / "runs" / "released", GOLDEN, dtype="float32")
     golden = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="float32")
     for name in golden.params:
