@@ -480,7 +480,7 @@ def test_a_full_disk_is_one_message(finished, tmp_path):
         pytest.skip("no file system can be mounted here")
     done = subprocess.run(
         ["unshare", "-rm", "bash", "-c", f"{mount} && exec {command}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     told = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]

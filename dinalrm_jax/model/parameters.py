@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend.core import jaxpr_as_fun
@@ -54,7 +55,8 @@ class Functional(Generic[M]):
 
         drawn = jax.make_jaxpr(build)()
         needed, _ = dce_jaxpr(drawn.jaxpr, len(names) * [True])
-        return dict(zip(names, jaxpr_as_fun(drawn.replace(jaxpr=needed))()))
+        found = jaxpr_as_fun(drawn.replace(jaxpr=needed))()
+        return dict(zip(names, map(jnp.asarray, found)))  # a constant is no array yet
 
     def bind(self, params: Params) -> M:
         """The module over these parameters; call its methods under jit, grad and the rest.
