@@ -1,4 +1,4 @@
-"""Watch a small generator get better by a judge that its reward knows nothing of, on a CPU, from nothing.
+"""Tune a small generator under a judge that its reward knows nothing of, on a CPU, from nothing (docs/alignment.md).
 
     python -m dinalrm_jax.train --config configs/quickstart_align.py:reward
     python -m dinalrm_jax.align --config configs/quickstart_align.py
