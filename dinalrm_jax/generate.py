@@ -44,10 +44,13 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     """
     prompts = list(options.prompt)
     if options.prompts is not None:
-        prompts += pathlib.Path(options.prompts).read_text().splitlines()
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        where = options.prompts or "--prompt"
-        raise ConfigError(f"{where} holds {'an empty prompt' if prompts else 'no prompt'}; give a text for every image")
+        prompts += pathlib.Path(options.prompts).read_text().rstrip().splitlines()
+    where = options.prompts or "--prompt"
+    if not prompts:
+        raise ConfigError(f"{where} holds no prompt; write one a line")
+    if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
+        line = f", line {empty[0]}" if options.prompts is not None else ""
+        raise ConfigError(f"{where}{line} holds an empty prompt; write what the image is to show")
     return prompts
 
 
@@ -105,8 +108,8 @@ def main(options: GenerateOptions) -> None:
     preview = None if options.preview is None else Preview(options.preview)
     if cut := generator.cut_prompts(prompts, options.text_length):
         processes.say(
-            f"{len(cut)} of {len(prompts)} prompts are longer than the text encoders read, and are cut: the first is "
-            f"{prompts[cut[0]][:60]!r}"
+            f"{len(cut)} of {len(prompts)} prompts are longer than the text encoders read, and are cut (--text-length "
+            f"reads more of them): the first is {prompts[cut[0]][:60]!r}"
         )
     everything = [place for place in range(len(prompts)) for _ in range(options.count)]
     numbers = numbered([prompts[place] for place in everything])

@@ -70,7 +70,7 @@ def main(options: JudgeOptions) -> int:
     prompts = len(images) * [""] if options.judge == "aesthetic" else prompts_of(options, images)
     kind: type[RankedImage] = RankedImage
     if options.judge == "scenes":
-        for prompt in prompts:
+        for prompt in filter(None, prompts):
             draw.parse(prompt)  # which says what is no caption, before any image is read
         kind, judge = VerifiedImage, by_rules
     else:

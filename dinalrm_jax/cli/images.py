@@ -8,13 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from dinalrm_jax.cli.options import ImageOptions
-from dinalrm_jax.data.generated import how_made
+from dinalrm_jax.data.files import ImageProblem
+from dinalrm_jax.data.generated import SHEET, how_made
+from dinalrm_jax.data.images import read_header
 from dinalrm_jax.disk import check_writable
 from dinalrm_jax.evaluation.ranking import RankedImage, as_csv, as_table, draw_sheet
 from dinalrm_jax.mapping import ConfigError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-SHEET = re.compile(r"sheet(_\d+)?\.png")  # the contact sheet among the images that `generate` wrote
 
 
 def check_outputs(options: ImageOptions) -> None:
@@ -27,7 +28,7 @@ def check_outputs(options: ImageOptions) -> None:
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """Files as given, and the images of directories, sorted by name, without the sheet of what `generate` wrote.
+    """Files as given, and the images of directories, sorted by name, without contact sheets of ours.
 
     Raises:
         ConfigError: a directory without images, or nothing at all.
@@ -37,8 +38,7 @@ def find_images(names: Sequence[str]) -> list[str]:
         path = pathlib.Path(name)
         if path.is_dir():
             inside = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
-            made = any(how_made(file) for file in inside)
-            inside = [file for file in inside if not (made and SHEET.fullmatch(pathlib.Path(file).name))]
+            inside = [file for file in inside if how_made(file) != SHEET]
             if not inside:
                 raise ConfigError(f"the directory {name} holds no images ({', '.join(sorted(EXTENSIONS))})")
             found += inside
@@ -54,6 +54,8 @@ def find_images(names: Sequence[str]) -> list[str]:
 def prompts_of(options: ImageOptions, images: Sequence[str]) -> list[str]:
     """One prompt an image: those of the flags, or where there are none, what `generate` wrote into its images.
 
+    An image that cannot be read has an empty one; it will be reported.
+
     Raises:
         ConfigError: a prompt without text, a file whose lines do not match the images, or an image that says none.
     """
@@ -62,20 +64,27 @@ def prompts_of(options: ImageOptions, images: Sequence[str]) -> list[str]:
             raise ConfigError("--prompt is empty; give the text that the images are to show")
         return len(images) * [options.prompt]
     if options.prompt_file is None:
-        made = [how_made(image) for image in images]
-        silent = [image for image, how in zip(images, made) if how is None]
-        if silent:
-            raise ConfigError(
-                f"{silent[0]} does not say its prompt, as images of `generate` do; give --prompt or --prompt-file"
-            )
-        return [how["prompt"] for how in made if how is not None]
+        return [_own_prompt(image) for image in images]
     lines = pathlib.Path(options.prompt_file).read_text().splitlines()
+    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+        raise ConfigError(f"{options.prompt_file}, line {empty[0]}: an empty prompt")
     if len(lines) not in (1, len(images)):
         raise ConfigError(
             f"{options.prompt_file} has {len(lines)} lines for {len(images)} images; it takes one line for all, or "
             "one each"
         )
     return lines if len(lines) == len(images) else len(images) * lines
+
+
+def _own_prompt(image: str) -> str:
+    made = how_made(image)
+    if made is not None and made != SHEET:
+        return made["prompt"]
+    try:
+        read_header(image)
+    except ImageProblem:
+        return ""
+    raise ConfigError(f"{image} does not say its prompt, as images of `generate` do; give --prompt or --prompt-file")
 
 
 def write_ranking(

@@ -317,7 +317,7 @@ class GenerateOptions(JobOptions):
 
     def __post_init__(self):
         at_least(self, 1, ("count", "steps", "batch_size"))
-        at_least(self, 0, ("guidance",))
+        at_least(self, 1, ("guidance",))
         are_levels(self, ("sigma",))
         if self.sigma and self.checkpoint is None:
             raise UsageError("--sigma is where a reward model ranks: give --checkpoint too")

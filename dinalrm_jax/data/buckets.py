@@ -27,9 +27,11 @@ def parse_bucket(name: str) -> Size:
     try:
         height, width = map(int, name.split("x"))
     except ValueError:
-        raise ValueError(f"a bucket is written HEIGHTxWIDTH, for instance 1248x832; got {name!r}") from None
+        raise ValueError(f"a size in pixels is written HEIGHTxWIDTH, for instance 1248x832; got {name!r}") from None
     if height < 16 or width < 16 or height % 16 or width % 16:
-        raise ValueError(f"a bucket's sides must be positive multiples of 16 pixels, got {name!r}")
+        raise ValueError(
+            f"a size is HEIGHTxWIDTH in positive multiples of 16 pixels, for instance 1248x832; got {name!r}"
+        )
     return height, width
 
 

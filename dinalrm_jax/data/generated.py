@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 KEYWORD = "dinalrm"  # of the text
+SHEET = {"sheet": True}  # what a contact sheet says, which is no image of anything
 
 
 def save_generated(path: pathlib.Path, pixels: np.ndarray, made: Mapping[str, Any]) -> None:
@@ -20,7 +21,7 @@ def save_generated(path: pathlib.Path, pixels: np.ndarray, made: Mapping[str, An
 
 
 def how_made(path: str | pathlib.Path) -> dict[str, Any] | None:
-    """What `save_generated` wrote; None of any other file, and of one that cannot be read."""
+    """What `save_generated` wrote, or SHEET; None of any other file, and of one that cannot be read."""
     try:
         with Image.open(path) as image:
             text = image.info.get(KEYWORD)

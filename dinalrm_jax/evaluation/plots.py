@@ -47,8 +47,9 @@ def chance_line(axes: Axes) -> None:
     axes.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
 
 
-def save(figure: Figure, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=110)
+def save(figure: Figure, path: pathlib.Path, texts: dict[str, str] | None = None) -> None:
+    """Writes it; texts are for PNG files, the others have none."""
+    figure.savefig(path, dpi=110, metadata=texts if path.suffix.lower() == ".png" else None)
 
 
 @dataclasses.dataclass(frozen=True)

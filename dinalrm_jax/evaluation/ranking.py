@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import pathlib
 import textwrap
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dinalrm_jax.data.generated import KEYWORD, SHEET
 from dinalrm_jax.data.images import read_rgb
 from dinalrm_jax.evaluation.plots import new_figure, save
 from dinalrm_jax.evaluation.scoring import ImageScores, normalize, ranks
@@ -119,4 +121,4 @@ def draw_sheet(path: pathlib.Path, rows: Sequence[RankedImage], columns: int = 5
                 name = shortened(pathlib.Path(row.image).name, 34)
                 below: dict[str, Any] = {"ha": "center", "va": "top", "transform": axis.transAxes}
                 axis.text(0.5, -0.03, name, fontsize=7, parse_math=False, **below)
-    save(figure, path)
+    save(figure, path, {KEYWORD: json.dumps(SHEET)})

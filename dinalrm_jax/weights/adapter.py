@@ -98,6 +98,10 @@ def _adapter_file(path: pathlib.Path) -> pathlib.Path:
         for name in (DIFFUSERS_FILE, PEFT_FILE):
             if (directory / name).is_file():
                 return directory / name
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no file or directory {path}, which was to be a LoRA or an alignment's workdir"
+        )
     if (path / "tuning").is_dir():
         raise FileNotFoundError(f"{path} is an alignment that has not ended; its `{POLICY}` is written at the end")
     raise FileNotFoundError(f"{path} holds no LoRA: neither {DIFFUSERS_FILE} nor {PEFT_FILE}")

@@ -75,7 +75,7 @@ def test_kinds_of_values():
         (options.ScoreOptions, [*SCORE, "--dtype=bfloat"], "takes one of auto, float32.*did you mean bfloat16"),
         (options.GenerateOptions, [*GENERATE, "--sigma=0.4"], "give --checkpoint too"),
         (options.GenerateOptions, [*GENERATE, "--guidance=1", "--negative-prompt=b"], "needs guidance above 1"),
-        (options.GenerateOptions, [*GENERATE, "--guidance=nan"], "--guidance must be at least 0, got nan"),
+        (options.GenerateOptions, [*GENERATE, "--guidance=nan"], "--guidance must be at least 1, got nan"),
         (options.GenerateOptions, [*GENERATE, "--text-length=0"], "--text-length must be at least 1, got 0"),
         (options.ServeOptions, ["--checkpoint=c", "--port=70000"], "port must lie in 0..65535, got 70000"),
         (options.ScoreOptions, [*SCORE, "--sigma=1.5"], r"--sigma takes levels in \[0, 1\].*got \(1.5,\)"),

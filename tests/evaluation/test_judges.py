@@ -246,8 +246,11 @@ def test_rules_judge_the_pictures_that_say_their_captions(tmp_path):
     wrong = (draw.Group(2, "blue", "circle", "left"),)
     for name, shown in (("wrong.png", wrong), ("right.png", scene)):
         save_generated(tmp_path / name, draw.render(shown, 64, rng), {"prompt": draw.caption(scene)})
+    (tmp_path / "torn.png").write_bytes(b"garbage")
     done = run("--judge=scenes", tmp_path, "--csv=-")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "not scored: " in done.stderr
+    (tmp_path / "torn.png").unlink()
     right, broken = csv.DictReader(done.stdout.splitlines())
     assert right["image"].endswith("right.png")
     assert [float(right[name]) for name in ("score", "count", "color", "shape", "position")] == [1.0] * 5

@@ -322,7 +322,14 @@ def test_score_command_inputs(pictures, tmp_path):
 def test_images_of_generate_say_their_prompts(pictures, tmp_path):
     for name, prompt in (("b.png", "ein roter Würfel"), ("a.png", "two dogs")):
         save_generated(tmp_path / name, np.asarray(pictures[0].convert("RGB")), {"prompt": prompt})
-    pictures[0].save(tmp_path / "sheet.png")
+    rows = [ranking.ScoredImage(1, 0.5, str(tmp_path / "a.png"), "two dogs", None, 1.05)]
+    ranking.draw_sheet(tmp_path / "of my own.png", rows)  # a contact sheet says that it is one
     images = find_images([str(tmp_path)])
     assert [pathlib.Path(image).name for image in images] == ["a.png", "b.png"]
     assert asked(*images) == ["two dogs", "ein roter Würfel"]
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    missing = str(tmp_path / "nowhere.png")
+    assert asked(images[0], str(tmp_path / "torn.png"), missing) == ["two dogs", "", ""]  # to be reported
+    (tmp_path / "prompts.txt").write_text("a\n\nb\n")
+    with pytest.raises(ConfigError, match="line 2: an empty prompt"):
+        asked("1.png", "2.png", "3.png", prompt_file=str(tmp_path / "prompts.txt"))
