@@ -63,8 +63,10 @@ class Setting:
                 raise ConfigError(f"mode {self.mode} does not take {', '.join(ignored)}, of the reward model")
         if self.resolution < 16 or self.resolution % 16:
             raise ConfigError(f"resolution must be a multiple of 16 pixels, got {self.resolution}")
-        if self.merged and self.mode in ("train", *GENERATION):
-            raise ConfigError(f"mode {self.mode} does not take merged")
+        if self.merged and self.mode in ("train", "refl", "refl_pixels"):
+            raise ConfigError(f"merged: LoRA is what {self.mode} trains")
+        if self.merged and self.mode == "generate":
+            raise ConfigError("merged: generate has no LoRA")
 
     @property
     def execution(self) -> ExecutionConfig:
