@@ -96,6 +96,8 @@ def quieten_writers() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # What a failed save did not get to, which Python says when it clears up.
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     threading.excepthook = lambda failure: None
     sys.unraisablehook = lambda failure: None
     told = sys.excepthook  # which tensorstore calls from threads of its own
