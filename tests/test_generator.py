@@ -85,7 +85,9 @@ def test_text_encoders_go_before_the_first_image(generator, monkeypatch):
     """And come back, with the same images."""
     options = {"size": (64, 64), "steps": 2, "text_length": 16, "batch_size": 1}
     first = generator.sample(PROMPTS, **options)
-    loaded = weakref.ref(load._sd3_prompt_encoder(generator.base_model, 256, "float32"))
+    misses = load._sd3_prompt_encoder.cache_info().misses
+    loaded = weakref.ref(load._sd3_prompt_encoder(generator.base_model, EncodersConfig.text_length, "float32"))
+    assert load._sd3_prompt_encoder.cache_info().misses == misses, "not the ones that sampling had"
     seen = []
     again = generator.sample(PROMPTS, **options, keep_encoders=False, progress=lambda count: seen.append(loaded()))
     assert seen == [None, None]
