@@ -87,7 +87,7 @@ MUTANTS = [
            "tests/data/test_mixture.py"),
     Mutant("a mixture's pairs have the first set's prompts", "dinalrm_jax/data/mixture.py", "self.prompts + pair.prompt",
            "pair.prompt", "tests/data/test_mixture.py"),
-    Mutant("an epoch counts batches of one", "dinalrm_jax/config.py", "round(self.epochs * pairs / self.batch_size)",
+    Mutant("an epoch counts batches of one", "dinalrm_jax/config/train.py", "round(self.epochs * pairs / self.batch_size)",
            "round(self.epochs * pairs)", f"{OF_RUNS} -k longer"),
     Mutant("weights to start from may be named later", WORKDIR, "if name in PLACES and None in (old, new):", "if False:",
            f"{OF_RUNS} -k decides"),

@@ -115,4 +115,4 @@ def _told(error: Exception, file: str, kinds: Sequence[type]) -> str:
     if not re.fullmatch(r"\w+", key):
         return str(error)
     near = difflib.get_close_matches(key, set().union(*map(keys_below, kinds)), n=1)
-    return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else "dinalrm_jax/config.py has them all")
+    return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else "dinalrm_jax/config has them all")

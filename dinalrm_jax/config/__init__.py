@@ -1,0 +1,39 @@
+"""The trees of configuration: of training, and of alignment."""
+
+from dinalrm_jax.config.align import (
+    AlignConfig,
+    DPOConfig,
+    FlowGRPOConfig,
+    JudgeConfig,
+    NFTConfig,
+    PolicyEvaluationConfig,
+    ReFLConfig,
+    RewardConfig,
+)
+from dinalrm_jax.config.train import (
+    EnsembleTermConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    StageConfig,
+    SweepConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AlignConfig",
+    "DPOConfig",
+    "EnsembleTermConfig",
+    "EvaluationConfig",
+    "FlowGRPOConfig",
+    "JudgeConfig",
+    "NFTConfig",
+    "OptimizerConfig",
+    "PolicyEvaluationConfig",
+    "ProfileConfig",
+    "ReFLConfig",
+    "RewardConfig",
+    "StageConfig",
+    "SweepConfig",
+    "TrainConfig",
+]
