@@ -70,7 +70,6 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
     with alone(workdir):
         check_workdir(workdir, config, {})
         mesh = make_mesh(config.mesh)
-        check_batch_size("tuning.batch_size", config.tuning.batch_size, config.tuning.micro_batches, mesh)
         check_batch(config, mesh)
         prompts, held_out = read_prompts(config)
 
@@ -174,9 +173,9 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         after, result = watch.samples(state.result), gather(state.result)
         if processes.is_first():
             named = {name.removeprefix(POLICY): array for name, array in result.items()}
-            if is_whole(workdir / adapter.POLICY):  # of fewer steps, or of this very end
-                remove(workdir / adapter.POLICY)
-            adapter.save_adapter(workdir / adapter.POLICY, config.lora, named, digest(arrays, lambda name: False))
+            if is_whole(workdir / adapter.FOLDER):  # of fewer steps, or of this very end
+                remove(workdir / adapter.FOLDER)
+            adapter.save_adapter(workdir / adapter.FOLDER, config.lora, named, digest(arrays, lambda name: False))
             rows = [row for row in read_metrics(workdir, "tuning") if watch.headline in row]
             print(report(workdir, held_out, before, after, rows, drawer, config.evaluation.images, judge))
         processes.barrier("policy")

@@ -6,9 +6,11 @@ import torch
 import transformers
 
 
-def write_clip(directory: pathlib.Path, activation: str, pipeline: pathlib.Path) -> transformers.CLIPModel:
+def write_clip(
+    directory: pathlib.Path, activation: str, pipeline: pathlib.Path, seed: int = 0
+) -> transformers.CLIPModel:
     """Saves it with the tokenizer of a pipeline, as published ones are."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     end = tokenizer.eos_token_id  # at which the text tower is read: else all prompts would be one
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

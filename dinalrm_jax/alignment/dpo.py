@@ -113,6 +113,7 @@ def best_against_worst(policy: Policy, rewards: Rewards, config: DPOConfig) -> C
         places = jnp.arange(len(worth)) * config.group
         best, worst = (latents[places + find(worth, axis=1)] for find in (jnp.argmax, jnp.argmin))
         pairs = PreferenceBatch(best, worst, jax.tree.map(lambda x: x[places], prompt))
-        return JudgedPairs(pairs, {name: x.reshape(-1, config.group).mean(axis=1) for name, x in metrics.items()})
+        grouped = {name: x.reshape(-1, config.group, *x.shape[1:]) for name, x in metrics.items()}
+        return JudgedPairs(pairs, {name: x.mean(axis=1) for name, x in grouped.items()})
 
     return Collection(rows, together, config.updates)

@@ -48,15 +48,14 @@ def nft_loss(
         beta: how far the mixtures go from the old policy.
         kl: of the squared distance to the reference.
     """
-    return nft_losses(velocity, old_velocity, ref_velocity, x0, x_sigma, sigma, weight, beta, kl, advantage_clip).mean()
+    losses = nft_losses(velocity, old_velocity, x0, x_sigma, sigma, weight, beta, advantage_clip)
+    return (losses + kl * distance(jnp.asarray(velocity), jax.lax.stop_gradient(jnp.asarray(ref_velocity)))).mean()
 
 
-def nft_losses(
-    velocity, old_velocity, ref_velocity, x0, x_sigma, sigma, weight, beta: float, kl: float, advantage_clip: float
-) -> jax.Array:
-    """(B,) of `nft_loss`."""
+def nft_losses(velocity, old_velocity, x0, x_sigma, sigma, weight, beta: float, advantage_clip: float) -> jax.Array:
+    """(B,) of `nft_loss` without its reference."""
     v, x0, x_sigma = jnp.asarray(velocity), jnp.asarray(x0), jnp.asarray(x_sigma)
-    old, reference = (jax.lax.stop_gradient(jnp.asarray(x)) for x in (old_velocity, ref_velocity))
+    old = jax.lax.stop_gradient(jnp.asarray(old_velocity))
     axes = tuple(range(1, v.ndim))
     level = jnp.asarray(sigma).reshape((-1,) + (1,) * len(axes))
 
@@ -68,8 +67,7 @@ def nft_losses(
     towards = relative_error(beta * v + (1 - beta) * old)
     away = relative_error((1 + beta) * old - beta * v)
     weight = jnp.asarray(weight)
-    policy = advantage_clip * (weight * towards + (1 - weight) * away) / beta
-    return policy + kl * jnp.square(v - reference).mean(axis=axes)
+    return advantage_clip * (weight * towards + (1 - weight) * away) / beta
 
 
 @jax.tree_util.register_dataclass
@@ -131,8 +129,8 @@ def nft(
             velocity = policy.velocity(params)(x, level, judged.batch.prompt)
             reference = policy.reference(params)(x, level, judged.batch.prompt)
             losses = nft_losses(
-                velocity, judged.old_velocity[:, number], reference, judged.x0, x, level, judged.weight,
-                config.beta, 0.0, config.advantage_clip,
+                velocity, judged.old_velocity[:, number], judged.x0, x, level, judged.weight, config.beta,
+                config.advantage_clip,
             )  # fmt: skip
             return losses, distance(velocity, reference), norm_ratio(velocity, reference)
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -26,7 +25,7 @@ from dinalrm_jax.training.run_weights import open_checkpoint
 from dinalrm_jax.weights.digest import digest
 from dinalrm_jax.weights.files import read_json
 
-DECODER, TOKENS = "decoder.", "tokens"
+DECODER, TOKEN_IDS = "decoder.", "token_ids."  # before the names of parameters, as POLICY and REWARD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +107,14 @@ def _open(
     judge, (decode, decoder) = open_judge(wanted.judge), codec.decoder()
     dtype = config.execution.dtype
 
-    def decoded(params: Params, latents: jax.Array) -> jax.Array:  # the image's memory is the decoder's, and large
-        return decode(params, latents.astype(dtype)).astype(jnp.float32)
-
     def placed(params: Params, before: str, dtype) -> Params:
         named = {f"{before}{name}": array for name, array in params.items()}
         return place(named, dtype, dict.fromkeys(named, NamedSharding(mesh, WHOLE)))
 
-    ids = f"{TOKENS}{prefix}"
+    ids = f"{TOKEN_IDS}{prefix}"
     params = placed(decoder, DECODER, dtype) | placed(judge.params, prefix, dtype)
     params |= placed({"": jnp.asarray(judge.tokens(prompts))}, ids, np.int32)
-    return OpenedReward(JudgeReward(decoded, judge.score, ids, DECODER, prefix), params)
+    return OpenedReward(JudgeReward(decode, judge.score, ids, DECODER, prefix, dtype), params)
 
 
 def open_judge(config: JudgeConfig) -> Judge:

@@ -66,9 +66,13 @@ class Policy:
         return sampling.schedule(steps, self.shift)
 
 
+def own_params(params: Params, prefix: str) -> Params:
+    """Those of one part of an alignment, under the names that they have without its prefix."""
+    return {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
+
+
 def _velocity(transformer: Functional, params: Params):
-    own = {name.removeprefix(POLICY): array for name, array in params.items() if name.startswith(POLICY)}
-    module = transformer.bind(own)
+    module = transformer.bind(own_params(params, POLICY))
     return lambda latents, sigma, prompt: module.velocity(latents, timestep(sigma), prompt).astype(jnp.float32)
 
 

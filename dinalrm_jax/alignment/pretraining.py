@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from dinalrm_jax.alignment.policy import POLICY, Policy, PromptBatch, PromptStream
+from dinalrm_jax.alignment.policy import POLICY, Policy, PromptBatch, PromptStream, own_params
 from dinalrm_jax.model.batch import PreferenceBatch
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.noise import SigmaConfig
@@ -33,9 +33,8 @@ def with_pretraining(
 
     def both(params: Params, beside: BesideImages, keys: jax.Array):
         losses, metrics = objective(params, beside.batch, keys)
-        own = {name.removeprefix(POLICY): array for name, array in params.items() if name.startswith(POLICY)}
         again = jax.vmap(jax.random.fold_in, (0, None))(keys, AGAIN)
-        error, _ = generating(own, beside.images, again)
+        error, _ = generating(own_params(params, POLICY), beside.images, again)
         return (losses + weight * error) / (1 + weight), metrics | {"pretraining_loss": error}
 
     return both

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from dinalrm_jax.alignment.policy import PromptBatch
+from dinalrm_jax.alignment.policy import PromptBatch, own_params
 from dinalrm_jax.encoders import tiny
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.noise import AnyArray
@@ -18,7 +18,7 @@ from dinalrm_jax.scenes.verify import verify
 
 ERROR = "reward_error"
 BROKEN, BROKEN_PROMPT = "nonfinite_reward", "nonfinite_reward_prompt"
-BROKEN_SPREAD = "nonfinite_reward_prompt_squared"
+DIGITS = 31  # of a prompt's number, in base two
 EPSILON = 1e-4  # beside the deviation, so that equal rewards give no advantage instead of a division by 0
 
 
@@ -82,6 +82,7 @@ class JudgeReward:
         score: (params, pixels, token ids (B, T)) -> (B,), of parameters under the judge's own names.
         ids: the name, among all parameters, of the token ids (N, T) of all prompts, which a batch names by number.
         decoder, prefix: before the names of their parameters.
+        dtype: that images are decoded in.
     """
 
     decode: Callable[[Params, jax.Array], jax.Array]
@@ -89,11 +90,13 @@ class JudgeReward:
     ids: str
     decoder: str
     prefix: str
+    dtype: str
 
     def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> jax.Array:
-        pixels = self.decode(_own(params, self.decoder), latents)
-        scores = self.score(_own(params, self.prefix), pixels, params[self.ids][batch.number])
-        return scores.astype(jnp.float32)
+        decoder, own = (jax.lax.stop_gradient(own_params(params, prefix)) for prefix in (self.decoder, self.prefix))
+        # The image's memory is the decoder's, and large; the judge sees it at its own, small size.
+        pixels = self.decode(decoder, latents.astype(self.dtype)).astype(jnp.float32)
+        return self.score(own, pixels, params[self.ids][batch.number]).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +155,11 @@ class Rewards:
         return raw[ERROR] if self.by_error else 1.0
 
     def metrics(self, raw: Mapping[str, jax.Array], batch: PromptBatch) -> dict[str, jax.Array]:
-        """(B,) what is logged: the scores, and where one is not finite, of which prompt; see `broken_prompt`."""
+        """(B,) scores and BROKEN, 1 where one is not finite; (B, DIGITS) BROKEN_PROMPT for `broken_prompt`."""
         broken = ~jnp.isfinite(self.total(raw))
-        number = jnp.where(broken, batch.number, 0.0)
-        return {**raw, BROKEN: broken.astype(jnp.float32), BROKEN_PROMPT: number, BROKEN_SPREAD: jnp.square(number)}
+        digits = (jnp.asarray(batch.number)[:, None] >> jnp.arange(DIGITS)) & 1
+        digits = jnp.where(broken[:, None], digits, 0).astype(jnp.float32)
+        return {**raw, BROKEN: broken.astype(jnp.float32), BROKEN_PROMPT: digits}
 
     def total(self, raw: Mapping[str, jax.Array]) -> jax.Array:
         """(B,) the weighted sum of raw scores."""
@@ -170,22 +174,16 @@ class Rewards:
         return jnp.stack(apart).sum(axis=0)
 
 
-def broken_prompt(metrics: Mapping[str, float], prompts: Sequence[str]) -> str | None:
+def broken_prompt(metrics: Mapping[str, AnyArray | float], prompts: Sequence[str]) -> str | None:
     """Whose reward a step found NaN or infinite, by its metrics, which are means over rows; None: none was."""
     share = float(metrics.get(BROKEN, 0.0))
     if not share:
         return None
-    number = float(metrics[BROKEN_PROMPT]) / share
-    spread = float(metrics[BROKEN_SPREAD]) / share - number**2
-    if abs(spread) <= 1e-5 * (1 + number**2) and abs(number - round(number)) < 0.25:  # else the mean of several
-        return f"the reward of the prompt {prompts[round(number)]!r} is NaN or infinite"
+    digits = np.asarray(metrics[BROKEN_PROMPT]) / share  # each 0 or 1 where there is one prompt, between where several
+    if np.abs(digits - digits.round()).max() < 1e-4:
+        number = int((digits.round().astype(np.int64) << np.arange(DIGITS)).sum())
+        return f"the reward of the prompt {prompts[number]!r} is NaN or infinite"
     return f"the rewards of several prompts are NaN or infinite, {100 * share:.0f} % of the images"
-
-
-def _own(params: Params, prefix: str) -> Params:
-    """Frozen parameters under the names that they have without a prefix."""
-    own = {name.removeprefix(prefix): x for name, x in params.items() if name.startswith(prefix)}
-    return jax.lax.stop_gradient(own)
 
 
 def _of_all_devices(rewards: jax.Array, group: int, scale: Literal["global", "group"]) -> jax.Array:

@@ -83,8 +83,7 @@ class FlowGRPOConfig:
             )
         if self.noise_level <= 0:
             raise ConfigError(f"noise_level {self.noise_level} gives no log-probability; it must be above 0")
-        if self.group < 2:
-            raise ConfigError(f"a group has at least 2 images to compare, got {self.group}")
+        at_least(self, 2, ("group",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +108,7 @@ class DPOConfig:
         at_least(self, 1, ("steps", "updates"))
         if self.records is not None:
             refuse_ignored(self, ("group", "steps", "guidance", "updates"), "pairs of records are not sampled")
-        if self.group < 2:
-            raise ConfigError(f"a group has at least 2 images to compare, got {self.group}")
+        at_least(self, 2, ("group",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +133,9 @@ class NFTConfig:
 
     def __post_init__(self):
         at_least(self, 1, ("steps", "levels", "updates"))
-        if self.group < 2 or self.beta <= 0:
-            raise ConfigError(
-                f"a group has at least 2 images to compare and beta is above 0, got {self.group} and {self.beta}"
-            )
+        at_least(self, 2, ("group",))
+        if self.beta <= 0:
+            raise ConfigError(f"beta must be above 0, got {self.beta}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,7 @@ class TinyCodec:
         return np.stack([tiny.decode_latents(row) for row in latents])
 
     def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
-        return (lambda params, latents: _from_0_to_1(tiny.to_pixels(latents, jnp))), {}
+        return (lambda params, latents: to_unit_range(tiny.to_pixels(latents, jnp))), {}
 
 
 class SD3Codec:
@@ -172,10 +172,11 @@ class SD3Codec:
 
     def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
         module = self._module
-        return (lambda params, latents: _from_0_to_1(module.bind(params).decode(latents))), self._params
+        return (lambda params, latents: to_unit_range(module.bind(params).decode(latents))), self._params
 
 
-def _from_0_to_1(pixels: jax.Array) -> jax.Array:
+def to_unit_range(pixels: jax.Array) -> jax.Array:
+    """What a decoder gives, from -1 to 1 and beyond, as pixels from 0 to 1."""
     return jnp.clip((pixels + 1) / 2, 0, 1)
 
 

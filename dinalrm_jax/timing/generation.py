@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dinalrm_jax.alignment.opened import DECODER, TOKENS
+from dinalrm_jax.alignment.opened import DECODER, TOKEN_IDS, names_in
 from dinalrm_jax.alignment.policy import POLICY, REWARD, Policy, PromptBatch
 from dinalrm_jax.alignment.refl import refl
 from dinalrm_jax.alignment.rewards import JudgeReward, LatentReward, Reward, Rewards
@@ -16,19 +16,20 @@ from dinalrm_jax.devices.mesh import check_batch_size
 from dinalrm_jax.devices.sharding import row_sharded
 from dinalrm_jax.encoders.clip import CLIPTextConfig
 from dinalrm_jax.encoders.clip_pair import CLIPConfig, CLIPModel, CLIPVisionConfig
+from dinalrm_jax.encoders.load import to_unit_range
 from dinalrm_jax.encoders.vae import AutoencoderKL, VAEConfig
-from dinalrm_jax.evaluation.judges.clip import TOKENS as TOKENS_READ
-from dinalrm_jax.evaluation.judges.clip import judge_score
+from dinalrm_jax.evaluation.judges.clip import TOKENS, judge_score
 from dinalrm_jax.generator import sampler
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
-from dinalrm_jax.model.parameters import Functional, functional
-from dinalrm_jax.model.reward import stored_shapes
+from dinalrm_jax.model.parameters import Functional, functional, split
+from dinalrm_jax.model.reward import is_trainable, stored_shapes
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.timing.programs import Program, model_of, whole_on_every_device
 from dinalrm_jax.timing.setting import Setting
 from dinalrm_jax.training.step import assemble
+from dinalrm_jax.weights.pretrained import truncate
 
 GUIDANCE, STEPS, SHIFT = 4.5, 28, 3.0
 LORA = LoRAConfig(rank=32, alpha=64.0)  # of the published recipes
@@ -73,11 +74,10 @@ def _refl(setting: Setting, mesh: Mesh) -> Program:
     policy = Policy(
         tuned, transformer_functional(config.transformer, setting.execution), _latents(setting, mesh).shape[1:], SHIFT
     )
-    everything = _stored(tuned, setting, mesh)
-    adapters = {f"{POLICY}{name}": x for name, x in everything.items() if ".lora_" in name}
-    frozen = {f"{POLICY}{name}": x for name, x in everything.items() if ".lora_" not in name}
-    reward, own = (_of_latents if setting.mode == "refl" else _of_pixels)(setting, config, mesh)
-    frozen |= own
+    adapters, base = split(_stored(tuned, setting, mesh), lambda name: ".lora_" in name)
+    reward, own = _of_latents(setting, config, base, mesh) if setting.mode == "refl" else _of_pixels(setting, mesh)
+    frozen = {f"{POLICY}{name}": x for name, x in base.items()} | own
+    adapters = {f"{POLICY}{name}": x for name, x in adapters.items()}
     stage = StageConfig(setting.batch, steps=1000, optimizer=OptimizerConfig(warmup_steps=0, ema_decay=0.0))
     rewards = Rewards({"reward": (reward, 1.0)})
     assembled = assemble(refl(policy, rewards, ReFLConfig(), 0.0), adapters, frozen, stage, mesh)
@@ -86,38 +86,32 @@ def _refl(setting: Setting, mesh: Mesh) -> Program:
     return Program(assembled.step, (assembled.state, assembled.frozen, batch), mesh, carries=True)
 
 
-def _of_latents(setting: Setting, config: RewardModelConfig, mesh: Mesh) -> tuple[Reward, dict[str, Any]]:
+def _of_latents(
+    setting: Setting, config: RewardModelConfig, base: dict[str, Any], mesh: Mesh
+) -> tuple[Reward, dict[str, Any]]:
     """The reward model on the policy's own first blocks."""
-    shapes, prefix = stored_shapes(config, setting.execution), f"{REWARD}0."
-    names = {
-        name: f"{POLICY}{name.removeprefix('backbone.')}"
-        if name.startswith("backbone.") and ".lora_" not in name
-        else f"{prefix}{name}"
-        for name in shapes
-    }
-    own = {
-        names[name]: whole_on_every_device(shape.shape, shape.dtype, mesh)
-        for name, shape in shapes.items()
-        if names[name].startswith(prefix)
-    }
+    own, _ = split(stored_shapes(config, setting.execution), is_trainable)
+    own = {name: whole_on_every_device(shape.shape, shape.dtype, mesh) for name, shape in own.items()}
+    names = names_in(truncate(base, config) | own, base, f"{REWARD}0.")
     score = RewardModel(config, {}, setting.execution).reward_fn(0.4)
-    return LatentReward(score, names), own
+    return LatentReward(score, names), {names[name]: shape for name, shape in own.items()}
 
 
-def _of_pixels(setting: Setting, config: RewardModelConfig, mesh: Mesh) -> tuple[Reward, dict[str, Any]]:
+def _of_pixels(setting: Setting, mesh: Mesh) -> tuple[Reward, dict[str, Any]]:
     """SD3's VAE and CLIP-H, as HPSv2.1 scores."""
     vae = functional(lambda rngs: AutoencoderKL(VAEConfig(), rngs=rngs))
     clip = functional(lambda rngs: CLIPModel(CLIP_H, rngs=rngs))
-    prefix, ids = f"{REWARD}0.", f"{TOKENS}0"
+    prefix, ids = f"{REWARD}0.", f"{TOKEN_IDS}{REWARD}0."
     named = {f"{DECODER}{name}": shape for name, shape in vae.shapes.items()}
     named |= {f"{prefix}{name}": shape for name, shape in clip.shapes.items()}
     own = {name: whole_on_every_device(shape.shape, setting.dtype, mesh) for name, shape in named.items()}
-    own[ids] = whole_on_every_device((1000, TOKENS_READ), jnp.int32, mesh)
+    own[ids] = whole_on_every_device((1000, TOKENS), jnp.int32, mesh)
 
     def decode(params, latents):
-        return jnp.clip((vae.bind(params).decode(latents.astype(setting.dtype)) + 1) / 2, 0, 1).astype(jnp.float32)
+        return to_unit_range(vae.bind(params).decode(latents))
 
-    return JudgeReward(decode, functools.partial(judge_score, "hpsv2", clip, None), ids, DECODER, prefix), own
+    score = functools.partial(judge_score, "hpsv2", clip, None)
+    return JudgeReward(decode, score, ids, DECODER, prefix, setting.dtype), own
 
 
 def _stored(module: Functional, setting: Setting, mesh: Mesh) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class NonFiniteLoss(RuntimeError):
         metrics: of the step.
     """
 
-    def __init__(self, message: str, metrics: Mapping[str, float]):
+    def __init__(self, message: str, metrics: Mapping[str, np.ndarray]):
         super().__init__(message)
         self.metrics = metrics
 
@@ -112,7 +112,7 @@ class MetricsLog:
                 raise NonFiniteLoss(
                     f"{self.stage}: {what}; stopped, and the last good checkpoint is kept. "
                     "Lower the learning rate, or look at the data of that step",
-                    {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0},
+                    {name: np.asarray(value) for name, value in metrics.items()},
                 )
 
     def write(self, step: int, extra: Mapping[str, float]) -> dict[str, float]:

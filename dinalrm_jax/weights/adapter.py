@@ -26,7 +26,7 @@ DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
     "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json",
 )  # fmt: skip
 PREFIXES = ("transformer.", "base_model.model.")  # of the names in the one and in the other
-POLICY = "policy"  # in an alignment's workdir
+FOLDER = "policy"  # in an alignment's workdir
 METADATA = "lora_adapter_metadata"  # in a diffusers file's header: PEFT's config, its keys with "transformer." before
 BACKBONE = "dinalrm_backbone"  # in the header: the digest of the weights that it was trained on
 
@@ -94,7 +94,7 @@ def load_adapter(
 def _adapter_file(path: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         return path
-    for directory in (path, path / POLICY):
+    for directory in (path, path / FOLDER):
         for name in (DIFFUSERS_FILE, PEFT_FILE):
             if (directory / name).is_file():
                 return directory / name
@@ -103,7 +103,7 @@ def _adapter_file(path: pathlib.Path) -> pathlib.Path:
             f"there is no file or directory {path}, which was to be a LoRA or an alignment's workdir"
         )
     if (path / "tuning").is_dir():
-        raise FileNotFoundError(f"{path} is an alignment that has not ended; its `{POLICY}` is written at the end")
+        raise FileNotFoundError(f"{path} is an alignment that has not ended; its `{FOLDER}` is written at the end")
     raise FileNotFoundError(f"{path} holds no LoRA: neither {DIFFUSERS_FILE} nor {PEFT_FILE}")
 
 

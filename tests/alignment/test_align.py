@@ -318,7 +318,7 @@ def test_dpo_takes_a_groups_best_against_its_worst(parts):
     spoiled = collection.together((batch.prompt, latents, broken, reward.metrics(broken, batch)))
     losses, metrics = jax.jit(of_judged(objective))(params, spoiled, keys[:2])
     assert np.isnan(np.asarray(losses)).tolist() == [False, True]
-    means = {name: float(np.mean(np.asarray(x))) for name, x in metrics.items()}
+    means = {name: np.asarray(x).mean(axis=0) for name, x in metrics.items()}
     assert broken_prompt(means, PROMPTS) == f"the reward of the prompt {PROMPTS[1]!r} is NaN or infinite"
 
 
@@ -363,8 +363,7 @@ def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
         ],
         axis=0,
     )
-    # Embeddings are kept in float16 while a policy is tuned, and these are not.
-    assert told["after"]["held_out_reward"] == pytest.approx(scores.mean(), abs=2e-2 * float(np.abs(scores).max()))
+    assert told["after"]["held_out_reward"] == pytest.approx(scores.mean(), abs=1e-3 * float(np.abs(scores).max()))
     base = dina.Generator.from_pretrained(tiny_pipeline)
     changed = {name for name, array in base.params.items() if not np.array_equal(array, policy.params[name])}
     assert changed
@@ -429,7 +428,7 @@ def test_two_processes_of_four_devices_tune_as_one_device(config, tmp_path, algo
     np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)  # a loss of Flow-GRPO is near 0
     ours, theirs = (load_file(policy_of(tmp_path / name)) for name in ("two", "one"))
     scale = max(np.abs(array).max() for array in theirs.values())
-    for name, array in theirs.items():
+    for name, array in theirs.items():  # Adam makes a step of what rounding left of a gradient
         np.testing.assert_allclose(ours[name], array, atol=1e-4 * scale, err_msg=name)
 
 
@@ -547,9 +546,9 @@ def codec_rewards(config, tiny_pipeline, judges):
 
 def test_a_judge_rewards_what_it_says_of_the_decoded_images(config, parts, tiny_pipeline, tmp_path):
     """As PickScore says it of the images themselves, its gradient by finite differences, and mixed with another."""
-    write_clip(tmp_path / "clip", "gelu", tiny_pipeline)
-    kinds = (RewardConfig(judge=JudgeConfig("pickscore", str(tmp_path / "clip"))),
-             RewardConfig(judge=JudgeConfig("pickscore", str(tmp_path / "clip")), weight=0.2))  # fmt: skip
+    for seed in (0, 1):
+        write_clip(tmp_path / f"clip {seed}", "gelu", tiny_pipeline, seed)
+    kinds = tuple(RewardConfig(judge=JudgeConfig("pickscore", str(tmp_path / f"clip {seed}"))) for seed in (0, 1))
     opened, params = codec_rewards(config, tiny_pipeline, kinds)
     policy, _, _, batch, keys = parts
     batch = dataclasses.replace(batch, number=jnp.asarray([3, 0, 0, 5, 1, 1, 2, 7]))
@@ -558,9 +557,9 @@ def test_a_judge_rewards_what_it_says_of_the_decoded_images(config, parts, tiny_
     raw = jax.jit(rewards)(params, latents, batch, keys)
     images = image_codec(EncodersConfig("sd3", 16), tiny_pipeline).decode(np.asarray(latents))
     texts = [PROMPTS[number] for number in np.asarray(batch.number)]
-    said = Judge.from_pretrained("pickscore", tmp_path / "clip")(texts, list(images))
-    assert np.std(said) > 0.02 * np.abs(said).max()
-    for name in ("reward", "reward_2"):
+    for seed, name in enumerate(("reward", "reward_2")):
+        said = Judge.from_pretrained("pickscore", tmp_path / f"clip {seed}")(texts, list(images))
+        assert np.std(said) > 0.02 * np.abs(said).max()
         # Images are rounded to 8 bits for the judge, and not for the reward.
         np.testing.assert_allclose(raw[name], said, atol=5e-3 * np.abs(said).max())
     np.testing.assert_allclose(rewards.total(raw), raw["reward"] + 0.2 * raw["reward_2"], rtol=1e-5)
@@ -645,7 +644,7 @@ def test_a_broken_reward_names_its_prompt(parts):
     for broken, said in (((4,), "the prompt 'two red cup'"), ((4, 7), "the prompt 'two red cup'"), ((), None),
                          ((0, 1, 5), "several prompts"), ((0, 4), "several prompts")):  # fmt: skip
         raw = {"reward": jnp.asarray([np.nan if row in broken else 1.0 for row in range(8)])}
-        means = {name: float(np.mean(np.asarray(x))) for name, x in reward.metrics(raw, batch).items()}
+        means = {name: np.asarray(x).mean(axis=0) for name, x in reward.metrics(raw, batch).items()}
         told = broken_prompt(means, ["", "", "one blue cup", "", "", "", "two red cup", ""])
         assert told is None if said is None else said in told
 

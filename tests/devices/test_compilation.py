@@ -17,7 +17,6 @@ PARTS = ("backbone", "trained")  # of a model
 COUNT = """
 import sys
 import jax
-import pytest
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event.rpartition("/")[2]))
 def counted():
