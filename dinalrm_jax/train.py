@@ -155,7 +155,7 @@ def with_samples(setup: Setup, config: SamplesConfig) -> Setup:
     processes.barrier("samples")
     if not config.drawn:
         return dataclasses.replace(setup, records=Records(directory))
-    drawn = MixedConfig(str(setup.workdir / "data"), config.drawn)
+    drawn = MixedConfig(str(setup.records.directory), config.drawn)
     return dataclasses.replace(setup, records=Mixture((drawn, MixedConfig(str(directory)))))
 
 

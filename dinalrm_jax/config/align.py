@@ -214,6 +214,9 @@ class PolicyEvaluationConfig:
     def __post_init__(self):
         at_least(self, 1, ("prompts", "steps", "images"))
         at_least(self, 2, ("noises",))
+        kinds = [judge.kind for judge in self.judges]
+        if len(set(kinds)) < len(kinds):
+            raise ConfigError(f"judges are told apart by their kinds, which must differ, got {', '.join(kinds)}")
         if self.patience and not self.judges:
             raise ConfigError("patience waits for what a judge says; name one in evaluation.judges")
 
@@ -295,10 +298,11 @@ class AlignConfig:
                 f"tuning.batch_size {self.tuning.batch_size} must be a multiple of the group x the updates of a "
                 f"rollout, {self.group} x {self.updates}"
             )
-        if self.reward.checkpoint is not None and set(self.reward.sigma) & set(self.evaluation.sigma):
+        training = {level for reward in (self.reward, *self.mixed) if reward.judge is None for level in reward.sigma}
+        if training & set(self.evaluation.sigma):
             raise ConfigError(
-                f"evaluation.sigma {self.evaluation.sigma} must be other levels than those that train, reward.sigma "
-                f"{self.reward.sigma}"
+                f"evaluation.sigma {self.evaluation.sigma} must be other levels than those that train, "
+                f"{', '.join(map(str, sorted(training)))}"
             )
         levels = self.evaluation.sigma
         if not levels or not all(0 <= level <= 1 for level in levels):

@@ -21,7 +21,6 @@ from dinalrm_jax.scenes.verify import verify
 
 BROKEN = ("blank", "bleached", "scaled", "speckled")
 BROKEN_WORTH = -1.0
-SIZE = 64  # pixels along a side
 CAPTIONS = 64  # that are sampled at once, so that the bar moves
 
 # (captions, their images' numbers, steps) -> latents (B, H/8, W/8, 16): an image depends on caption, number and steps.
@@ -39,7 +38,7 @@ def broken(latents: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarr
     if kind == "blank":
         return np.broadcast_to(latents.mean(axis=(0, 1)), latents.shape) + 0.02 * rng.standard_normal(latents.shape)
     if kind == "bleached":
-        return 0.25 * latents + 0.75 * tiny.encode_image(np.full((SIZE, SIZE, 3), 255, np.uint8))
+        return 0.25 * latents + 0.75 * tiny.encode_image(np.full((_side(latents), _side(latents), 3), 255, np.uint8))
     if kind == "scaled":
         return latents * rng.uniform(1.4, 2.2)
     return latents + rng.uniform(0.25, 0.6) * rng.standard_normal(latents.shape)
@@ -86,6 +85,11 @@ def write_sample_records(
     )
 
 
+def _side(latents: np.ndarray) -> int:
+    """Of the square picture that latents (h, w, C) are, in pixels."""
+    return tiny.BLOCK * len(latents)
+
+
 def _sampled(captions: Sequence[str], steps: Sequence[int], sample: Sample) -> np.ndarray:
     """(captions, samples, h, w, C), as many steps each as asked for."""
     by_number = {}
@@ -99,7 +103,7 @@ def _sampled(captions: Sequence[str], steps: Sequence[int], sample: Sample) -> n
 
 def _members(caption: str, samples: np.ndarray, rng: np.random.Generator) -> list[tuple[str, np.ndarray, float]]:
     """(kind, latents, worth) of a caption's pictures."""
-    scene = tiny.encode_image(draw.render(draw.parse(caption), SIZE, rng))
+    scene = tiny.encode_image(draw.render(draw.parse(caption), _side(samples[0]), rng))
     spoiled = broken(scene if rng.random() < 0.5 else samples[0], str(rng.choice(BROKEN)), rng)
     judged = [("sample", latents, worth(caption, latents)) for latents in samples]
     return [*judged, ("scene", scene, worth(caption, scene)), ("broken", spoiled, BROKEN_WORTH)]

@@ -526,6 +526,10 @@ def test_what_is_refused_before_the_first_step(config, reward_checkpoint, tmp_pa
         assert not (tmp_path / name / "metrics.jsonl").exists()
     with pytest.raises(ConfigError, match="a reward is a reward model .* or a judge"):
         RewardConfig("a", JudgeConfig("scenes"))
+    with pytest.raises(ConfigError, match="must be other levels than those that train, 0.4, 0.7"):
+        dataclasses.replace(config, mixed=(RewardConfig(config.reward.checkpoint, sigma=(0.7,)),))
+    with pytest.raises(ConfigError, match="judges are told apart by their kinds, which must differ, got clip, clip"):
+        PolicyEvaluationConfig(judges=(JudgeConfig("clip", "a"), JudgeConfig("clip", "b")))
     with pytest.raises(ConfigError, match='reference_scale "error" needs reward_noises of at least 2'):
         dataclasses.replace(config, reference_scale="error", reference_weight=1.0)
     with pytest.raises(ConfigError, match="pretraining names the images and pretraining_weight"):

@@ -106,5 +106,6 @@ def test_what_is_broken_is_seen_to_be():
     assert 1.4 <= scaled[0, 0, 0] <= 2.2
     speckled = broken(scene, "speckled", rng) - scene
     assert 0.2 < speckled.std() < 0.65
+    assert broken(np.zeros((4, 4, 16)), "bleached", rng).shape == (4, 4, 16)  # of pictures of 32 pixels
     white = tiny.encode_image(np.full((64, 64, 3), 255, np.uint8))
     np.testing.assert_allclose(broken(scene, "bleached", rng), 0.25 * scene + 0.75 * white, rtol=1e-5)
