@@ -48,7 +48,7 @@ def ours(embeds: np.ndarray, pooled: np.ndarray) -> Callable[[], None]:
     policy = Policy(tuned, transformer_functional(config, execution), (*SIDE, config.latents.channels), 3.0)
     model = dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="float32")
     names = names_in(model.params, base, f"{REWARD}0.")
-    rewards = Rewards({"reward": (LatentReward(model.reward_fn(SIGMA), names), 1.0)})
+    rewards = Rewards({"reward": (LatentReward(model, names, (SIGMA,)), 1.0)})
     collection, objective = flow_grpo(policy, rewards, GRPO, KL)
     whole = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
     frozen = {f"{POLICY}{name}": array for name, array in base.items()}

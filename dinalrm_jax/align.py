@@ -1,4 +1,4 @@
-"""Tunes a generator with a reward model: ReFL, Flow-GRPO, Diffusion-DPO or DiffusionNFT on LoRA adapters.
+"""Tunes a generator with a reward model: ReFL, Flow-GRPO, Diffusion-DPO, DiffusionNFT or LPO on LoRA adapters.
 
     python -m dinalrm_jax.align --config configs/refl.py --config.prompts prompts.txt --workdir runs/refl
 
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from dinalrm_jax.alignment.dpo import best_against_worst, dpo, of_judged
 from dinalrm_jax.alignment.flow_grpo import flow_grpo
 from dinalrm_jax.alignment.held_out import HeldOutPrompts, report
+from dinalrm_jax.alignment.lpo import lpo
 from dinalrm_jax.alignment.nft import nft
 from dinalrm_jax.alignment.opened import open_rewards
 from dinalrm_jax.alignment.policy import POLICY, Policy, PromptStream, read_prompts
@@ -121,6 +122,8 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
                 stream = StreamBesideImages(asked, images)
         elif config.flow_grpo is not None:
             collection, objective = flow_grpo(policy, rewards, config.flow_grpo, config.reference_weight)
+        elif config.lpo is not None:
+            collection, objective = lpo(policy, rewards, config.lpo)
         elif config.nft is not None:
             collection, objective = nft(policy, rewards, config.nft, config.reference_weight, tuning.sigma)
         else:

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from dinalrm_jax.mapping import ConfigError, refuse_ignored
+from dinalrm_jax.noise import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +128,45 @@ def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike, margin: float = 0
     return jax.nn.softplus(margin - (jnp.asarray(chosen, jnp.float32) - jnp.asarray(rejected, jnp.float32)))
 
 
+def soft_pair_loss(
+    score_0: Float[ArrayLike, " b"],
+    score_1: Float[ArrayLike, " b"],
+    label_0: Float[ArrayLike, " b"],
+    margin: float = 0.0,
+) -> Float[Array, " b"]:
+    """Bradley and Terry's loss under soft labels, as the LRM has it (arXiv 2502.01051).
+
+    `-y log sigmoid(d) - (1 - y) log sigmoid(-d)`, `d` the difference of the scores, less log 2 where y is exactly 1/2:
+    a tie that the scores tie too costs nothing.
+
+    Args:
+        score_0, score_1: (B,) of two images.
+        label_0: (B,) y, the probability that the first is preferred.
+        margin: by which the preferred image's score is to be the higher.
+    """
+    label = jnp.asarray(label_0, jnp.float32)
+    first, second = (bradley_terry_loss(*scores, margin) for scores in ((score_0, score_1), (score_1, score_0)))
+    return label * first + (1 - label) * second - jnp.where(label == 0.5, jnp.log(2.0), 0.0)
+
+
+def prompt_weights(counts: Float[AnyArray, " b"]) -> Float[AnyArray, " b"]:
+    """(B,) weights of pairs, of sum 1, so that a prompt with many pairs counts no more than another.
+
+    `w_i = (1 / n_i) / sum_j (1 / n_j)`.
+
+    Args:
+        counts: (B,) how many pairs each pair's prompt has in the data set, n.
+    """
+    inverse = 1 / counts
+    return inverse / inverse.sum()
+
+
 def pair_loss(
     chosen: Float[ArrayLike, " b"],
     rejected: Float[ArrayLike, " b"],
     sigma: Float[ArrayLike, " b"] | Float[ArrayLike, "k b"],
     config: LossConfig,
+    label: Float[ArrayLike, " b"] | float = 1.0,
 ) -> Float[Array, " b"]:
     """The configured loss of each pair.
 
@@ -139,6 +174,7 @@ def pair_loss(
         chosen, rejected: (B,) scores of the preferred and the other image.
         sigma: (B,) the noise level both were scored at; (K, B) of an ensemble, whose variance is the levels' mean.
         config: which loss, with its constants.
+        label: (B,) the probability that `chosen` is preferred: 1, or less where people were not sure, 1/2 of a tie.
 
     Returns:
         (B,) float32.
@@ -152,9 +188,11 @@ def pair_loss(
             f"{jnp.shape(chosen)}, {jnp.shape(rejected)} and {jnp.shape(sigma)}"
         )
     if config.name == "bradley_terry":
-        return bradley_terry_loss(chosen, rejected, config.margin)
+        return soft_pair_loss(chosen, rejected, jnp.broadcast_to(label, jnp.shape(chosen)), config.margin)
     variance = score_variance(sigma, config)
     if variance.ndim > 1:
         variance = variance.mean(axis=0)
     z = standardized_margin(chosen, rejected, variance, config.epsilon)
-    return nll_loss(z) if config.name == "nll" else fidelity_loss(z, epsilon=config.epsilon)
+    if config.name == "nll":
+        return jnp.asarray(label * nll_loss(z) + (1 - label) * nll_loss(-z))
+    return fidelity_loss(z, label, config.epsilon)

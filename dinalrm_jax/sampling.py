@@ -72,8 +72,8 @@ def transition(
 
     Args:
         kind: "euler" is deterministic; "sde" is Flow-GRPO's (arXiv 2505.05470), "cps" keeps the coefficients of the
-            deterministic step (arXiv 2509.05952), "dance" is DanceGRPO's (arXiv 2505.07818). With a noise level of 0
-            all of them are Euler's.
+            deterministic step (arXiv 2509.05952), "dance" is DanceGRPO's (arXiv 2505.07818), "ddim" DDIM's with the
+            noise level as its eta (arXiv 2010.02502). With a noise level of 0 all of them are Euler's.
         latents, velocity: (B, ...) at `sigma`.
         sigma, following: numbers or (B,).
         noise_level: how much noise a step adds; a number or (B,).
@@ -94,12 +94,16 @@ def transition(
         std = below * jnp.sin(level * (math.pi / 2))
         mean = (1 - below) * clean + jnp.sqrt(jnp.maximum(below**2 - std**2, 0.0)) * noise
         return Transition(mean, following * jnp.sin(a * (math.pi / 2)))
+    if kind == "ddim":
+        # In DDIM's terms, with 1 - sigma for its sqrt(alpha) and sigma for its sqrt(1 - alpha).
+        std = a * (following / sigma) * jnp.sqrt(sigma**2 - ((1 - sigma) / (1 - following) * following) ** 2)
+        return Transition((1 - below) * clean + jnp.sqrt(below**2 - _like(std, x) ** 2) * noise, std)
     step = jnp.sqrt(sigma - following)
     if kind == "dance":
         score = -(x - (1 - s) * clean) / s**2
         return Transition(x - h * v + 0.5 * level**2 * h * score, a * step)
     if kind != "sde":
-        raise ValueError(f"kind must be euler, sde, cps or dance, got {kind!r}")
+        raise ValueError(f"kind must be euler, sde, cps, dance or ddim, got {kind!r}")
     limit = sigma if second is None else jnp.where(sigma == 1, jnp.asarray(second, jnp.float32), sigma)
     g = a * jnp.sqrt(sigma / (1 - limit))
     spread = _like(g, x) ** 2
@@ -120,7 +124,7 @@ def log_prob(kind: str, t: Transition, x: Float[AnyArray, "b ..."]) -> Float[Arr
     if kind == "cps":
         return -square
     if kind == "euler":
-        raise ValueError("Euler's step is deterministic and has no log-probability; sample with sde, cps or dance")
+        raise ValueError("Euler's step is deterministic and has no log-probability; take sde, cps, dance or ddim")
     std = jnp.where(t.std > 0, t.std, 1.0)
     density = -square / (2 * std**2) - jnp.log(std) - 0.5 * math.log(2 * math.pi)
     return jnp.where(t.std > 0, density, 0.0)
@@ -227,7 +231,7 @@ def rollout(
     if length and (kind == "euler" or not noise_level):
         raise ValueError(
             f"{length} steps of a window need noise for their log-probabilities, got kind {kind!r} with noise level "
-            f"{noise_level}; use sde, cps or dance with a level above 0"
+            f"{noise_level}; use sde, cps, dance or ddim with a level above 0"
         )
     if length and keys is None:
         raise ValueError("steps with noise need keys, one a row: jax.random.split(key, rows)")

@@ -49,7 +49,7 @@ from dinalrm_jax.training.finish import report, save_model
 from dinalrm_jax.training.loop import fit
 from dinalrm_jax.training.metrics import NonFiniteLoss
 from dinalrm_jax.training.objectives import Objective, flow_matching_objective, reward_objective
-from dinalrm_jax.training.run_weights import frozen_arrays, open_base
+from dinalrm_jax.training.run_weights import empty_prompt, frozen_arrays, open_base
 from dinalrm_jax.training.setup import Setup, alone, set_up
 from dinalrm_jax.training.step import TrainState, assemble
 from dinalrm_jax.training.stopping import Stopped
@@ -86,7 +86,10 @@ def run(config: TrainConfig, workdir: AnyPath) -> PairScores:
         frozen = place(frozen_arrays(config, workdir, setup.inputs), config.execution.dtype, shardings)
 
         # LoRA and head learn the reward on the frozen backbone's features.
-        first = draw(module, config.seed, is_trainable) if setup.start is None else split(setup.start, is_trainable)[0]
+        if setup.start is None:
+            first = draw(module, config.seed, is_trainable) | empty_prompt(config, setup.base_model, workdir)
+        else:
+            first, _ = split(setup.start, is_trainable)
         levels: tuple[Level, ...] = tuple(dict.fromkeys((judged.sigma, *judged.levels)))
         if judged.levels:
             levels += (judged.ensemble,)
@@ -182,7 +185,7 @@ def train_stage(
         assemble(
             objective(config.execution), place(first, np.float32, shardings), frozen, stage, mesh, seed=config.seed
         ),
-        PairStream(name, setup.records, stage.batch_size, config.seed, mesh),
+        PairStream(name, setup.records, stage.batch_size, config.seed, mesh, config.prompt_weights),
         workdir=setup.workdir,
         open_log=setup.log,
         plain=None if config.execution == plain else objective(plain),

@@ -2,6 +2,7 @@
 
 import functools
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,29 @@ def test_transitions_and_their_densities(cases, step, kind, name):
         close(density, cases[f"step{step}_{name}_log_prob"], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sde", "cps", "dance"])
+def test_ddim_is_diffusers_step_in_variance_preserving_terms():
+    """A flow's state at level sigma, 1 - sigma of signal and sigma of noise, is DDIM's scaled."""
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(20)
+    rng = np.random.default_rng(1)
+    state, eps, z = (torch.from_numpy(rng.standard_normal((1, 4, 3, 3))) for _ in range(3))
+    for t in (801, 401, 51):
+        alphas = scheduler.alphas_cumprod[[t, t - 50]].double()
+        signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
+        before, after = (noise / (signal + noise)).tolist()  # levels of the flow with the same ratio
+        scale_before, scale_after = (1 / (signal + noise)).tolist()
+        expected = scheduler.step(eps, t, state, eta=1.0, variance_noise=z).prev_sample * scale_after
+        x = state.numpy() * scale_before
+        clean = (state - noise[0] * eps) / signal[0]
+        found = sampling.transition("ddim", x, (eps - clean).numpy(), before, after, 1.0)
+        # Steps of float32, of numbers of order one, against float64.
+        np.testing.assert_allclose(found.mean + found.std * z.numpy(), expected.numpy(), atol=2e-5)
+        assert float(found.std) == pytest.approx(
+            float(scheduler._get_variance(t, t - 50) ** 0.5) * scale_after, rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("kind", ["sde", "cps", "dance", "ddim"])
 def test_without_noise_every_step_is_eulers(kind):
     rng = np.random.default_rng(0)
     x, v = rng.standard_normal((2, 2, 4, 4, 3)).astype(np.float32)
@@ -66,8 +89,8 @@ def test_densities_without_a_density():
     assert sampling.log_prob("sde", still, x)[0] == 0
     with pytest.raises(ValueError, match="deterministic and has no log-probability"):
         sampling.log_prob("euler", still, x)
-    with pytest.raises(ValueError, match="kind must be euler, sde, cps or dance"):
-        sampling.transition("ddim", x, x, 0.7, 0.5)
+    with pytest.raises(ValueError, match="kind must be euler, sde, cps, dance or ddim"):
+        sampling.transition("heun", x, x, 0.7, 0.5)
 
 
 def test_no_gradient_flows_to_the_latents_of_a_density():

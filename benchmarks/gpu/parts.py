@@ -181,7 +181,7 @@ def refl(size: Size) -> dict:
     spec, side = transformer.latents, size.small // transformer.latents.downsampling
     policy = Policy(tuned, transformer_functional(transformer, execution), (side, side, spec.channels), 3.0)
     names = names_in(params, held, f"{REWARD}0.")
-    rewards = Rewards({"reward": (LatentReward(model.reward_fn(0.4), names), 1.0)})
+    rewards = Rewards({"reward": (LatentReward(model, names, (0.4,)), 1.0)})
     objective = refl_objective(policy, rewards, config, 1.0)
     frozen = {f"{POLICY}{name}": array for name, array in held.items()}
     frozen |= {names[name]: array for name, array in params.items()}

@@ -330,8 +330,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "chosen and rejected latents are swapped in a batch",
         f"{DATA}/loader.py",
-        "return PreferenceBatch(chosen, rejected, ",
-        "return PreferenceBatch(rejected, chosen, ",
+        "return PreferenceBatch(chosen, rejected, embeds",
+        "return PreferenceBatch(rejected, chosen, embeds",
         "tests/data/test_loader.py",
     ),
 ]

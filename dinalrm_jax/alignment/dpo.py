@@ -37,8 +37,11 @@ def dpo_loss(
     return dpo_losses(velocity, ref_velocity, latents, noise, beta)[0].mean()
 
 
-def dpo_losses(velocity, ref_velocity, latents, noise, beta: float) -> tuple[jax.Array, jax.Array]:
-    """(B / 2,) losses of the pairs, and how much more the policy gained on the rejected than on the chosen."""
+def dpo_losses(velocity, ref_velocity, latents, noise, beta: float, label=1.0) -> tuple[jax.Array, jax.Array]:
+    """(B / 2,) losses of the pairs, and how much more the policy gained on the rejected than on the chosen.
+
+    `label` is the probability that the chosen image is preferred, whose other order counts for the rest.
+    """
     target = jnp.asarray(noise) - jnp.asarray(latents)
 
     def error(found):
@@ -46,7 +49,8 @@ def dpo_losses(velocity, ref_velocity, latents, noise, beta: float) -> tuple[jax
 
     gain = error(velocity) - jax.lax.stop_gradient(error(ref_velocity))
     gap = gain[0::2] - gain[1::2]
-    return -jax.nn.log_sigmoid(-0.5 * beta * gap), gap
+    loss, other = -jax.nn.log_sigmoid(-0.5 * beta * gap), -jax.nn.log_sigmoid(0.5 * beta * gap)
+    return label * loss + (1 - label) * other, gap
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +86,8 @@ def dpo(policy: Policy, config: DPOConfig, sigma: SigmaConfig) -> Objective[Pref
         noisy = add_noise(latents, levels, noise)
         velocity = policy.velocity(params)(noisy, levels, prompt)
         reference = policy.reference(params)(noisy, levels, prompt)
-        losses, gap = dpo_losses(velocity, reference, latents, noise, config.beta)
+        label = 1.0 if batch.label is None else batch.label
+        losses, gap = dpo_losses(velocity, reference, latents, noise, config.beta, label)
 
         def of_pairs(rows):
             return rows.reshape(-1, 2).mean(axis=1)

@@ -46,7 +46,7 @@ class OpenedReward:
 
     def at(self, sigma: tuple[float, ...]) -> Reward:
         """A reward model at other levels; a judge as it is."""
-        return self.reward if self.model is None else _latent_reward(*self.model, sigma)
+        return self.reward if self.model is None else LatentReward(*self.model, sigma)
 
 
 def open_rewards(
@@ -99,7 +99,7 @@ def _open(
         params = {names[name]: array for name, array in place(own, np.float32, module.shardings(mesh)).items()}
         params |= {names[name]: array for name, array in model.params.items() if name not in own}
         model = dataclasses.replace(model, params={})  # the placed ones are enough
-        return OpenedReward(_latent_reward(model, names, wanted.sigma), params, (model, names), weights)
+        return OpenedReward(LatentReward(model, names, wanted.sigma), params, (model, names), weights)
     if wanted.judge.kind == "scenes":
         if not isinstance(codec, TinyCodec):
             raise ConfigError(f"rules read drawn scenes, which {config.base_model} does not draw; take another judge")
@@ -126,11 +126,6 @@ def names_in(params: Params, base: Params, prefix: str) -> dict[str, str]:
     """A reward model's names to those among all of the alignment, where the policy's frozen arrays have theirs."""
     shared = {id(array): f"{POLICY}{name}" for name, array in base.items()}
     return {name: shared.get(id(array), f"{prefix}{name}") for name, array in params.items()}
-
-
-def _latent_reward(model: RewardModel, names: Mapping[str, str], sigma: tuple[float, ...]) -> LatentReward:
-    """At one level, or at an ensemble of several."""
-    return LatentReward(model.reward_fn(sigma if len(sigma) > 1 else sigma[0]), names)
 
 
 def _load_model(

@@ -13,7 +13,10 @@ from jaxtyping import Float, Int
 from dinalrm_jax.alignment.policy import PromptBatch, own_params
 from dinalrm_jax.encoders import tiny
 from dinalrm_jax.model.parameters import Params
+from dinalrm_jax.model.reward import reward_functional
 from dinalrm_jax.noise import AnyArray
+from dinalrm_jax.preference import LossConfig, preferred
+from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.scenes.verify import verify
 
 ERROR = "reward_error"
@@ -61,16 +64,33 @@ class LatentReward:
     """A frozen reward model on the policy's own backbone, differentiable in the latents.
 
     Attributes:
-        score: (params, latents, prompt, keys) -> (B,), of parameters under the reward model's own names.
-        names: of these, among all of the alignment: those that it shares with the policy are there once.
+        model: without its arrays.
+        names: of its parameters, to those among all of the alignment: what it shares with the policy is there once.
+        sigma: the noise level that it scores at, or those of an ensemble.
     """
 
-    score: Callable[..., jax.Array]
+    model: RewardModel
     names: Mapping[str, str]
+    sigma: tuple[float, ...]
 
     def __call__(self, params: Params, latents: jax.Array, batch: PromptBatch, keys: jax.Array) -> jax.Array:
-        own = {name: params[known] for name, known in self.names.items()}
-        return self.score(jax.lax.stop_gradient(own), latents, batch.reward_prompt, keys)
+        score = self.model.reward_fn(self.sigma if len(self.sigma) > 1 else self.sigma[0])
+        return score(self._own(params), latents, batch.reward_prompt, keys)
+
+    def at_level(self, params: Params, noisy: jax.Array, batch: PromptBatch, levels: jax.Array) -> jax.Array:
+        """(B,) raw scores of latents (B, H, W, C) that a sampler has at levels (B,): noisy as they are."""
+        module = reward_functional(self.model.config, self.model.execution).bind(self._own(params))
+        return module.score_noisy(noisy, batch.reward_prompt, levels)
+
+    def preferred(self, one: jax.Array, other: jax.Array, levels: jax.Array) -> jax.Array:
+        """(B,) the probability that an image is preferred to another, by their scores and the model's likelihood.
+
+        (Bradley and Terry's of a model that does not say what it was trained with.)
+        """
+        return preferred(one, other, levels, self.model.likelihood or LossConfig("bradley_terry"))
+
+    def _own(self, params: Params) -> Params:
+        return jax.lax.stop_gradient({name: params[known] for name, known in self.names.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,6 +139,51 @@ class NFTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LPOConfig:
+    """LPO (docs/lrm_lpo.md): at every sampling step the best of several outcomes against the worst.
+
+    steps, guidance: of the sampler, and of the steps that train.
+    kind, noise_level: of its steps; see `sampling.transition`.
+    candidates: outcomes of a step that are compared.
+    scored_at: which level the reward is told of an outcome: that which the step reaches ("next") or, as the published
+        code has it, that which it comes from ("current").
+    threshold: (low, high): by how much the probabilities of best and worst must differ to be a pair, at the step of the
+        least noise and at that of the most; between these it rises with the noise.
+    pairs: of a trajectory's pairs at most so many are learned from.
+    beta: how soon a pair counts as learned.
+    epsilon: how far a ratio of probabilities may go from 1 and still have a gradient.
+    updates: of the optimizer from one rollout, each from its part of the trajectories.
+    """
+
+    steps: int = 20
+    guidance: float = 5.0
+    kind: Literal["ddim", "sde", "dance"] = "ddim"
+    noise_level: float = 1.0
+    candidates: int = 4
+    scored_at: Literal["next", "current"] = "next"
+    threshold: tuple[float, ...] = (0.45, 0.6)
+    pairs: int = 19
+    beta: float = 500.0
+    epsilon: float = 0.1
+    updates: int = 1
+
+    def __post_init__(self):
+        at_least(self, 3, ("steps",))  # two with noise, and the last, which has none
+        at_least(self, 1, ("pairs", "updates"))
+        at_least(self, 2, ("candidates",))
+        if len(self.threshold) != 2 or not 0 <= self.threshold[0] <= self.threshold[1] < 1:
+            raise ConfigError(f"threshold is (low, high) with 0 <= low <= high < 1, got {self.threshold}")
+        if self.pairs >= self.steps:
+            raise ConfigError(f"a trajectory of {self.steps} steps has {self.steps - 1} pairs, got pairs {self.pairs}")
+        if self.noise_level <= 0 or (self.kind == "ddim" and self.noise_level > 1):
+            raise ConfigError(
+                f"noise_level {self.noise_level} must be above 0, and of ddim, whose eta it is, at most 1"
+            )
+        if self.beta <= 0 or not 0 < self.epsilon < 1:
+            raise ConfigError(f"beta must be above 0 and epsilon in (0, 1), got {self.beta} and {self.epsilon}")
+
+
+@dataclasses.dataclass(frozen=True)
 class JudgeConfig:
     """A judge of decoded images.
 
@@ -221,6 +266,9 @@ class PolicyEvaluationConfig:
             raise ConfigError("patience waits for what a judge says; name one in evaluation.judges")
 
 
+ALGORITHMS = ("refl", "flow_grpo", "dpo", "nft", "lpo")  # the fields of AlignConfig that name one
+
+
 @dataclasses.dataclass(frozen=True)
 class AlignConfig:
     """A generator tuned with a reward model.
@@ -231,7 +279,7 @@ class AlignConfig:
     reward: what is made larger.
     mixed: further rewards, each normalised apart where advantages are compared.
     tuning: the stage; its batch_size counts images (of `dpo.records` pairs), its sigma is drawn from by DPO and NFT.
-    refl, flow_grpo, dpo, nft: the algorithm, one of them.
+    refl, flow_grpo, dpo, nft, lpo: the algorithm, one of them.
     lora: the policy's adapters, on all blocks.
     reward_noises: every image is scored under so many noises, whose mean counts; their spread is the reward's error.
     reference_weight: weight of the squared distance between the policy's velocities and the generator's own at the
@@ -252,6 +300,7 @@ class AlignConfig:
     flow_grpo: FlowGRPOConfig | None = None
     dpo: DPOConfig | None = None
     nft: NFTConfig | None = None
+    lpo: LPOConfig | None = None
     mixed: tuple[RewardConfig, ...] = ()
     lora: LoRAConfig = LoRAConfig(rank=32, alpha=64.0)
     reward_noises: int = 1
@@ -272,10 +321,10 @@ class AlignConfig:
             raise ConfigError(
                 "name the prompts: a file (prompts=...), or a number of drawn scenes (scene_captions=...)"
             )
-        chosen = [name for name in ("refl", "flow_grpo", "dpo", "nft") if getattr(self, name) is not None]
+        chosen = [name for name in ALGORITHMS if getattr(self, name) is not None]
         if len(chosen) != 1:
             raise ConfigError(
-                f"an alignment has one algorithm: give refl, flow_grpo, dpo or nft, got {', '.join(chosen) or 'none'}"
+                f"an alignment has one algorithm, of {', '.join(ALGORITHMS)}; got {', '.join(chosen) or 'none'}"
             )
         if self.tuning.steps is None:
             raise ConfigError("tuning is so many steps long; give steps, not epochs")
@@ -287,8 +336,15 @@ class AlignConfig:
         pretrains = self.refl is not None and self.refl.pretraining is not None
         if self.dpo is None and self.nft is None and not pretrains:
             refuse_ignored(self.tuning, ("sigma",), f"{chosen[0]} draws no noise levels to train at")
-        if self.dpo is not None and self.reference_weight:
-            raise ConfigError("DPO's loss holds the policy near its reference by beta; reference_weight has no place")
+        if (self.dpo or self.lpo) is not None and self.reference_weight:
+            raise ConfigError(
+                f"{chosen[0]}'s loss holds the policy near its reference by beta; reference_weight has no place"
+            )
+        if self.lpo is not None and (self.mixed or self.reward.judge is not None or self.reward_noises > 1):
+            raise ConfigError(
+                "lpo compares noisy latents by one reward model that knows their noise level: give reward.checkpoint, "
+                "and leave reward.judge, mixed and reward_noises out"
+            )
         if self.dpo is not None and self.dpo.records is not None and self.mixed:
             raise ConfigError("pairs of records are not scored; leave mixed out")
         if self.refl is not None and not all(reward.differentiable for reward in (self.reward, *self.mixed)):
@@ -319,5 +375,5 @@ class AlignConfig:
     @property
     def updates(self) -> int:
         """Of the optimizer in a step."""
-        grouped = self.flow_grpo or self.nft or self.dpo
+        grouped = self.flow_grpo or self.nft or self.dpo or self.lpo
         return 1 if grouped is None else grouped.updates

@@ -36,14 +36,17 @@ class EnsembleTermConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warmup, constant or cosine decay, clipping by global norm, an average of the weights."""
+    """AdamW with linear warmup, a schedule after it, clipping by global norm, an average of the weights.
+
+    schedule: the learning rate stays, or falls to zero at the last step by a cosine or a line.
+    """
 
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
     b1: float = 0.9
     b2: float = 0.999
     warmup_steps: int = 1000
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
     max_grad_norm: float = 1.0
     ema_decay: float = 0.995
 
@@ -153,6 +156,7 @@ class TrainConfig:
         (then base_model is needed): its LoRA and head are what the reward stage starts with.
     generator: a flow-matching stage that trains the whole backbone first; None: skip it.
     reward: the stage that trains LoRA and head on preference pairs.
+    prompt_weights: a pair counts the less, the more training pairs its prompt has (`preference.prompt_weights`).
     ensemble_term: train the ensemble too; None: single levels only, as the paper does.
     wandb_project: log to this Weights & Biases project too; needs `wandb` installed.
     profile: steps to record into WORKDIR/profile.
@@ -170,6 +174,7 @@ class TrainConfig:
     init_from: str | None = None
     generator: StageConfig | None = None
     loss: LossConfig = LossConfig()
+    prompt_weights: bool = False
     ensemble_term: EnsembleTermConfig | None = None
     execution: ExecutionConfig = ExecutionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

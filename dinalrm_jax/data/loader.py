@@ -17,6 +17,7 @@ import numpy as np
 from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.data.records import PairRecord, RecordsError
 from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
+from dinalrm_jax.preference import prompt_weights
 
 
 class JoinedPairs:
@@ -47,7 +48,8 @@ class JoinedPairs:
                 f"{self.records.directory}: pair {index} has latents of different sizes, {chosen.shape} and "
                 f"{rejected.shape}; preprocess the dataset again"
             )
-        return PreferenceBatch(chosen, rejected, PromptEmbeds(prompt.prompt_embeds, prompt.pooled_prompt_embeds))
+        embeds = PromptEmbeds(prompt.prompt_embeds, prompt.pooled_prompt_embeds)
+        return PreferenceBatch(chosen, rejected, embeds, np.asarray(row.label, np.float32), np.ones((), np.float32))
 
 
 class Schedule:
@@ -117,12 +119,20 @@ class TrainingBatches:
         batch_size: pairs of a whole batch, over all processes.
         seed: of the order.
         rows: this process's rows of every batch; None: all.
+        by_prompt: weigh a batch's pairs by `preference.prompt_weights`, times their number.
 
     Raises:
         RecordsError: fewer pairs than a batch.
     """
 
-    def __init__(self, records: AnyRecords, batch_size: int, seed: int, rows: Sequence[int] | None = None):
+    def __init__(
+        self,
+        records: AnyRecords,
+        batch_size: int,
+        seed: int,
+        rows: Sequence[int] | None = None,
+        by_prompt: bool = False,
+    ):
         import grain  # takes a second, and brings packages that one who only aligns or scores need not have
 
         pairs = JoinedPairs(records, "train")
@@ -137,7 +147,8 @@ class TrainingBatches:
         }
         if any(weight != 1 for weight in records.weights("train").values()):
             self._identity["weights"] = records.weights("train")
-        source = _BatchRows(pairs, self.schedule, self._rows)
+        counts = pairs_of_prompts(pairs.rows) if by_prompt else None
+        source = _BatchRows(pairs, self.schedule, self._rows, counts)
         dataset = grain.MapDataset.source(source).batch(len(self._rows), drop_remainder=True)
         # Reading releases the GIL, so threads overlap; two batches ahead hide the slowest read.
         threads = min(16, 2 * len(self._rows))
@@ -177,11 +188,15 @@ class TrainingBatches:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchRows:
-    """Endless sequence of the rows of batch 0, then of batch 1, and so on."""
+    """Endless sequence of the rows of batch 0, then of batch 1, and so on.
+
+    `counts` is how many pairs each pair's prompt has; None: pairs count alike.
+    """
 
     pairs: JoinedPairs
     schedule: Schedule
     rows: tuple[int, ...]
+    counts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return 2**40 // len(self.rows) * len(self.rows)
@@ -189,7 +204,17 @@ class _BatchRows:
     def __getitem__(self, index: int) -> PreferenceBatch:
         step, place = divmod(index, len(self.rows))
         _, batch = self.schedule.batch(step)
-        return self.pairs[int(batch[self.rows[place]])]
+        pair = self.pairs[int(batch[self.rows[place]])]
+        if self.counts is None:
+            return pair
+        weight = len(batch) * prompt_weights(self.counts[batch])[self.rows[place]]
+        return dataclasses.replace(pair, weight=np.asarray(weight, np.float32))
+
+
+def pairs_of_prompts(pairs: Sequence[PairRecord]) -> np.ndarray:
+    """(P,) how many of the P pairs have the prompt that each has."""
+    prompts = np.array([pair.prompt for pair in pairs])
+    return np.bincount(prompts)[prompts]
 
 
 def distinct_rows(pairs: Sequence[PairRecord]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

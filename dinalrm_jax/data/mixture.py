@@ -125,6 +125,7 @@ class _Shifted(Sequence):
             self.images + pair.rejected,
             self.prompts + pair.prompt,
             f"{self.name}/{pair.kind}",
+            pair.label,
         )
 
 

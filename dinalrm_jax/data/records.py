@@ -51,12 +51,16 @@ class PromptRecord:
 
 @dataclasses.dataclass(frozen=True)
 class PairRecord:
-    """Indices into images and prompts; `kind` groups pairs in reports."""
+    """Indices into images and prompts; `kind` groups pairs in reports.
+
+    `label` is the probability that `chosen` is preferred: 1/2 of a tie. (Records of before it was there have 1.)
+    """
 
     chosen: int
     rejected: int
     prompt: int
     kind: str
+    label: float = 1.0
 
 
 def write(
@@ -213,7 +217,7 @@ def prompt_features(like: PromptRecord):
 def pair_features():
     import tensorflow_datasets as tfds
 
-    return _features(chosen=np.int64, rejected=np.int64, prompt=np.int64, kind=tfds.features.Text())
+    return _features(chosen=np.int64, rejected=np.int64, prompt=np.int64, kind=tfds.features.Text(), label=np.float32)
 
 
 def _features(**features):
@@ -367,8 +371,10 @@ class _Rows(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         row = self._source[index]
-        values = {
-            key: value.decode() if isinstance(value, bytes) else int(value) if np.ndim(value) == 0 else value
-            for key, value in row.items()
-        }
-        return self._record_type(**values)
+        return self._record_type(**{key: _plain(value) for key, value in row.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    return value if np.ndim(value) else np.asarray(value).item()

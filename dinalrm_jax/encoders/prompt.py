@@ -14,9 +14,8 @@ from dinalrm_jax.encoders.pipeline import TEXT_FILES, load_clip, load_t5, open_p
 from dinalrm_jax.encoders.tokenizers import load_tokenizer
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
+from dinalrm_jax.model.encoding import CLIP_TOKENS
 from dinalrm_jax.model.parameters import Functional, Params
-
-CLIP_TOKENS = 77
 
 
 class SD3PromptEncoder:

@@ -65,8 +65,12 @@ class PreferenceBatch:
     Attributes:
         chosen, rejected: (B, H, W, C) clean, scaled latents; `chosen` is the preferred one.
         prompt: the B prompts.
+        label: (B,) the probability that `chosen` is preferred; None: 1.
+        weight: (B,) what a pair's loss is multiplied by; None: 1.
     """
 
     chosen: Float[AnyArray, "b h w c"]
     rejected: Float[AnyArray, "b h w c"]
     prompt: PromptEmbeds
+    label: Float[AnyArray, " b"] | None = None
+    weight: Float[AnyArray, " b"] | None = None

@@ -6,8 +6,9 @@ from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.backbone.family import BackboneConfig
 from dinalrm_jax.model.backbone.sd3.config import SD3Config
 from dinalrm_jax.model.encoding import EncodersConfig
-from dinalrm_jax.model.head import HeadConfig
+from dinalrm_jax.model.head import AnyHeadConfig, HeadConfig
 from dinalrm_jax.model.lora import LoRAConfig
+from dinalrm_jax.model.lrm import LRMHeadConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RewardModelConfig:
     visual_taps: tuple[int, ...] = (4, 8, 12)
     text_taps: tuple[int, ...] = (4, 8, 12)
     lora: LoRAConfig | None = LoRAConfig()
-    head: HeadConfig = HeadConfig()
+    head: AnyHeadConfig = HeadConfig()
     logistic: bool = False
     encoders: EncodersConfig = EncodersConfig()
 
@@ -43,8 +44,10 @@ class RewardModelConfig:
                 f"text_taps names layer {self.text_taps[-1]}, after which the transformer has no text stream; tap at "
                 f"most {deepest}"
             )
-        if self.head_width % self.head.num_attn_heads:
+        if isinstance(self.head, HeadConfig) and self.head_width % self.head.num_attn_heads:
             raise ConfigError(f"head width {self.head_width} is not divisible by {self.head.num_attn_heads} heads")
+        if isinstance(self.head, LRMHeadConfig) and self.text_taps:
+            raise ConfigError(f"text_taps is {self.text_taps}, but the lrm head reads no text stream; leave it empty")
 
     @property
     def head_width(self) -> int:

@@ -5,6 +5,8 @@ from typing import Literal
 
 from dinalrm_jax.mapping import ConfigError
 
+CLIP_TOKENS = 77
+
 
 @dataclasses.dataclass(frozen=True)
 class EncodersConfig:
@@ -20,3 +22,8 @@ class EncodersConfig:
     def __post_init__(self):
         if self.text_length < 1:
             raise ConfigError(f"text_length must be at least 1, got {self.text_length}")
+
+    @property
+    def tokens(self) -> int:
+        """Of an encoded prompt: of SD3's, those of CLIP come first."""
+        return self.text_length + (CLIP_TOKENS if self.kind == "sd3" else 0)

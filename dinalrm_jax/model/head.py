@@ -4,6 +4,8 @@ Attribute names are those of the released `rm_head.pt`.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from dinalrm_jax.devices.sharding import WHOLE, Rules
-from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.mapping import ConfigError, Variants
 from dinalrm_jax.model.backbone.family import Features
+from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.layers import Linear, RMSNorm, add_vector, contract
 
 # torch.nn.RMSNorm's default: the machine epsilon of float32, in which the statistics are computed.
@@ -33,10 +36,32 @@ RULES: Rules = (
 )
 
 
+class AnyHeadConfig(Variants):
+    """A head: the base of the kinds' frozen configurations, told apart by `kind`."""
+
+    kind: ClassVar[str]
+    width: int | None
+
+    @classmethod
+    def variant(cls, values: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
+        known, name = {each.kind: each for each in cls.kinds()}, values.get("kind", HeadConfig.kind)
+        if name not in known:
+            raise ConfigError(f"there is no head {name!r}; known: {', '.join(known)}")
+        return known[name], {key: values[key] for key in values if key != "kind"}
+
+    @classmethod
+    def kinds(cls) -> tuple[type["AnyHeadConfig"], ...]:
+        return tuple(cls.__subclasses__())
+
+    def marks(self) -> dict[str, Any]:
+        return {} if self.kind == HeadConfig.kind else {"kind": self.kind}
+
+
 @dataclasses.dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(AnyHeadConfig):
     """The gated Q-Former head; `width` None means the backbone's."""
 
+    kind = "q_former"
     width: int | None = None
     num_queries: int = 4
     num_attn_heads: int = 8
@@ -167,8 +192,12 @@ class RewardHead(nnx.Module):
         self.ff = MLP(width, 4 * width, width, rngs=rngs)
         self.head = Linear(width, 1, rngs=rngs)
 
+    def prompts(self, prompt: PromptEmbeds) -> PromptEmbeds:
+        """What the backbone reads: the B prompts as they are."""
+        return prompt
+
     @jax.default_matmul_precision("highest")
-    def tokens(self, features: Features) -> tuple[jax.Array, jax.Array | None]:
+    def tokens(self, features: Features, prompt: PromptEmbeds) -> tuple[jax.Array, jax.Array | None]:
         """One level's features -> (B, Nv, C) image and (B, Nt, C) text tokens (None without text)."""
         image = _adapt(self.layer_adapters_visual, features.visual, features.temb)
         if self.agg_text is None:

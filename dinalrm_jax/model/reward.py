@@ -16,8 +16,9 @@ from dinalrm_jax.model.backbone.family import Features, family_of
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.execution import Dtype, DtypeOrAuto, ExecutionConfig
-from dinalrm_jax.model.head import RULES, RewardHead
+from dinalrm_jax.model.head import RULES, HeadConfig, RewardHead
 from dinalrm_jax.model.lora import add_lora
+from dinalrm_jax.model.lrm import LRM_RULES, LRMHead, LRMHeadConfig
 from dinalrm_jax.model.parameters import Functional, Params, functional
 from dinalrm_jax.noise import AnyArray, add_noise, timestep
 
@@ -33,8 +34,7 @@ class RewardModule(nnx.Module):
         )
         if config.lora is not None:
             add_lora(family.adapted(self.backbone, config.adapts_last_text), config.lora, rngs=rngs)
-        taps = len(config.visual_taps), len(config.text_taps)
-        self.head = RewardHead(config.head, config.transformer.width, *taps, rngs=rngs)
+        self.head = _head(config, rngs)
         if config.logistic:
             self.eta3 = nnx.Param(jnp.zeros(()))
             self.eta4 = nnx.Param(jnp.full((), 0.15))
@@ -57,7 +57,13 @@ class RewardModule(nnx.Module):
         Returns:
             (B,) float32 scores.
         """
-        return self._squash(self.head.score(*self._tokens(latents, prompt, sigma, eps)))
+        return self.score_noisy(_noised(latents, sigma, eps), prompt, sigma)
+
+    def score_noisy(
+        self, noisy: Float[AnyArray, "b h w c"], prompt: PromptEmbeds, sigma: Float[AnyArray, " b"]
+    ) -> Float[Array, " b"]:
+        """Of latents that are noisy already, as a sampler has them at level `sigma`; (B,) float32 scores."""
+        return self._squash(self.head.score(*self._tokens(noisy, prompt, sigma)))
 
     def ensemble(
         self,
@@ -79,7 +85,7 @@ class RewardModule(nnx.Module):
             (B,) float32 scores.
         """
         sigmas = jnp.broadcast_to(sigmas.reshape(len(sigmas), -1), (len(sigmas), latents.shape[0]))
-        image, text = jax.vmap(lambda sigma: self._tokens(latents, prompt, sigma, eps))(sigmas)
+        image, text = jax.vmap(lambda sigma: self._tokens(_noised(latents, sigma, eps), prompt, sigma))(sigmas)
         return self._squash(self.head.score(_join_levels(image), None if text is None else _join_levels(text)))
 
     def score(
@@ -95,21 +101,39 @@ class RewardModule(nnx.Module):
         return self.ensemble(latents, prompt, levels, eps)
 
     def features(self, latents: AnyArray, prompt: PromptEmbeds, sigma: AnyArray, eps: AnyArray) -> Features:
-        """What the head sees of the noised latents; arguments as for a single level."""
-        noisy = add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
-        config = self.config
+        """What the head sees of the noised latents, a row for every prompt that it has the backbone read; arguments as
+        for a single level."""
+        return self._features(_noised(latents, sigma, eps), prompt, sigma)
+
+    def _features(self, noisy: AnyArray, prompt: PromptEmbeds, sigma: AnyArray) -> Features:
+        config, prompts = self.config, self.head.prompts(prompt)
+        copies = prompts.prompt_embeds.shape[0] // noisy.shape[0]
+        noisy, sigma = (jnp.repeat(x, copies, axis=0) for x in (noisy, sigma))
         return self.backbone.features(
-            noisy, timestep(sigma), prompt, visual_taps=config.visual_taps, text_taps=config.text_taps
+            noisy, timestep(sigma), prompts, visual_taps=config.visual_taps, text_taps=config.text_taps
         )
 
-    def _tokens(self, latents, prompt, sigma, eps) -> tuple[jax.Array, jax.Array | None]:
-        return self.head.tokens(self.features(latents, prompt, sigma, eps))
+    def _tokens(self, noisy: AnyArray, prompt: PromptEmbeds, sigma: AnyArray) -> tuple[jax.Array, jax.Array | None]:
+        return self.head.tokens(self._features(noisy, prompt, sigma), prompt)
 
     def _squash(self, score: jax.Array) -> jax.Array:
         """The optional logistic `(e1 - e2) / (1 + exp(-(r - e3) / (|e4| + 1e-6))) + e2`, e1 = 2, e2 = -2."""
         if not self.config.logistic:
             return score
         return 4 * jax.nn.sigmoid((score - self.eta3[...]) / (jnp.abs(self.eta4[...]) + 1e-6)) - 2
+
+
+def _noised(latents: AnyArray, sigma: AnyArray, eps: AnyArray) -> jax.Array:
+    return add_noise(latents.astype(jnp.float32), sigma, eps.astype(jnp.float32))
+
+
+def _head(config: RewardModelConfig, rngs: nnx.Rngs) -> RewardHead | LRMHead:
+    head, width, taps = config.head, config.transformer.width, len(config.visual_taps)
+    if isinstance(head, LRMHeadConfig):
+        spec = config.transformer.latents
+        prompt = (config.encoders.tokens, spec.text_width), spec.pooled_width
+        return LRMHead(head, width, taps, prompt, rngs=rngs)
+    return RewardHead(cast(HeadConfig, head), width, taps, len(config.text_taps), rngs=rngs)
 
 
 def _join_levels(tokens: jax.Array) -> jax.Array:
@@ -131,7 +155,7 @@ def reward_functional(config: RewardModelConfig, execution: ExecutionConfig) -> 
 def sharding_rules(config: RewardModelConfig) -> Rules:
     """Where the parameters of a reward model lie on a mesh."""
     backbone = family_of(config.transformer).sharding
-    return (*under("backbone", backbone), *under("head", RULES), (r"eta[34]", WHOLE))
+    return (*under("backbone", backbone), *under("head", (*RULES, *LRM_RULES)), (r"eta[34]", WHOLE))
 
 
 def stored_dtype(name: str, execution: ExecutionConfig) -> str:

@@ -93,7 +93,7 @@ def dump(params: Mapping[str, AnyArray], table: Table) -> dict[str, np.ndarray]:
     out = {}
     for name, array in params.items():
         file, row = _translate(name, table, "ours", "file")
-        out[file] = np.ascontiguousarray(row.dump(np.asarray(array)))
+        out[file] = np.asarray(row.dump(np.asarray(array)), order="C")
     return out
 
 

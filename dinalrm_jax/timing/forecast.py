@@ -18,7 +18,6 @@ from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.chips import GIB, Target
 from dinalrm_jax.devices.mesh import make_mesh, row_devices
 from dinalrm_jax.devices.sharding import row_sharded
-from dinalrm_jax.encoders.prompt import CLIP_TOKENS
 from dinalrm_jax.evaluation.pairs import score_step
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
@@ -40,7 +39,8 @@ def abstract_step(config: TrainConfig, mesh: Mesh) -> AssembledStep[PreferenceBa
 def abstract_batch(config: TrainConfig, mesh: Mesh, size: Size, pairs: int, tokens: int) -> PreferenceBatch:
     """The shapes of `pairs` pairs of images of (height, width) pixels, as records hold them."""
     latents, prompt = _rows(config, mesh, size, pairs, tokens)
-    return PreferenceBatch(latents, latents, prompt)
+    of_row: Any = row_sharded((pairs,), np.float32, mesh)
+    return PreferenceBatch(latents, latents, prompt, of_row, of_row)
 
 
 def forecast(
@@ -63,7 +63,7 @@ def forecast(
     mesh = make_mesh(config.mesh, target.devices())
     check_stages(config, mesh)
     largest = max(sizes, key=lambda size: size[0] * size[1])
-    tokens = config.model.encoders.text_length + (CLIP_TOKENS if config.model.encoders.kind == "sd3" else 0)
+    tokens = config.model.encoders.tokens
     step, batch = abstract_step(config, mesh), abstract_batch(config, mesh, largest, config.reward.batch_size, tokens)
     shown = f"{largest[0]} x {largest[1]}"
     tell(f"compiling the step of {config.reward.batch_size} pairs of {shown} for {target}")

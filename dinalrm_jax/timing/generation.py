@@ -93,8 +93,8 @@ def _of_latents(
     own, _ = split(stored_shapes(config, setting.execution), is_trainable)
     own = {name: whole_on_every_device(shape.shape, shape.dtype, mesh) for name, shape in own.items()}
     names = names_in(truncate(base, config) | own, base, f"{REWARD}0.")
-    score = RewardModel(config, {}, setting.execution).reward_fn(0.4)
-    return LatentReward(score, names), {names[name]: shape for name, shape in own.items()}
+    reward = LatentReward(RewardModel(config, {}, setting.execution), names, (0.4,))
+    return reward, {names[name]: shape for name, shape in own.items()}
 
 
 def _of_pixels(setting: Setting, mesh: Mesh) -> tuple[Reward, dict[str, Any]]:

@@ -12,12 +12,13 @@ from dinalrm_jax.config import OptimizerConfig, StageConfig
 from dinalrm_jax.devices.mesh import check_batch_size
 from dinalrm_jax.devices.sharding import WHOLE, row_sharded
 from dinalrm_jax.encoders.clip import CLIPTextConfig, CLIPTextModel
-from dinalrm_jax.encoders.prompt import CLIP_TOKENS, encode_ids
+from dinalrm_jax.encoders.prompt import encode_ids
 from dinalrm_jax.encoders.t5 import T5Config, T5Encoder
 from dinalrm_jax.encoders.vae import AutoencoderKL, VAEConfig
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
 from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.encoding import CLIP_TOKENS
 from dinalrm_jax.model.lora import merge
 from dinalrm_jax.model.parameters import Functional, functional, split
 from dinalrm_jax.model.reward import is_trainable, reward_functional, stored_shapes

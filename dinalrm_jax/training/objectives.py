@@ -51,7 +51,8 @@ def reward_objective(
         levels = jnp.concatenate([levels[None], more])
         chosen, rejected = _score_pairs(module.bind(params).ensemble, batch, levels, eps)
         metrics |= {"ensemble_accuracy": (chosen > rejected).astype(jnp.float32)}
-        together = preference.pair_loss(chosen, rejected, levels, loss)
+        label = 1.0 if batch.label is None else batch.label
+        together = _weighed(preference.pair_loss(chosen, rejected, levels, loss, label), batch)
         return (1 - ensemble.weight) * losses + ensemble.weight * together, metrics
 
     return objective
@@ -75,8 +76,10 @@ def reward_losses(
         eps: (B, H, W, C) standard normal noise.
     """
     chosen, rejected = _score_pairs(module.bind(params), batch, levels, eps)
-    correct, margin = (chosen > rejected).astype(jnp.float32), chosen - rejected
-    in_bin = jax.nn.one_hot(jnp.minimum(levels * SIGMA_BINS, SIGMA_BINS - 1).astype(jnp.int32), SIGMA_BINS)
+    label = jnp.float32(1) if batch.label is None else batch.label
+    # As people answered: to have ordered a tie is half right.
+    correct, margin = jnp.where(chosen > rejected, label, 1 - label), chosen - rejected
+    in_bin = sigma_bins(levels)
     metrics = {
         "accuracy": correct,
         "margin": margin,
@@ -86,7 +89,16 @@ def reward_losses(
         "accuracy_by_sigma": in_bin * correct[:, None],
         "margin_by_sigma": in_bin * margin[:, None],
     }
-    return preference.pair_loss(chosen, rejected, levels, loss), metrics
+    return _weighed(preference.pair_loss(chosen, rejected, levels, loss, label), batch), metrics
+
+
+def sigma_bins(levels: jax.Array) -> jax.Array:
+    """(N,) levels -> (N, SIGMA_BINS), 1 in the bin that each falls into."""
+    return jax.nn.one_hot(jnp.minimum(levels * SIGMA_BINS, SIGMA_BINS - 1).astype(jnp.int32), SIGMA_BINS)
+
+
+def _weighed(losses: jax.Array, batch: PreferenceBatch) -> jax.Array:
+    return losses if batch.weight is None else losses * batch.weight
 
 
 def _score_pairs(score: Callable, batch: PreferenceBatch, levels: jax.Array, eps: jax.Array):

@@ -6,10 +6,12 @@ from dinalrm_jax.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate: linear warmup to the peak, then constant or cosine to zero at `steps`."""
+    """Step -> learning rate: linear warmup to the peak, then constant, or by cosine or line to zero at `steps`."""
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     if config.schedule == "constant":
         after = optax.constant_schedule(config.learning_rate)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(config.learning_rate, 0.0, max(1, steps - config.warmup_steps))
     else:
         after = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - config.warmup_steps))
     return optax.join_schedules([warmup, after], [config.warmup_steps])

@@ -16,16 +16,19 @@ import numpy as np
 from absl import logging
 
 from dinalrm_jax.config import TrainConfig
-from dinalrm_jax.disk import AnyPath, resolved
+from dinalrm_jax.devices import processes
+from dinalrm_jax.disk import AnyPath, is_whole, resolved, whole_directory
+from dinalrm_jax.encoders.load import load_prompt_encoder
 from dinalrm_jax.mapping import ConfigError, to_mapping
 from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.lrm import LRMHeadConfig
 from dinalrm_jax.model.parameters import Params, draw, split
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.training.workdir import read_claim
-from dinalrm_jax.weights.files import fingerprint, read_json
+from dinalrm_jax.weights.files import SafetensorsDirectory, fingerprint, read_json, resolve, save_safetensors
 from dinalrm_jax.weights.pretrained import PretrainedModel, open_backbone, open_reward_model, share, truncate
 
 
@@ -139,6 +142,27 @@ def frozen_arrays(config: TrainConfig, workdir: AnyPath, inputs: Mapping[str, st
     module = transformer_functional(config.model.transformer, config.execution)
     frozen = truncate(module.shapes, config.model)
     return truncate(draw(module, config.seed, lambda name: f"backbone.{name}" in frozen), config.model)
+
+
+def empty_prompt(config: TrainConfig, base_model: str | None, workdir: AnyPath) -> dict[str, np.ndarray]:
+    """What the LRM head's unconditional prompt begins as: the empty prompt, by the text encoders; {} of another head.
+
+    Encoded once a run and kept in WORKDIR/empty_prompt, so that a run that goes on does not load the encoders again.
+
+    Raises:
+        ConfigError, WeightsError, FileNotFoundError: as for `encoders.load.load_prompt_encoder`.
+    """
+    if not isinstance(config.model.head, LRMHeadConfig) or config.model.head.guidance == 1:
+        return {}
+    directory = workdir / "empty_prompt"
+    if not is_whole(directory) and processes.is_first():
+        encoded = load_prompt_encoder(config.model.encoders, base_model, "float32")([""])
+        arrays = {"embeds": encoded.prompt_embeds, "pooled": encoded.pooled_prompt_embeds}
+        with whole_directory(directory) as partial:
+            save_safetensors(partial / "prompt.safetensors", {name: np.asarray(x) for name, x in arrays.items()})
+    processes.barrier("empty prompt")
+    found = SafetensorsDirectory(resolve(directory, ("*",)), "prompt")
+    return {f"head.unconditional_{name}": np.array(found[name], np.float32) for name in ("embeds", "pooled")}
 
 
 def _check_same(what: str, path: str, arrays: Mapping[str, np.ndarray], inputs: Mapping[str, str]) -> None:

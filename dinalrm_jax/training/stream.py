@@ -46,12 +46,13 @@ class PairStream:
         batch_size: pairs of a batch, over all processes.
         seed: of the order.
         mesh: over whose devices rows are split.
+        by_prompt: see `TrainingBatches`.
     """
 
-    def __init__(self, name: str, records: AnyRecords, batch_size: int, seed: int, mesh: Mesh):
+    def __init__(self, name: str, records: AnyRecords, batch_size: int, seed: int, mesh: Mesh, by_prompt: bool = False):
         self.units: Mapping[str, int] = {"pairs": batch_size, "images": 2 * batch_size}
         self._batch_size, self._mesh = batch_size, mesh
-        self._batches = TrainingBatches(records, batch_size, seed, local_rows(batch_size, mesh))
+        self._batches = TrainingBatches(records, batch_size, seed, local_rows(batch_size, mesh), by_prompt)
         pairs = JoinedPairs(records, "train")
         firsts = [pairs[bucket.start] for bucket in records.buckets("train").values()]
         abstract = [

@@ -89,7 +89,7 @@ def _map_file(path: pathlib.Path) -> dict[str, np.ndarray | str]:
 
 def save_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes one safetensors file, with the metadata PyTorch's readers expect."""
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, {"format": "pt"})
+    save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, path, {"format": "pt"})
     path.chmod(0o644)  # safetensors creates files that only their owner can read
 
 

@@ -107,6 +107,8 @@ def released_config(config: RewardModelConfig, trained_with: LossConfig | None =
     """
     if not isinstance(config.transformer, SD3Config):
         raise ConfigError("only models on an SD3 backbone can be exported: the released code knows no other")
+    if not isinstance(config.head, HeadConfig):
+        raise ConfigError("only models with the Q-Former head can be exported: the released code knows no other")
     if not config.text_taps:
         raise ConfigError("a model without text taps cannot be exported: the released code needs at least one")
     if config.logistic:

@@ -8,12 +8,13 @@ torch, diffusers and peft (the `test` extra).
 
 import importlib.util
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import numpy as np
 
 from dinalrm_jax.model.batch import PromptEmbeds
-from dinalrm_jax.model.config import RewardModelConfig
+from dinalrm_jax.model.config import HeadConfig, RewardModelConfig
 from dinalrm_jax.weights import pretrained
 
 SIGMAS = (0.1, 0.4, 0.7)
@@ -107,7 +108,7 @@ class ReleasedInTorch:
         ]
         image = torch.cat([image for image, _ in levels], dim=1)
         text = torch.cat([text for _, text in levels], dim=1) if self.config.text_taps else None
-        return torch_head(self.head, image, text, self.config.head.num_attn_heads)
+        return torch_head(self.head, image, text, cast(HeadConfig, self.config.head).num_attn_heads)
 
     def _tokens(self, latents, prompt_embeds, pooled, noise, level: float):
         import torch

@@ -23,112 +23,38 @@ from dinalrm_jax.alignment.flow_grpo import flow_grpo
 from dinalrm_jax.alignment.held_out import HeldOutPrompts, verdict
 from dinalrm_jax.alignment.nft import nft
 from dinalrm_jax.alignment.opened import open_rewards
-from dinalrm_jax.alignment.policy import Policy, PromptBatch, PromptStream, read_prompts
+from dinalrm_jax.alignment.policy import PromptBatch, PromptStream, read_prompts
 from dinalrm_jax.alignment.pretraining import BesideImages, with_pretraining
 from dinalrm_jax.alignment.refl import refl
 from dinalrm_jax.alignment.rewards import LatentReward, Rewards, SceneRules, broken_prompt
 from dinalrm_jax.config import (
-    AlignConfig,
     DPOConfig,
     FlowGRPOConfig,
     JudgeConfig,
+    LPOConfig,
     NFTConfig,
-    OptimizerConfig,
     PolicyEvaluationConfig,
     ReFLConfig,
     RewardConfig,
-    StageConfig,
 )
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.encoders import tiny
 from dinalrm_jax.encoders.load import image_codec
 from dinalrm_jax.evaluation.judges.clip import Judge
 from dinalrm_jax.mapping import ConfigError
-from dinalrm_jax.model.backbone.family import transformer_functional
 from dinalrm_jax.model.batch import PreferenceBatch
-from dinalrm_jax.model.config import LoRAConfig, RewardModelConfig
 from dinalrm_jax.model.encoding import EncodersConfig
-from dinalrm_jax.model.execution import ExecutionConfig
-from dinalrm_jax.model.lora import init_adapters
 from dinalrm_jax.noise import NoiseDraw, SigmaConfig, draw_noise
 from dinalrm_jax.scenes import draw
 from dinalrm_jax.training.metrics import NonFiniteLoss
-from dinalrm_jax.weights.pretrained import load_backbone, truncate
-from tests.conftest import ROOT, randomized
+from dinalrm_jax.weights.pretrained import load_backbone
+from tests.alignment.conftest import PROMPTS, REFL
+from tests.alignment.helpers import collected, trained, velocities
+from tests.conftest import ROOT
 from tests.random_clip import write_clip
 from tests.test_launch import free_port
 
-OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0, warmup_steps=0, ema_decay=0.0)
-REFL = ReFLConfig(steps=4, guidance=1.5, first=1, last=3)
 GRPO = FlowGRPOConfig(steps=5, window=2, last=4, group=4, noise_level=0.7, updates=1)
-PROMPTS = [
-    f"{count} {colour} {thing}" for count in ("one", "two") for colour in ("red", "blue") for thing in ("cup", "dog")
-]
-
-
-@pytest.fixture(scope="module")
-def reward_checkpoint(tiny_pipeline, tmp_path_factory):
-    """A random reward on the pipeline's own backbone."""
-    transformer, backbone = load_backbone(tiny_pipeline)
-    config = RewardModelConfig(
-        transformer=transformer, num_blocks=2, visual_taps=(1, 2), text_taps=(1,), encoders=EncodersConfig("sd3", 16),
-        lora=LoRAConfig(2, 4.0),
-    )  # fmt: skip
-    model = dina.RewardModel.init(config)
-    params = {**randomized(model.params), **truncate(backbone, config)}
-    directory = tmp_path_factory.mktemp("reward") / "model"
-    dataclasses.replace(model, params=jax.tree.map(jnp.asarray, params)).save(directory)
-    return directory
-
-
-@pytest.fixture
-def config(tiny_pipeline, reward_checkpoint, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    stage = StageConfig(8, 3, optimizer=OPTIMIZER, checkpoint_every=1, evaluate_every=2, log_every=1)
-    return AlignConfig(
-        "tiny", str(tiny_pipeline), RewardConfig(str(reward_checkpoint)), stage, str(tmp_path / "prompts.txt"),
-        refl=REFL, lora=LoRAConfig(2, 4.0), height=32, width=48, text_length=16,
-        evaluation=PolicyEvaluationConfig(prompts=2, steps=3, guidance=1.5), mesh=MeshConfig(data=1),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def parts(tiny_pipeline, reward_checkpoint):
-    """A policy with adapters that are not zero, its reward, all parameters, a batch of eight rows and their keys."""
-    transformer, backbone = load_backbone(tiny_pipeline)
-    lora = LoRAConfig(2, 4.0)
-    tuned = transformer_functional(transformer, ExecutionConfig(), lora=lora)
-    policy = Policy(tuned, transformer_functional(transformer, ExecutionConfig()), (4, 6, 16), 3.0)
-    model = dina.RewardModel.from_pretrained(reward_checkpoint, tiny_pipeline)
-    rng = np.random.default_rng(0)
-    drawn = init_adapters(tuned.shapes, lora, 0)
-    adapters = {name: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for name, x in drawn.items()}
-    params = {f"policy.{name}": array for name, array in {**backbone, **adapters}.items()}
-    names = {name: f"reward0.{name}" for name in model.params}
-    params |= {names[name]: array for name, array in model.params.items()}
-    texts = [text for text in PROMPTS[:2] for _ in range(4)]
-    embeds, negative = model.encode_prompt(texts), model.encode_prompt(8 * [""])
-    batch = PromptBatch(embeds, negative, embeds, jnp.arange(8) // 4)
-    rewards = Rewards({"reward": (LatentReward(model.reward_fn(0.4), names), 1.0)})
-    return policy, rewards, params, batch, jax.random.split(jax.random.key(3), 8)
-
-
-def velocities(policy, params):
-    """The policy's and the reference's, compiled."""
-    return (
-        jax.jit(lambda x, sigma, prompt: policy.velocity(params)(x, sigma, prompt)),
-        jax.jit(lambda x, sigma, prompt: policy.reference(params)(x, sigma, prompt)),
-    )
-
-
-def collected(algorithm, params, batch, keys):
-    """What a step collects before its updates, and its objective of it."""
-    collection, objective = algorithm
-    return jax.jit(lambda params: collection.together(collection.rows(params, batch, keys)))(params), objective
-
-
-def trained(params):
-    return {name: array for name, array in params.items() if ".lora_" in name and name.startswith("policy.")}
 
 
 def test_refl_is_the_rewards_gradient_at_one_step(parts):
@@ -327,15 +253,21 @@ def metrics_of(workdir):
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["refl", "flow_grpo", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("nft", "dpo"))]
+    "algorithm",
+    ["refl", "flow_grpo", "lpo", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("nft", "dpo"))],
 )
 def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
     """The frozen arrays stay; the adapters that are written give the policy that was watched."""
     config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))  # whose loops must agree on their steps
     if algorithm != "refl":
-        chosen = {"flow_grpo": dataclasses.replace(GRPO, group=2, updates=2), "nft": NFTConfig(3, group=2, updates=2)}
-        chosen = {algorithm: chosen.get(algorithm, DPOConfig(steps=3, group=4))}
-        weight = 0.0 if algorithm == "dpo" else 0.01
+        known = {
+            "flow_grpo": dataclasses.replace(GRPO, group=2, updates=2),
+            "nft": NFTConfig(3, group=2, updates=2),
+            "dpo": DPOConfig(steps=3, group=4),
+            "lpo": LPOConfig(steps=4, guidance=1.5, pairs=3, updates=2, threshold=(0.0, 0.01)),
+        }
+        chosen = {algorithm: known[algorithm]}
+        weight = 0.0 if algorithm in ("dpo", "lpo") else 0.01
         config = dataclasses.replace(config, refl=None, **chosen, reference_weight=weight, mesh=MeshConfig(data=2))
     align.run(config, tmp_path / "run")
     rows = metrics_of(tmp_path / "run")
@@ -391,7 +323,8 @@ def policy_of(workdir):
 @pytest.mark.parametrize(
     ("algorithm", "number", "status"),
     [("refl", signal.SIGTERM, 128 + signal.SIGTERM),
-     pytest.param("flow_grpo", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.heavy)],
+     pytest.param("flow_grpo", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.heavy),
+     pytest.param("lpo", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.heavy)],
 )  # fmt: skip
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(config, tmp_path, algorithm, number, status):
     """After its first step, told or killed, and started again: to the bit."""
@@ -414,7 +347,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(config, tmp_path, algor
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("algorithm", ["refl", "flow_grpo"])
+@pytest.mark.parametrize("algorithm", ["refl", "flow_grpo", "lpo"])
 def test_two_processes_of_four_devices_tune_as_one_device(config, tmp_path, algorithm):
     script = (str(ROOT / "launch" / "local_processes.sh"),)
     environment = {

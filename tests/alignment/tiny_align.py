@@ -19,4 +19,6 @@ def get_config(algorithm: str = "refl") -> ConfigDict:
     }  # fmt: skip
     if algorithm == "flow_grpo":
         values |= {"refl": None, "flow_grpo": {"steps": 5, "window": 2, "last": 4, "group": 2}}
+    elif algorithm == "lpo":
+        values |= {"refl": None, "lpo": {"steps": 4, "pairs": 3, "updates": 2, "threshold": (0.0, 0.01)}}
     return with_defaults(AlignConfig, values)

@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 
 from dinalrm_jax.model.backbone.family import Features
+from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import HeadConfig
 from dinalrm_jax.model.head import RewardHead
 from dinalrm_jax.model.parameters import functional
@@ -38,7 +39,8 @@ def test_forms_of_the_head(config):
     text = [rng.standard_normal((2, 5, 16)).astype(np.float32) for _ in config.text_taps]
     head: RewardHead = module.bind(params)
     features = jax.tree.map(jnp.asarray, Features(temb, tuple(image), tuple(text)))
-    score = head.score(*head.tokens(features))
+    prompt = PromptEmbeds(np.zeros((2, 5, 24)), np.zeros((2, 20)))  # which this head reads in the backbone only
+    score = head.score(*head.tokens(features, prompt))
     weights = {name: torch.from_numpy(np.array(array)) for name, array in params.items()}
     image, text = ([torch.from_numpy(tap) for tap in taps] for taps in (image, text))
     tokens = torch_head_tokens(weights, image, text, torch.from_numpy(temb))
