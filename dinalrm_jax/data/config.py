@@ -1,6 +1,8 @@
 """How datasets become records, and how records are mixed."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 from dinalrm_jax.data.buckets import BUCKETS, bucket_name, parse_bucket
@@ -8,6 +10,54 @@ from dinalrm_jax.data.names import Dataset
 from dinalrm_jax.mapping import ConfigError, at_least
 from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.execution import Dtype
+
+FORM = "COLUMN:WIN:TIE, for instance clip:0:0.03"
+# The three that are published; the second is the one that trained the released models.
+PUBLISHED = {
+    f"mpcf{number}": (f"aesthetic:{least}:0.2", "clip:0:0.03", "vqa:0:0.07")
+    for number, least in ((1, 0), (2, -0.5), (3, -1))
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What one score says of a pair.
+
+    column: of the score.
+    win: the winner's score less the loser's is more than this.
+    tie: the scores of a tie differ by less than this.
+    """
+
+    column: str
+    win: float
+    tie: float
+
+    def keeps(self, gap: float, tied: bool) -> bool:
+        """Whether a pair passes; `gap` is the winner's score less the loser's, of either order in a tie."""
+        return abs(gap) < self.tie if tied else gap > self.win
+
+
+def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
+    """The rules of `--agree`: each COLUMN:WIN:TIE, or the name of a published set.
+
+    Raises:
+        ConfigError: another form, or a column that has two rules.
+    """
+    rules = []
+    for text in (one for given in texts for one in PUBLISHED.get(given, (given,))):
+        column, *numbers = text.split(":")
+        try:
+            win, tie = map(float, numbers)
+        except ValueError:
+            win = tie = math.nan
+        if not column or not math.isfinite(win) or not tie > 0:
+            known = ", ".join(PUBLISHED)
+            raise ConfigError(f"agree is {text!r}, expected {FORM}, with TIE above 0; or one of {known}")
+        rules.append(Rule(column, win, tie))
+    columns = [rule.column for rule in rules]
+    if len(set(columns)) < len(columns):
+        raise ConfigError(f"agree has two rules for one column: {', '.join(columns)}")
+    return tuple(rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +74,10 @@ class PreparationConfig:
     min_area: Drop images of fewer pixels.
     min_vote_share: Keep only rows whose winner has more than this share of the votes (`data.preferences.select`).
     min_confidence: Keep only rows of at least this confidence.
+    ties: Keep training pairs that people tied, as ties.
+    scores: CSV files of scores by image, each FILE, or NAME=FILE of what judge --csv writes; for agree.
+    agree: Keep only training pairs on which scores agree with people (`data.agreement`): rules COLUMN:WIN:TIE, or a
+        published set, mpcf1, mpcf2 or mpcf3.
     max_rows_per_prompt: Keep at most so many training rows of one prompt (8 in the released code); 0 keeps all.
     holdout: Prompts to hold out where the source has no split of its own.
     benchmark_split: Which test set of GenAI-Bench to take.
@@ -45,6 +99,9 @@ class PreparationConfig:
     min_area: int = 65536
     min_vote_share: float = 0.0
     min_confidence: float = 0.0
+    ties: bool = False
+    scores: tuple[str, ...] = ()
+    agree: tuple[str, ...] = ()
     max_rows_per_prompt: int = 0
     holdout: int = 10
     benchmark_split: Literal["test", "test_v1"] = "test"
@@ -66,6 +123,9 @@ class PreparationConfig:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.dataset == "dinalrm" and self.fit == "crop":
             raise ConfigError("fit is crop, but dinalrm holds latents, which are not cut; leave fit at stretch")
+        if bool(self.scores) != bool(self.agree):
+            raise ConfigError("scores are what agree compares: give both, or none of them")
+        parse_rules(self.agree)
         if not self.buckets:
             raise ConfigError("buckets is empty: name at least one, height x width, for instance 512x512")
         for name in self.buckets:

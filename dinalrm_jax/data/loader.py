@@ -214,7 +214,7 @@ class _BatchRows:
 def pairs_of_prompts(pairs: Sequence[PairRecord]) -> np.ndarray:
     """(P,) how many of the P pairs have the prompt that each has."""
     prompts = np.array([pair.prompt for pair in pairs])
-    return np.bincount(prompts)[prompts]
+    return np.bincount(prompts)[prompts].astype(float)
 
 
 def distinct_rows(pairs: Sequence[PairRecord]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,9 +14,10 @@ from dinalrm_jax.data.records import RecordsError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Preference:
-    """One strict human preference: image `chosen` over image `rejected` for `prompt`.
+    """One human preference: image `chosen` over image `rejected` for `prompt`.
 
-    Images are named within their source. Votes (for, against) and confidence are None where unknown.
+    Images are named within their source. Votes (for, against) and confidence are None where unknown. `label` is the
+    probability that `chosen` is preferred: 1/2 of a tie.
     """
 
     prompt: str
@@ -24,6 +25,7 @@ class Preference:
     rejected: str
     votes: tuple[int, int] | None = None
     confidence: float | None = None
+    label: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,11 +72,13 @@ class Source:
     latents: Latents | None = None
 
 
-def ranked_pairs(ranking: Ranking, counts: Counter) -> list[Preference]:
-    """All strict pairs of a ranking; ties are counted."""
+def ranked_pairs(ranking: Ranking, counts: Counter, ties: bool = False) -> list[Preference]:
+    """All strict pairs of a ranking; ties are counted or, where asked for, pairs too."""
     pairs = []
     for (first, rank_first), (second, rank_second) in itertools.combinations(zip(ranking.images, ranking.ranks), 2):
-        if rank_first == rank_second:
+        if rank_first == rank_second and ties:
+            pairs.append(Preference(ranking.prompt, first, second, label=0.5))
+        elif rank_first == rank_second:
             counts["tied rank"] += 1
         elif rank_first < rank_second:
             pairs.append(Preference(ranking.prompt, first, second))

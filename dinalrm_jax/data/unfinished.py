@@ -66,7 +66,9 @@ def claim(
         RecordsError: it is of other work; the message names what differs.
     """
     rows = [
-        (split, row.prompt, row.chosen, row.rejected) for split in sorted(preferences) for row in preferences[split]
+        (split, row.prompt, row.chosen, row.rejected, row.label)
+        for split in sorted(preferences)
+        for row in preferences[split]
     ]
     plan: dict[str, Any] = {"config": what_counts(config), **made_by, "preferences": stable_hash(*rows).hex()}
     path = work / "plan.json"

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 
+from dinalrm_jax.data.agreement import without_disagreement
 from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.latents import EncodedImages
 from dinalrm_jax.data.names import BenchmarkName
@@ -43,7 +44,9 @@ def preprocess(
     output = pathlib.Path(output)
     with lock(output) if processes.is_first() else contextlib.nullcontext():
         check_output(output)
-        found = read_source(pathlib.Path(source), config, base_model)
+        directory = pathlib.Path(source)
+        found = read_source(directory, config, base_model)
+        found = without_disagreement(found, directory, config.scores, config.agree, config.ties)
         return prepare(
             found,
             output,
@@ -66,7 +69,7 @@ def read_source(
         case "hpdv3":
             return hpdv3.read(source)
         case "hpdv2":
-            return hpdv2.read(source, config.holdout)
+            return hpdv2.read(source, config.holdout, config.ties)
         case "imagereward":
             return imagereward.read(source)
         case "genai_bench":

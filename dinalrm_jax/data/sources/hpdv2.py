@@ -16,17 +16,17 @@ from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.data.sources.json_rows import list_of, read_rankings, read_rows
 
 
-def read(source: pathlib.Path, holdout: int) -> Source:
-    """Training and held-out pairs; tied ranks give no pair and are counted.
+def read(source: pathlib.Path, holdout: int, ties: bool = False) -> Source:
+    """Training and held-out pairs; tied ranks give no pair and are counted, unless `ties` asks for them.
 
-    With a train.json, training pairs come from it and all rankings of test.json are held out.
+    With a train.json, training pairs come from it, without ties, and all rankings of test.json are held out.
     Without one, the rankings of `holdout` prompts are held out.
 
     Raises:
         RecordsError: not an HPDv2 directory, or rows of another form, naming the row.
     """
     counts: Counter[str] = Counter()
-    ranked = [pair for ranking in _rankings(source, counts) for pair in ranked_pairs(ranking, counts)]
+    ranked = [pair for ranking in _rankings(source, counts) for pair in ranked_pairs(ranking, counts, ties)]
     if (source / "train.json").exists():
         rows = read_rows(source / "train.json", ("prompt", "file_path", "human_preference"), "HPDv2", counts)
         preferences = {"train": [_pair(source, index, row) for index, row in enumerate(rows)], "eval": ranked}
