@@ -169,7 +169,7 @@ def _kind(cls: Any, values: Mapping[str, Any], where: str) -> tuple[Any, Mapping
     if dataclasses.is_dataclass(cls):
         return cls, values
     try:
-        return cls.variant(values)
+        return cls.variant({key: values[key] for key in values})  # a ConfigDict is no Mapping
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

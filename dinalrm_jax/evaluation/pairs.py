@@ -1,6 +1,7 @@
 """The scorer of records: a split's pairs at several noise levels and of their ensembles, on all devices."""
 
 import collections
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from dinalrm_jax.data.images import map_ahead
 from dinalrm_jax.data.loader import distinct_rows
 from dinalrm_jax.data.mixture import AnyRecords
-from dinalrm_jax.data.records import RecordsError
+from dinalrm_jax.data.records import PairRecord, RecordsError
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import compile_if_it_fits, fits_beside
 from dinalrm_jax.devices.mesh import row_devices
@@ -95,19 +96,41 @@ class PairScorer:
             raise RecordsError(f"{records.directory} has no pairs in split {split!r} to evaluate on")
         count = min(total, max_pairs or total)
         chosen = np.linspace(0, total - 1, count).round().astype(int)
-        self.pairs = [pairs[int(index)] for index in chosen]
         ends = np.cumsum([len(rows) for rows in by_bucket.values()])
-        pair_buckets = np.searchsorted(ends, chosen, side="right")
+        self._pair_buckets = np.searchsorted(ends, chosen, side="right")
         self._batch_size, self._records, self._mesh = batch_size, records, mesh
-        self._rows, self._chosen, self._rejected = distinct_rows(self.pairs)
-        self._bucket = np.empty(len(self._rows), int)
-        self._bucket[self._chosen] = self._bucket[self._rejected] = pair_buckets
+        self._take([pairs[int(index)] for index in chosen])
         self._score = score_step(module, mesh)
         self._shapes = {
             bucket: records.images[int(self._rows[np.flatnonzero(self._bucket == bucket)[0], 0])].latents.shape
             for bucket in np.unique(self._bucket)
         }
         self._programs: dict[tuple, tuple[int, jax.stages.Compiled]] = {}
+
+    def _take(self, pairs: list[PairRecord]) -> None:
+        """Sets the pairs, as many as there are buckets of theirs, and their distinct rows."""
+        self.pairs = pairs
+        self._rows, self._chosen, self._rejected = distinct_rows(pairs)
+        self._bucket = np.empty(len(self._rows), int)
+        self._bucket[self._chosen] = self._bucket[self._rejected] = self._pair_buckets
+
+    def with_prompts_exchanged(self) -> "PairScorer | None":
+        """The same pairs, each under the prompt of another one, by the same programs; None where all have one prompt.
+
+        What is right there is right without reading: how far the accuracy falls says what the prompts are worth.
+        """
+        prompts = [pair.prompt for pair in self.pairs]
+        if len(set(prompts)) == 1:
+            return None
+        other, count = copy.copy(self), len(prompts)
+        # From half a list away, where the kinds of pairs and their prompts are likely to be others.
+        turned = [prompts[(place + count // 2) % count] for place in range(count)]
+        turned = [
+            found if found != own else next(each for each in prompts if each != own)
+            for own, found in zip(prompts, turned)
+        ]
+        other._take([dataclasses.replace(pair, prompt=prompt) for pair, prompt in zip(self.pairs, turned)])
+        return other
 
     def compile(
         self, params: Params, levels: Sequence[Level], fits: Callable[[jax.stages.Compiled], bool] = fits_beside

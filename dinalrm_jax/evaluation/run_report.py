@@ -12,6 +12,8 @@ from dinalrm_jax.evaluation.pairs import PairScores
 from dinalrm_jax.evaluation.plots import FEW, AccuracyCurve, plot_accuracy_by_sigma, plot_learning_curve, plot_pairs
 from dinalrm_jax.evaluation.scoring import Level, level_name
 
+SHARED, EXCHANGED = "all, shared noise", "all, prompts exchanged"  # columns of the table
+
 
 def groups(scores: PairScores) -> dict[str, np.ndarray]:
     """Masks of all pairs and of each group; a pair's group is its kind up to the slash."""
@@ -20,13 +22,14 @@ def groups(scores: PairScores) -> dict[str, np.ndarray]:
     return {"all": np.ones(len(prefixes), bool), **({name: prefixes == name for name in names} if names[1:] else {})}
 
 
-def accuracy_table(scores: PairScores, shared: PairScores) -> str:
-    """A Markdown table, one line a level, one column a group of pairs; per cent. The last is of `shared`."""
+def accuracy_table(scores: PairScores, others: Mapping[str, PairScores]) -> str:
+    """A Markdown table, one line a level, one column a group of pairs, and one for each of `others`; per cent."""
     masks = groups(scores)
-    names = [f"{name} ({mask.sum()})" for name, mask in masks.items()] + ["all, shared noise"]
+    names = [f"{name} ({mask.sum()})" for name, mask in masks.items()] + list(others)
     lines = ["| sigma | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for level in scores.levels:
-        found = [scores.accuracy(level, mask) for mask in masks.values()] + [shared.accuracy(level)]
+        found = [scores.accuracy(level, mask) for mask in masks.values()]
+        found += [other.accuracy(level) for other in others.values()]
         lines.append(f"| {level_name(level)} | " + " | ".join(f"{100 * accuracy:.1f}" for accuracy in found) + " |")
     return "\n".join(lines)
 
@@ -54,6 +57,7 @@ def write_report(
     records: AnyRecords,
     scores: PairScores,
     shared: PairScores,
+    exchanged: PairScores | None,
     history: list[dict],
     codec: ImageCodec | None,
     weights: str,
@@ -67,6 +71,7 @@ def write_report(
         records: what was evaluated on, for the contact sheet and the file-size baseline.
         scores: single levels in increasing order, then ensembles; every image with its own noise.
         shared: the same with one noise for all images.
+        exchanged: of every pair under another pair's prompt, images with their own noise; None: there is no other.
         history: the reward stage's lines of metrics.jsonl.
         codec: what draws the contact sheet's images; None: no sheet.
         weights: the model's digest.
@@ -76,9 +81,11 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     ensemble = scores.levels[-1]
     title = f"Held-out pair accuracy, % (chance 50, {len(scores.kinds)} pairs)"
+    others = {SHARED: shared} | ({} if exchanged is None else {EXCHANGED: exchanged})
     sections = [
-        f"{title}; every image has its own noise, but in the last column, where all have the same",
-        accuracy_table(scores, shared),
+        f"{title}; every image has its own noise, but where all share one. With prompts exchanged, every pair stands "
+        "under another pair's prompt: what is still right is right by the images alone",
+        accuracy_table(scores, others),
     ]
     if len(scores.kinds) < FEW:
         sections.insert(0, f"{len(scores.kinds)} pairs only: such numbers are chance.")
@@ -100,7 +107,7 @@ def write_report(
     (directory / "report.md").write_text(text)
     results = {
         level_name(level): {name: scores.accuracy(level, mask) for name, mask in groups(scores).items()}
-        | {"all, shared noise": shared.accuracy(level)}
+        | {name: other.accuracy(level) for name, other in others.items()}
         for level in scores.levels
     }
     baseline = {} if file_size is None else {"file size": {"all": file_size}}

@@ -40,10 +40,13 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
     singles = sorted({*REPORT_SIGMAS, config.evaluation.sigma, *config.evaluation.levels})
     levels: tuple[Level, ...] = (*singles, config.evaluation.ensemble)
     scorer.compile(params, levels)
-    with processes.progress(total=2 * len(levels) * scorer.row_count(), desc="held-out pairs", unit="image") as bar:
+    control, total = scorer.with_prompts_exchanged(), 2 * len(levels) * scorer.row_count()
+    total += 0 if control is None else len(levels) * control.row_count()
+    with processes.progress(total=total, desc="held-out pairs", unit="image") as bar:
         own, same = (NoiseDraw(config.evaluation.seed, shared) for shared in (False, True))
         scores = scorer.run(params, levels, own, bar.update)
         shared = scorer.run(params, levels, same, bar.update)
+        exchanged = None if control is None else control.run(params, levels, own, bar.update)
     if processes.is_first():
         encoders, pipeline = setup.records.encoders, setup.base_model
         # An SD3 VAE draws the records' images; without one there is no contact sheet.
@@ -54,6 +57,7 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
                 setup.records,
                 scores,
                 shared,
+                exchanged,
                 history=read_metrics(workdir, "reward"),
                 codec=load_image_codec(encoders, pipeline) if drawn else None,
                 weights=read_json(workdir / "model" / "config.json")["weights"],

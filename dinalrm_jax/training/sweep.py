@@ -38,7 +38,8 @@ def sweep_runs(
                 backbone = generate(config, workdir / f"seed{seed}" / "generator_run")
                 config = dataclasses.replace(config, generator=None, base_model=str(backbone))
             scores = run(config, workdir / f"seed{seed}" / config.name)
-            levels = (0.0, config.evaluation.sigma, config.evaluation.ensemble)
+            judged = config.evaluation
+            levels = dict.fromkeys((0.0, *sorted({judged.sigma, *judged.levels}), judged.ensemble))
             accuracies[config.name].append({level_name(level): scores.accuracy(level) for level in levels})
     if processes.is_first():
         table = sweep_table(accuracies)

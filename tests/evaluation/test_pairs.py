@@ -133,3 +133,22 @@ def test_a_broken_model_is_noticed_at_its_first_batch(scene_model, records):
     scorer, params = make_scorer(broken, records, levels=(0.2,))
     with pytest.raises(ValueError, match="the model scores NaN"):
         scorer.run(params, (0.2,), DRAW)
+
+
+def test_prompts_exchanged(scene_model, records):
+    """The same images under other prompts, by the programs that are there; where there is one prompt, nothing."""
+    scorer, params = make_scorer(scene_model, records)
+    other = scorer.with_prompts_exchanged()
+    scores = other.run(params, LEVELS, DRAW)
+    texts = [records.prompts[pair.prompt].text for pair in scorer.pairs]
+    exchanged = [records.prompts[pair.prompt].text for pair in other.pairs]
+    assert all(one != two for one, two in zip(texts, exchanged))
+    assert len(set(exchanged)) > 1
+    for number, (before, after) in enumerate(zip(scorer.pairs, other.pairs)):
+        assert (before.chosen, before.rejected, before.kind) == (after.chosen, after.rejected, after.kind)
+        for role, found in (("chosen", scores.chosen), ("rejected", scores.rejected)):
+            expected = expected_scores(scene_model, records, after, role, 0.6, shared=False)
+            assert found[2, number] == pytest.approx(expected, abs=1e-5)
+    assert len(scorer.run(params, LEVELS, DRAW).kinds) == PAIRS  # which it leaves as it was
+    other._take([dataclasses.replace(pair, prompt=0) for pair in other.pairs])
+    assert other.with_prompts_exchanged() is None

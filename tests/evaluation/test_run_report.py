@@ -23,6 +23,8 @@ SCORES = PairScores(
 )
 SHARED = PairScores((0.2, 0.4), np.ones((2, 4)), np.array([[0.0] * 4, [2.0] * 4]), KINDS, SCORES.records)
 
+EXCHANGED = PairScores((0.2, 0.4), *np.array([[[1.0, 0, 0, 0]] * 2, [[0.5] * 4] * 2]), KINDS, SCORES.records)
+
 
 def records(sizes):
     return types.SimpleNamespace(
@@ -31,7 +33,7 @@ def records(sizes):
 
 
 def test_tables():
-    assert accuracy_table(SCORES, SHARED).splitlines() == [
+    assert accuracy_table(SCORES, {"all, shared noise": SHARED}).splitlines() == [
         "| sigma | all (4) | degraded (2) | prompt (2) | all, shared noise |",
         "|---|---|---|---|---|",
         "| 0.2 | 75.0 | 50.0 | 100.0 | 100.0 |",
@@ -47,12 +49,18 @@ def test_the_larger_file_is_a_baseline_where_there_are_files():
 
 def test_what_is_written(tmp_path):
     history = [{"step": 20, "loss": 1.0, "accuracy": 0.5, "eval_accuracy": 0.5, "eval_sigma": 0.4}]
-    text = write_report(tmp_path, records([9, 1] * 4), SCORES, SHARED, history, None, "0123", best=(20, 0.5))
+    text = write_report(tmp_path, records([9, 1] * 4), SCORES, SHARED, EXCHANGED, history, None, "0123", best=(20, 0.5))
     assert "The model (weights 0123) is that of the last step" in text
     assert "has 50.0 % at sigma 0.4: reward/best/20" in text
     assert "the larger image file wins: 100.0 %" in text
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["0.2"] == {"all": 0.75, "degraded": 0.5, "prompt": 1.0, "all, shared noise": 1.0}
+    assert results["0.2"] == {
+        "all": 0.75,
+        "degraded": 0.5,
+        "prompt": 1.0,
+        "all, shared noise": 1.0,
+        "all, prompts exchanged": 0.25,
+    }
     assert results["0.4"]["all, shared noise"] == 0.0
 
 
@@ -63,10 +71,10 @@ def test_every_level_that_is_logged_is_its_own():
 
 
 def test_few_pairs_and_noise_weights_are_said(tmp_path):
-    text = write_report(tmp_path, records([0] * 8), SCORES, SHARED, [], None, "0123", note="its VAE is noise")
+    text = write_report(tmp_path, records([0] * 8), SCORES, SHARED, None, [], None, "0123", note="its VAE is noise")
     assert text.startswith("Note: its VAE is noise.\n\n4 pairs only: such numbers are chance.\n\n")
     many = PairScores((0.2,), *np.zeros((2, 1, 50)), np.array(50 * ["a"]), np.zeros((50, 3), int))
-    text = write_report(tmp_path, records([0]), many, many, [], None, "0123")
+    text = write_report(tmp_path, records([0]), many, many, None, [], None, "0123")
     assert text.startswith("Held-out pair accuracy, % (chance 50, 50 pairs)")
 
 
