@@ -76,7 +76,7 @@ def reward_losses(
         eps: (B, H, W, C) standard normal noise.
     """
     chosen, rejected = _score_pairs(module.bind(params), batch, levels, eps)
-    label = jnp.float32(1) if batch.label is None else batch.label
+    label = 1.0 if batch.label is None else batch.label
     # As people answered: to have ordered a tie is half right.
     correct, margin = jnp.where(chosen > rejected, label, 1 - label), chosen - rejected
     in_bin = sigma_bins(levels)

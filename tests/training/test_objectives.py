@@ -158,3 +158,43 @@ def test_the_velocity_that_leads_to_the_image_costs_nothing(batch):
     np.testing.assert_allclose(objective({}, batch, keys)[0], 0, atol=1e-8)
     module.sign = -1.0
     assert (np.asarray(objective({}, batch, keys)[0]) > 1).all()
+
+
+@pytest.mark.parametrize("name", ["fidelity", "nll", "bradley_terry"])
+def test_labels_and_weights(golden_model, golden_batch, cases, name):
+    """A soft label is the loss of both orders, by their share; a weight multiplies a loss; accuracy counts alike."""
+    module = reward_functional(golden_model.config, golden_model.execution)
+    loss, rows = LossConfig(name=name), len(cases["sigma"])
+
+    @jax.jit
+    def found(batch):
+        losses, metrics = reward_losses(module, loss, golden_model.params, batch, cases["sigma"], cases["noise"])
+        return losses, metrics["accuracy"]
+
+    turned = dataclasses.replace(golden_batch, chosen=golden_batch.rejected, rejected=golden_batch.chosen)
+    (sure, right), (wrong, left) = found(golden_batch), found(turned)
+    label = np.linspace(0.5, 1, rows).astype(np.float32)
+    weight = np.arange(1, rows + 1, dtype=np.float32)
+    losses, accuracy = found(dataclasses.replace(golden_batch, label=label, weight=weight))
+    np.testing.assert_allclose(accuracy, label * right + (1 - label) * left, atol=1e-6)
+    if name == "fidelity":  # whose labels stand under roots
+        expected = 1 - np.sqrt(label) * (1 - sure) - np.sqrt(1 - label) * (1 - wrong)
+    else:
+        expected = label * sure + (1 - label) * wrong
+        expected -= np.log(2) * (label == 0.5) if name == "bradley_terry" else 0
+    np.testing.assert_allclose(losses, weight * expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ensembles_loss_has_labels_and_weights_too(batch):
+    term = EnsembleTermConfig(count=2, weight=1.0)
+
+    def loss(**values):
+        reading = Reading(lambda levels, eps: levels, lambda latents, prompt, levels, eps: latents[:, 0, 0, 0])
+        objective = reward_objective(reading, LossConfig("bradley_terry"), SigmaConfig(), term)
+        return objective({}, dataclasses.replace(batch, **values), row_keys(3, 7, ROWS))[0]
+
+    half = jnp.full(ROWS, 0.5)
+    difference = batch.chosen[:, 0, 0, 0] - batch.rejected[:, 0, 0, 0]
+    np.testing.assert_allclose(loss(), np.log1p(np.exp(-difference)), rtol=1e-4)
+    tie = 0.5 * (np.log1p(np.exp(-difference)) + np.log1p(np.exp(difference))) - np.log(2)
+    np.testing.assert_allclose(loss(label=half, weight=3 * half), 1.5 * tie, rtol=1e-4, atol=1e-6)
