@@ -12,10 +12,10 @@ OF_EVALUATION, OF_METRICS = "tests/evaluation/test_pairs.py", "tests/training/te
 OF_RUNS, OF_LOADER = "tests/test_train.py", "tests/data/test_loader.py"
 
 MUTANTS = [
-    Mutant("chosen and rejected change places in the loss", OBJECTIVES, "preference.pair_loss(chosen, rejected, levels, loss), metrics",
-           "preference.pair_loss(rejected, chosen, levels, loss), metrics", OF_OBJECTIVES),
-    Mutant("the loss ignores sigma", OBJECTIVES, "preference.pair_loss(chosen, rejected, levels, loss), metrics",
-           "preference.pair_loss(chosen, rejected, 0 * levels, loss), metrics", OF_OBJECTIVES),
+    Mutant("chosen and rejected change places in the loss", OBJECTIVES, "preference.pair_loss(chosen, rejected, levels, loss, label), batch), metrics",
+           "preference.pair_loss(rejected, chosen, levels, loss, label), batch), metrics", OF_OBJECTIVES),
+    Mutant("the loss ignores sigma", OBJECTIVES, "preference.pair_loss(chosen, rejected, levels, loss, label), batch), metrics",
+           "preference.pair_loss(chosen, rejected, 0 * levels, loss, label), batch), metrics", OF_OBJECTIVES),
     Mutant("one sigma for a batch", OBJECTIVES, "jax.vmap(lambda key: sample_sigma(key, ()))(sigma_keys), noise",
            "jnp.broadcast_to(sample_sigma(sigma_keys[0], ()), len(keys)), noise", OF_OBJECTIVES),
     Mutant("one eps for a batch", OBJECTIVES, "noise.draw_noise(eps_keys, shape)", "noise.draw_noise(eps_keys[0], shape)",
@@ -100,8 +100,8 @@ MUTANTS = [
            "records.fingerprint for records in self._records[:1])", "tests/data/test_mixture.py"),
     Mutant("latents of two VAEs are mixed", "dinalrm_jax/data/mixture.py", 'one.manifest.get("codec"), ', "None, ",
            "tests/data/test_mixture.py"),
-    Mutant("the report's shared noise is the images' own", "dinalrm_jax/evaluation/run_report.py", "+ [shared.accuracy(level)]",
-           "+ [scores.accuracy(level)]", "tests/evaluation/test_run_report.py"),
+    Mutant("the report's shared noise is the images' own", "dinalrm_jax/evaluation/run_report.py", "{name: other.accuracy(level) for name, other in others.items()}",
+           "{name: scores.accuracy(level) for name, other in others.items()}", "tests/evaluation/test_run_report.py"),
     Mutant("all logged levels are the first", EVALUATION, "scores.accuracy(level) for level in self.levels[1:]}",
            "scores.accuracy(self.levels[0]) for level in self.levels[1:]}", "tests/evaluation/test_run_report.py"),
     Mutant("evaluations count as training time", METRICS, "self._since += seconds", "self._since -= seconds", OF_METRICS),

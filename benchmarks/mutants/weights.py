@@ -51,6 +51,6 @@ MUTANTS = [
            "num_attention_heads=24,", "tests/model/backbone/test_family.py -k published"),
     Mutant("text taps of a backbone without text pass", "dinalrm_jax/model/config.py",
            "if deepest is None and self.text_taps:", "if False:", "tests/model/backbone/test_family.py -k told_apart"),
-    Mutant("the head's parameters have no place", "dinalrm_jax/model/reward.py", '*under("head", RULES),', "*RULES,",
+    Mutant("the head's parameters have no place", "dinalrm_jax/model/reward.py", '*under("head", (*RULES, *LRM_RULES)),', "*RULES, *LRM_RULES,",
            "tests/devices/test_sharding.py"),
 ]  # fmt: skip
