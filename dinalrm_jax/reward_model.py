@@ -15,11 +15,13 @@ from PIL import Image
 from dinalrm_jax.data.images import ImageSource, read_rgb
 from dinalrm_jax.encoders.load import ImageCodec, image_codec, prompt_encoder
 from dinalrm_jax.evaluation.scoring import Level, ranks, score_images
+from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model import lora
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import RewardModelConfig
-from dinalrm_jax.model.execution import DtypeOrAuto, ExecutionConfig
+from dinalrm_jax.model.execution import ExecutionConfig, Weights
 from dinalrm_jax.model.parameters import Params
+from dinalrm_jax.model.quantization import is_quantized, quantized
 from dinalrm_jax.model.reward import check_levels, chosen_dtype, is_trainable, jitted_score, reward_functional, store
 from dinalrm_jax.noise import NoiseDraw, draw_noise, seed_key
 from dinalrm_jax.preference import LossConfig
@@ -66,7 +68,7 @@ class RewardModel:
         cls,
         checkpoint: str | pathlib.Path,
         base_model: str | pathlib.Path | None = None,
-        dtype: DtypeOrAuto = "auto",
+        dtype: Weights = "auto",
         backbone: Params | None = None,
         revision: str | None = None,
     ) -> "RewardModel":
@@ -79,6 +81,7 @@ class RewardModel:
                 native checkpoint, which holds its backbone, only text encoders and VAE are read from it.
             dtype: compute dtype; frozen weights are stored in it, LoRA and head in float32. "auto" is that of the
                 given backbone or, without one, float32 on CPUs, which compute it as fast, and bfloat16 elsewhere.
+                "int8" holds frozen matrices in int8 and computes in the latter; such a model cannot be saved.
             backbone: a whole transformer's parameters (`weights.pretrained.load_backbone`), on the device in
                 `dtype`, as a policy has them. The frozen part is taken from them as it is: nothing is read or
                 held twice. They must be those that the checkpoint was trained on.
@@ -90,8 +93,15 @@ class RewardModel:
             ConfigError: a configuration of another kind of model, or a directory's revision.
             FileNotFoundError: not a checkpoint, with what was looked for.
         """
+        if dtype == "int8" and backbone is not None:
+            raise ConfigError(
+                "a given backbone is used as it is; int8 weights are read from a checkpoint: leave one out"
+            )
         execution = ExecutionConfig(dtype=chosen_dtype(dtype, backbone))
-        return cls.loaded(open_checkpoint(checkpoint, base_model, execution, backbone, revision))
+        model = cls.loaded(open_checkpoint(checkpoint, base_model, execution, backbone, revision))
+        if dtype != "int8":
+            return model
+        return dataclasses.replace(model, params=quantized(model.params, lambda name: not is_trainable(name)))
 
     @classmethod
     def loaded(cls, opened: PretrainedModel) -> "RewardModel":
@@ -113,10 +123,12 @@ class RewardModel:
 
     def save(self, output: str | pathlib.Path, step: int | None = None) -> None:
         """Writes a native checkpoint, whole or not at all; `step` is the training step that it is of."""
+        self._check_whole("saved")
         save_reward_model(output, self.config, self.params, self.likelihood, self.image_sizes, step)
 
     def export_released(self, output: str | pathlib.Path) -> None:
         """Writes LoRA and head in the released layout; raises ConfigError for a model that it cannot hold."""
+        self._check_whole("exported")
         export_released(output, self.config, self.params, self.likelihood)
 
     @functools.cached_property
@@ -191,6 +203,10 @@ class RewardModel:
             raise ValueError(f"{len(latents)} latents but {np.size(seed)} seeds; give one for all, or one a row")
         eps = draw_noise(seed_key(seed), latents.shape) if noise is None else jnp.asarray(noise)
         return np.asarray(jitted_score(self.config, self.execution)(self.params, latents, prompt, levels, eps))
+
+    def _check_whole(self, what: str) -> None:
+        if any(map(is_quantized, self.params.values())):
+            raise ValueError(f"int8 weights are rounded, and are not {what}; load the model with another dtype")
 
     def _warn_of_size(self, sides: tuple[int, int]) -> None:
         """Says where latents are far from what the model has seen: its scores of them have another scale."""
@@ -326,6 +342,7 @@ class RewardModel:
         """The same model with its adapters added into the weights: fewer products a call, no training."""
         if self.config.lora is None:
             raise ValueError("this model has no LoRA adapters to merge")
+        self._check_whole("merged into")
         config = dataclasses.replace(self.config, lora=None)
         return dataclasses.replace(self, config=config, params=lora.merge(self.params, self.config.lora))
 

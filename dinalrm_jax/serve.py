@@ -22,9 +22,11 @@ from absl import logging as absl_logging
 from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.reward import chosen_dtype
+from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server.app import RewardServer
 from dinalrm_jax.server.protocol import read_api_key
 from dinalrm_jax.training.run_weights import open_checkpoint
+from dinalrm_jax.weights.pretrained import PretrainedModel
 
 
 class JsonLines(logging.Formatter):
@@ -53,7 +55,15 @@ def main(options: ServeOptions) -> None:
     api_key = read_api_key(options.api_key_env)
     enable_compilation_cache()
     execution = ExecutionConfig(dtype=chosen_dtype(options.dtype))
-    model = open_checkpoint(options.checkpoint, options.base_model, execution, revision=options.revision)
+    model: RewardModel | PretrainedModel
+    if (
+        options.dtype == "int8"
+    ):  # made of weights that are there, so that nothing is compiled while they are on their way
+        model = RewardModel.from_pretrained(
+            options.checkpoint, options.base_model, options.dtype, revision=options.revision
+        )
+    else:
+        model = open_checkpoint(options.checkpoint, options.base_model, execution, revision=options.revision)
     asyncio.run(RewardServer(model, options.server, options.checkpoint, api_key).serve())
 
 

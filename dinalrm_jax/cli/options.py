@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dinalrm_jax.cli.flags import UsageError, flag
 from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.names import BenchmarkName
-from dinalrm_jax.model.execution import Dtype, DtypeOrAuto
+from dinalrm_jax.model.execution import Dtype, DtypeOrAuto, Weights
 from dinalrm_jax.server.config import URL, ServerConfig
 from dinalrm_jax.timing.setting import GENERATION, PASSES, Setting
 
@@ -37,13 +37,13 @@ class ModelOptions:
     revision: Commit, tag or branch of a checkpoint that is a hub id.
     base_model: The SD3 pipeline, with VAE and text encoders where images and prompts are scored; a directory or
         hub id. A checkpoint in the released layout needs it for the backbone.
-    dtype: Compute dtype; auto is float32 on CPUs and bfloat16 elsewhere.
+    dtype: Compute dtype; auto is float32 on CPUs and bfloat16 elsewhere, int8 the same with frozen matrices in int8.
     """
 
     checkpoint: str = flag(metavar="CHECKPOINT")
     revision: str | None = flag(None, metavar="REVISION")
     base_model: str | None = flag(None, metavar="BASE_MODEL")
-    dtype: DtypeOrAuto = "auto"
+    dtype: Weights = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

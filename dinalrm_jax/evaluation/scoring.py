@@ -97,7 +97,7 @@ class LatentScorer:
         self._levels, self._draws = [check_levels(level) for level in levels], draws
         self._params = model.params
         self._score = jitted_score(model.config, model.execution)
-        self._several = len(next(iter(model.params.values())).sharding.device_set) > 1
+        self._several = len(jax.tree.leaves(model.params)[0].sharding.device_set) > 1
 
     def __call__(self, latents: np.ndarray, prompt: PromptEmbeds, names: Sequence[str]) -> np.ndarray:
         """(B, levels, draws) float32 of (B, H, W, C) latents, B prompts and the images' names.

@@ -7,6 +7,7 @@ from dinalrm_jax.mapping import check_types
 
 Dtype = Literal["float32", "bfloat16"]
 DtypeOrAuto = Literal["auto", "float32", "bfloat16"]  # "auto": float32 on CPUs, bfloat16 elsewhere
+Weights = Literal["auto", "float32", "bfloat16", "int8"]  # "int8": frozen matrices; the rest, and products, are "auto"
 AttentionImplementation = Literal["auto", "xla", "grouped", "chunked", "splash", "cudnn"]
 Layers = Literal["loop", "scan"]
 Remat = Literal["none", "dots", "block", "attention"]

@@ -18,6 +18,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh, NamedSharding
 
 from dinalrm_jax.devices.sharding import Rules, parameter_shardings
+from dinalrm_jax.model.quantization import whole
 
 Params = dict[str, jax.Array]
 A = TypeVar("A")
@@ -70,7 +71,7 @@ class Functional(Generic[M]):
             raise ValueError(f"parameters are of another model: missing {missing[:5]}, unknown {unknown[:5]}")
         return nnx.merge(
             self.graphdef,
-            nnx.State.from_flat_path({path: var.replace(params[_name(path)]) for path, var in self.variables}),
+            nnx.State.from_flat_path({path: var.replace(whole(params[_name(path)])) for path, var in self.variables}),
         )
 
 

@@ -15,7 +15,7 @@ from dinalrm_jax.devices.sharding import WHOLE, Rules, under
 from dinalrm_jax.model.backbone.family import Features, family_of
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import RewardModelConfig
-from dinalrm_jax.model.execution import Dtype, DtypeOrAuto, ExecutionConfig
+from dinalrm_jax.model.execution import Dtype, ExecutionConfig, Weights
 from dinalrm_jax.model.head import RULES, HeadConfig, RewardHead
 from dinalrm_jax.model.lora import add_lora
 from dinalrm_jax.model.lrm import LRM_RULES, LRMHead, LRMHeadConfig
@@ -168,10 +168,10 @@ def store(params: Params, execution: ExecutionConfig) -> Params:
     return {name: array.astype(stored_dtype(name, execution)) for name, array in params.items()}
 
 
-def chosen_dtype(dtype: DtypeOrAuto, backbone: Params | None = None) -> Dtype:
-    """What "auto" is: the dtype that a backbone's arrays have or, without them, what this machine is best at."""
-    if dtype != "auto":
-        return dtype
+def chosen_dtype(dtype: Weights, backbone: Params | None = None) -> Dtype:
+    """The compute dtype; "auto" is what a backbone's arrays have or, without them, what this machine is best at."""
+    if dtype not in ("auto", "int8"):
+        return cast(Dtype, dtype)
     if backbone:
         return cast(Dtype, str(next(iter(backbone.values())).dtype))
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -9,7 +9,7 @@ from dinalrm_jax.devices import processes
 from dinalrm_jax.disk import AnyPath
 from dinalrm_jax.evaluation.pairs import PairScores
 from dinalrm_jax.evaluation.run_report import sweep_table
-from dinalrm_jax.evaluation.scoring import level_name
+from dinalrm_jax.evaluation.scoring import Level, level_name
 from dinalrm_jax.training.workdir import claim_workdir
 
 
@@ -39,7 +39,8 @@ def sweep_runs(
                 config = dataclasses.replace(config, generator=None, base_model=str(backbone))
             scores = run(config, workdir / f"seed{seed}" / config.name)
             judged = config.evaluation
-            levels = dict.fromkeys((0.0, *sorted({judged.sigma, *judged.levels}), judged.ensemble))
+            levels: list[Level] = list(dict.fromkeys((0.0, *sorted({judged.sigma, *judged.levels}))))
+            levels.append(judged.ensemble)
             accuracies[config.name].append({level_name(level): scores.accuracy(level) for level in levels})
     if processes.is_first():
         table = sweep_table(accuracies)

@@ -8,6 +8,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from dinalrm_jax.model.quantization import whole
+
 THREADS = 4  # hashing leaves Python's lock; each holds one array beside the model
 PART = 2**22  # values that are converted at a time
 
@@ -24,7 +26,7 @@ def digest(params: Mapping[str, jax.Array | np.ndarray], is_trainable: Callable[
     """
 
     def of_one(name: str) -> bytes:
-        array = np.asarray(params[name])
+        array = np.asarray(whole(params[name]))
         found = hashlib.sha256(f"{name} {array.shape} ".encode())
         dtype, values = np.float32 if is_trainable(name) else ml_dtypes.bfloat16, np.ravel(array)
         for start in range(0, values.size, PART):

@@ -1,0 +1,50 @@
+"""Frozen matrices in int8, for inference: half of what they take in bfloat16.
+
+A matrix (out, in) becomes int8 with one float32 scale for each output, by qwix; it is multiplied out where it is used,
+so products are in the compute dtype and only one matrix at a time has its full size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dinalrm_jax.mapping import ConfigError
+
+INSTALL = "int8 weights need the package qwix: pip install -e '.[int8]'"
+
+
+def is_quantized(array: Any) -> bool:
+    """Whether it is qwix's array of int8 and scales, without importing it."""
+    return hasattr(array, "qvalue")
+
+
+def quantized(params: dict[str, Any], frozen: Callable[[str], bool]) -> dict[str, Any]:
+    """The parameters with their frozen matrices in int8; `frozen` says yes to a frozen one's name.
+
+    Raises:
+        ConfigError: qwix is not installed.
+    """
+    try:
+        import qwix
+    except ImportError:
+        raise ConfigError(INSTALL) from None
+
+    @jax.jit
+    def of_one(matrix: jax.Array):
+        return qwix.quantize(matrix.astype(jnp.float32), jnp.int8, channelwise_axes=(0,))
+
+    return {
+        name: of_one(array) if frozen(name) and name.endswith(".weight") and array.ndim == 2 else array
+        for name, array in params.items()
+    }
+
+
+def whole(array: Any) -> jax.Array:
+    """An array as it is, or, of int8, multiplied out in float32."""
+    if not is_quantized(array):
+        return array
+    import qwix
+
+    return qwix.dequantize(array)
