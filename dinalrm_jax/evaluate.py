@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import cast
 
 from dinalrm_jax.data.buckets import parse_bucket
+from dinalrm_jax.data.config import OpinionConfig
 from dinalrm_jax.data.names import BenchmarkName
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.data.sources.datasets import read_benchmark
@@ -66,7 +67,11 @@ def opened(options: EvaluateOptions) -> Callable[[], Evaluation]:
     # What is to be scored is looked at before weights are loaded.
     data = pathlib.Path(options.data)
     records = Records(data) if on_records else None
-    benchmark = None if on_records else read_benchmark(data, cast(BenchmarkName, options.benchmark), split)
+    benchmark = None
+    if not on_records:
+        opinion = OpinionConfig.quality if options.quality is None else options.quality
+        name = cast(BenchmarkName, options.benchmark)
+        benchmark = read_benchmark(data, name, split, opinion, options.holdout or 0)
     model = RewardModel.from_pretrained(
         options.checkpoint, options.base_model, options.dtype, revision=options.revision
     )

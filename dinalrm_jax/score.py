@@ -33,7 +33,7 @@ def main(options: ScoreOptions) -> int:
     size = parse_bucket(options.size) if options.size is not None else None
     enable_compilation_cache()
     model = RewardModel.from_pretrained(
-        options.checkpoint, options.base_model, options.dtype, revision=options.revision
+        options.checkpoint, options.base_model, options.dtype, revision=options.revision, fast_vae=options.fast_vae
     )
     with tqdm(total=len(images), desc="scoring", unit="image", disable=len(images) < 2) as bar:
         found = score_images(

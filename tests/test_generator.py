@@ -254,28 +254,33 @@ def test_merged_adapters_are_those_beside_the_weights(generator):
     np.testing.assert_allclose(added, beside, atol=1e-4 * np.abs(beside).max())
 
 
+def write_taesd3(directory):
+    """Random weights of TAESD3 in their layout; the torch module that has them."""
+    torch.manual_seed(0)
+    theirs = AutoencoderTiny(latent_channels=16, scaling_factor=1.0, shift_factor=0.0)
+    for part, offset in (("encoder", 0), ("decoder", 1)):  # theirs begins behind the decoder's clamp, the file with it
+        file = {}
+        for name, tensor in theirs.state_dict().items():
+            if name.startswith(f"{part}.layers."):
+                place, _, rest = name.removeprefix(f"{part}.layers.").partition(".")
+                file[f"{int(place) + offset}.{rest}"] = tensor.numpy()
+        save_file(file, directory / f"taesd3_{part}.safetensors")
+    return theirs
+
+
 @pytest.mark.parametrize("published", [False, True])
 def test_the_preview_is_autoencoder_tiny(published, tmp_path):
     """On the published weights, where they are at hand, and on random ones in their layout."""
     if published and not TAESD3.is_dir():
         pytest.skip("shared/data/taesd3 is not there")
-    torch.manual_seed(0)
-    theirs = AutoencoderTiny(latent_channels=16, scaling_factor=1.0, shift_factor=0.0)
-    names = {name for name in theirs.state_dict() if name.startswith("decoder.layers.")}
+    directory, theirs = TAESD3 if published else tmp_path, write_taesd3(tmp_path)
     if published:
-        directory = TAESD3
         tensors = {}
         for name, array in load_file(TAESD3 / "taesd3_decoder.safetensors").items():
-            place, _, rest = name.partition(".")  # theirs begins behind the clamp, ours with it
+            place, _, rest = name.partition(".")
             tensors[f"decoder.layers.{int(place) - 1}.{rest}"] = torch.from_numpy(array.astype(np.float32))
-        assert tensors.keys() == names
+        assert tensors.keys() == {name for name in theirs.state_dict() if name.startswith("decoder.layers.")}
         theirs.load_state_dict(tensors, strict=False)
-    else:
-        directory, file = tmp_path, {}
-        for name in names:
-            place, _, rest = name.removeprefix("decoder.layers.").partition(".")
-            file[f"{int(place) + 1}.{rest}"] = theirs.state_dict()[name].numpy()
-        save_file(file, tmp_path / "taesd3_decoder.safetensors")
     latents = 2 * np.random.default_rng(0).standard_normal((2, 6, 8, 16)).astype(np.float32)
     with torch.no_grad():
         pixels = theirs.decode(torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())).sample

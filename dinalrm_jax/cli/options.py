@@ -104,6 +104,8 @@ class EvaluateOptions(ModelOptions, JobOptions):
     data: Directory of the benchmark.
     split: The part to score: of GenAI-Bench test (which is taken where none is given) or test_v1, of records train
         or eval (which is taken where none is given).
+    quality: Of AGIQA-3K's opinions, the share that quality has; alignment with the prompt has the rest.
+    holdout: Of AGIQA-3K, only so many prompts: those that preprocess --holdout holds out; 0 takes all.
     sigma: Single noise levels to score at.
     ensemble: Levels of the token-level ensemble; empty (--ensemble=) for none.
     seed: Seed of the first noise draw.
@@ -118,6 +120,8 @@ class EvaluateOptions(ModelOptions, JobOptions):
     benchmark: Literal[BenchmarkName, "records"]
     data: str = flag(metavar="DIR")
     split: str | None = None
+    quality: float | None = None
+    holdout: int | None = None
     sigma: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     ensemble: tuple[float, ...] = (0.2, 0.5, 0.7)
     seed: int = 0
@@ -134,6 +138,10 @@ class EvaluateOptions(ModelOptions, JobOptions):
             raise UsageError("give at least one level: --sigma and --ensemble are both empty")
         if self.split is not None and self.benchmark not in ("genai_bench", "records"):
             raise UsageError(f"--split goes with genai_bench and records; {self.benchmark} has one test set")
+        if self.benchmark != "agiqa3k" and (self.quality is not None or self.holdout is not None):
+            raise UsageError(f"--quality and --holdout go with agiqa3k, not with {self.benchmark}")
+        if not 0 <= (self.quality or 0) <= 1 or (self.holdout or 0) < 0:
+            raise UsageError(f"--quality lies in [0, 1], --holdout is not negative; got {self.quality}, {self.holdout}")
         if self.size is not None and self.benchmark == "records":
             raise UsageError("--size goes with images; records have the sizes they were made with")
 
@@ -154,7 +162,7 @@ class PreprocessOptions(JobOptions):
     source: str = flag(metavar="DIR")
     output: str = flag(metavar="DIR")
     base_model: str | None = flag(None, metavar="BASE_MODEL")
-    preparation: PreparationConfig = flag(names={"encoders.kind": "encoders"})
+    preparation: PreparationConfig = flag(names={"encoders.kind": "encoders", "encoders.images": "image_encoder"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +233,8 @@ class ScoreOptions(ImageOptions, ModelOptions):
     samples: Number of noise draws to average over; above 1 the standard error is told too.
     size: HEIGHTxWIDTH to resize all images to; where it is not given, they keep their own and large ones are
         scaled down.
+    fast_vae: Encode images by TAESD3 in the place of SD3's VAE: faster, and scores differ a little; a directory or the
+        hub id madebyollin/taesd3.
     batch_size: Images in one program.
     """
 
@@ -233,6 +243,7 @@ class ScoreOptions(ImageOptions, ModelOptions):
     seed: int = 0
     samples: int = 1
     size: str | None = flag(None, metavar="HEIGHTxWIDTH")
+    fast_vae: str | None = flag(None, metavar="TAESD3")
     batch_size: int = 8
 
     def __post_init__(self):

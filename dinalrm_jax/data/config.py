@@ -7,7 +7,7 @@ from typing import Literal
 
 from dinalrm_jax.data.buckets import BUCKETS, bucket_name, parse_bucket
 from dinalrm_jax.data.names import Dataset
-from dinalrm_jax.mapping import ConfigError, at_least
+from dinalrm_jax.mapping import ConfigError, at_least, refuse_ignored
 from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.execution import Dtype
 
@@ -61,11 +61,31 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class OpinionConfig:
+    """How AGIQA-3K's mean opinions become pairs (`dinalrm_jax.data.sources.agiqa3k`).
+
+    quality: Of an image's opinion, the share that quality has; its alignment with the prompt has the rest.
+    least_gap: Leave out pairs whose opinions differ by less.
+    soft: Label pairs with the probability that their standard deviations give.
+    """
+
+    quality: float = 0.5
+    least_gap: float = 0.0
+    soft: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.quality <= 1 or self.least_gap < 0:
+            raise ConfigError(
+                f"quality lies in [0, 1] and least_gap is not negative, got {self.quality} and {self.least_gap}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class PreparationConfig:
     """How a preference dataset becomes records (`dinalrm_jax.data.preparation`).
 
     dataset: Format of the source; dinalrm holds latents, the others hold images.
-    encoders: What makes latents and embeddings: the base model (sd3), or built-in formulas without weights (tiny).
+    encoders: What makes latents and embeddings.
     text_dtype: Compute dtype of the text encoders; the VAE always computes in float32.
     buckets: Image sizes, HEIGHTxWIDTH in pixels; the defaults are the paper's.
     fit: How an image is brought to its bucket: stretch resizes it, and drops it where no bucket has its shape
@@ -81,6 +101,7 @@ class PreparationConfig:
     max_rows_per_prompt: Keep at most so many training rows of one prompt (8 in the released code); 0 keeps all.
     holdout: Prompts to hold out where the source has no split of its own.
     benchmark_split: Which test set of GenAI-Bench to take.
+    opinion: Of agiqa3k.
     eval_pairs: Keep at most so many held-out pairs; 0 keeps all.
     seed: Seed of what is picked at random.
     images_per_shard: Images in a shard, which is what a killed run can lose of each process's work.
@@ -105,6 +126,7 @@ class PreparationConfig:
     max_rows_per_prompt: int = 0
     holdout: int = 10
     benchmark_split: Literal["test", "test_v1"] = "test"
+    opinion: OpinionConfig = OpinionConfig()
     eval_pairs: int = 0
     seed: int = 42
     images_per_shard: int = 512
@@ -123,6 +145,8 @@ class PreparationConfig:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.dataset == "dinalrm" and self.fit == "crop":
             raise ConfigError("fit is crop, but dinalrm holds latents, which are not cut; leave fit at stretch")
+        if self.dataset != "agiqa3k":
+            refuse_ignored(self, ("opinion",), "only agiqa3k has mean opinions")
         if bool(self.scores) != bool(self.agree):
             raise ConfigError("scores are what agree compares: give both, or none of them")
         parse_rules(self.agree)

@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-Dataset = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl", "dinalrm"]
-BenchmarkName = Literal["imagereward", "hpdv2", "hpdv3", "genai_bench"]  # those with a published test set
+Dataset = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "jsonl", "dinalrm", "agiqa3k"]
+BenchmarkName = Literal["imagereward", "hpdv2", "hpdv3", "genai_bench", "agiqa3k"]  # those with a published test set

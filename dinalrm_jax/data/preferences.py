@@ -48,11 +48,13 @@ class Benchmark:
         name: with its split, where it has several.
         rankings: ties included.
         open: as `Source.open`.
+        opinions: whether ranks are people's mean opinions, negated, which compare across prompts.
     """
 
     name: str
     rankings: Sequence[Ranking]
     open: Callable[[str], BinaryIO]
+    opinions: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

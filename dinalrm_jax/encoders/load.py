@@ -1,7 +1,7 @@
 """Images to latents and prompts to embeddings, by the encoders a model was made for.
 
-`EncodersConfig.kind` chooses: "sd3" is the VAE and the three text encoders of an SD3 pipeline,
-"tiny" the fixed formulas of `dinalrm_jax.encoders.tiny`, which need no weights.
+`EncodersConfig` chooses: "sd3" is the VAE and the three text encoders of an SD3 pipeline, "tiny" the fixed formulas of
+`dinalrm_jax.encoders.tiny`, which need no weights, "minilm" a small text encoder, and "taesd3" a small autoencoder.
 """
 
 import functools
@@ -16,6 +16,7 @@ import numpy as np
 
 from dinalrm_jax.devices.local import on_local_devices, split_locally
 from dinalrm_jax.encoders import tiny
+from dinalrm_jax.encoders.minilm import MiniLMPromptEncoder, minilm_fingerprint
 from dinalrm_jax.encoders.pipeline import (
     TEXT_FILES,
     VAE_FILES,
@@ -25,6 +26,7 @@ from dinalrm_jax.encoders.pipeline import (
     vae_fingerprint,
 )
 from dinalrm_jax.encoders.prompt import SD3PromptEncoder
+from dinalrm_jax.encoders.taesd3 import TAESD3Codec, taesd3_fingerprint
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.encoding import EncodersConfig
@@ -82,6 +84,8 @@ def load_prompt_encoder(config: EncodersConfig, base_model: str | pathlib.Path |
     """The text side of the encoders that `config` describes; see `SD3PromptEncoder` for the errors."""
     if config.kind == "tiny":
         return TinyPromptEncoder(config.text_length)
+    if config.kind == "minilm":
+        return MiniLMPromptEncoder(base_model, config.text_length)
     return SD3PromptEncoder(_required(base_model), config.text_length, dtype)
 
 
@@ -89,6 +93,8 @@ def prompt_fingerprint(config: EncodersConfig, base_model: str | pathlib.Path | 
     """Tells prompt encoders apart whose embeddings must not be mixed; cheap, and raises what loading would first."""
     if config.kind == "tiny":
         return "hashed_words"
+    if config.kind == "minilm":
+        return minilm_fingerprint(base_model)
     return text_fingerprint(open_pipeline(_required(base_model), TEXT_FILES))
 
 
@@ -96,8 +102,10 @@ def load_image_codec(config: EncodersConfig, base_model: str | pathlib.Path | No
     """The image side of the encoders that `config` describes.
 
     Raises:
-        ConfigError, WeightsError, FileNotFoundError: not an SD3 pipeline, or an incomplete one.
+        ConfigError, WeightsError, FileNotFoundError: not an SD3 pipeline, or an incomplete one; or not TAESD3's files.
     """
+    if config.images == "taesd3":
+        return TAESD3Codec(_required(base_model, TAESD3))
     return TinyCodec() if config.kind == "tiny" else SD3Codec(_required(base_model))
 
 
@@ -108,6 +116,8 @@ def image_codec_fingerprint(config: EncodersConfig, base_model: str | pathlib.Pa
     """
     if config.kind == "tiny" or base_model is None:
         return None
+    if config.images == "taesd3":
+        return taesd3_fingerprint(base_model)
     vae = open_pipeline(base_model, VAE_FILES) / "vae"
     return vae_fingerprint(vae) if vae.is_dir() else None
 
@@ -196,24 +206,32 @@ def _named_noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.Generator(np.random.Philox(seed)).standard_normal(shape, np.float32)
 
 
-def _required(base_model: str | pathlib.Path | None) -> str | pathlib.Path:
+SD3 = (
+    "this model's text encoders and VAE come from a Stable Diffusion 3 pipeline; name it: base_model=..., "
+    "on the command line --base-model (a directory or hub id in diffusers layout)"
+)
+TAESD3 = (
+    "this model's images are encoded by TAESD3; name it: base_model=..., on the command line --base-model (a directory "
+    "with taesd3_encoder.safetensors, or the hub id madebyollin/taesd3)"
+)
+
+
+def _required(base_model: str | pathlib.Path | None, otherwise: str = SD3) -> str | pathlib.Path:
     if base_model is None:
-        raise ConfigError(
-            "this model's text encoders and VAE come from a Stable Diffusion 3 pipeline; name it: base_model=..., "
-            "on the command line --base-model (a directory or hub id in diffusers layout)"
-        )
+        raise ConfigError(otherwise)
     return base_model
 
 
 # Encoders are several times the size of a model, so there is one of each, shared by the models that use it.
+_small_prompt_encoder = functools.lru_cache(maxsize=4)(load_prompt_encoder)
 _sd3_prompt_encoder = functools.lru_cache(maxsize=1)(SD3PromptEncoder)
 image_codec = functools.lru_cache(maxsize=1)(load_image_codec)
 
 
 def prompt_encoder(config: EncodersConfig, base_model: str | pathlib.Path | None, dtype: str) -> PromptEncoder:
     """`load_prompt_encoder`, loaded once for all text lengths and all that use it."""
-    if config.kind == "tiny":
-        return load_prompt_encoder(config, base_model, dtype)
+    if config.kind != "sd3":
+        return _small_prompt_encoder(config, base_model, dtype)
     return _sd3_prompt_encoder(_required(base_model), EncodersConfig.text_length, dtype).with_length(config.text_length)
 
 

@@ -1,9 +1,14 @@
-"""TAESD3 (github.com/madebyollin/taesd): a tiny decoder of SD3's latents, for previews and logs.
+"""TAESD3 (github.com/madebyollin/taesd): a tiny autoencoder of SD3's latents: previews, logs, and small experiments.
+
+What it encodes is on the scale that the transformer takes: the VAE's shift and scale do not apply.
 
 Its files name layers by their place, which our names keep: "N.weight" is "layers.N.weight".
 """
 
+import functools
+import hashlib
 import pathlib
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +17,17 @@ from flax import nnx
 
 from dinalrm_jax.devices.local import on_local_devices, split_locally
 from dinalrm_jax.model.layers import Conv2d
-from dinalrm_jax.model.parameters import functional
+from dinalrm_jax.model.parameters import Functional, Params, functional
 from dinalrm_jax.model.tables import Row, load
 from dinalrm_jax.weights.files import SafetensorsDirectory, resolve
 
 TABLE = (Row("{}", "layers.{}"),)
-FILES = ("taesd3_decoder.safetensors",)
+DECODER, ENCODER = "taesd3_decoder", "taesd3_encoder"  # files, without .safetensors
 CHANNELS, WIDTH = 16, 64
 BLOCKS = (3, 4, 5, 8, 9, 10, 13, 14, 15, 18)
 UPSAMPLERS = (7, 12, 17)  # convolutions after each doubling of the sides
+ENCODER_BLOCKS = (1, 3, 4, 5, 7, 8, 9, 11, 12, 13)
+DOWNSAMPLERS = (2, 6, 10)  # convolutions that halve the sides
 PADDING = ((1, 1), (1, 1))
 
 
@@ -59,22 +66,45 @@ class TinyDecoder(nnx.Module):
         return x
 
 
-class Preview:
-    """The decoder with its weights.
+class TinyEncoder(nnx.Module):
+    """From pixels to scaled latents, layer by layer."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        layers: list[nnx.Module] = [Conv2d(3, WIDTH, 3, padding=PADDING, rngs=rngs)]
+        for place in range(1, 14):
+            if place in DOWNSAMPLERS:
+                layers.append(Conv2d(WIDTH, WIDTH, 3, stride=2, padding=PADDING, use_bias=False, rngs=rngs))
+            else:
+                layers.append(Block(rngs=rngs))
+        layers.append(Conv2d(WIDTH, CHANNELS, 3, padding=PADDING, rngs=rngs))
+        self.layers = nnx.List(layers)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """(B, H, W, 3) in [0, 1] -> (B, H/8, W/8, 16) clean, scaled latents."""
+        for layer in self.layers:
+            pixels = layer(pixels)  # type: ignore[operator]
+        return pixels
+
+
+def open_part(source: str | pathlib.Path, name: str, module: Functional) -> Params:
+    """The weights of encoder or decoder, on this process's devices.
 
     Args:
-        source: a directory with taesd3_decoder.safetensors, or the hub id of one: madebyollin/taesd3.
+        source: a directory with its file, or the hub id of one: madebyollin/taesd3.
 
     Raises:
-        FileNotFoundError, WeightsError: no such file, or one of another decoder.
+        FileNotFoundError, WeightsError: no such file, or one of another model.
     """
+    tensors = SafetensorsDirectory(resolve(source, (f"{name}.safetensors",)), name)
+    return on_local_devices(load(tensors, TABLE, module.shapes, source=f"{source}/{name}.safetensors"), jnp.float32)
+
+
+class Preview:
+    """The decoder with its weights; see `open_part` for the source and errors."""
 
     def __init__(self, source: str | pathlib.Path):
-        directory = resolve(source, FILES)
         module = functional(lambda rngs: TinyDecoder(rngs=rngs))
-        tensors = SafetensorsDirectory(directory, "taesd3_decoder")
-        params = load(tensors, TABLE, module.shapes, source=f"{directory}/taesd3_decoder.safetensors")
-        self._params = on_local_devices(params, jnp.float32)
+        self._params = open_part(source, DECODER, module)
         self._decode = jax.jit(lambda params, latents: module.bind(params)(latents))
 
     def decode(self, latents: np.ndarray, batch_size: int = 4) -> np.ndarray:
@@ -82,3 +112,48 @@ class Preview:
         parts = [latents[start : start + batch_size].astype(np.float32) for start in range(0, len(latents), batch_size)]
         pixels = np.concatenate([np.asarray(self._decode(self._params, split_locally(part))) for part in parts])
         return np.clip(np.round(255 * pixels), 0, 255).astype(np.uint8)
+
+
+class TAESD3Codec:
+    """Encoder and decoder: an `encoders.load.ImageCodec`; it has no posterior to sample, so names change nothing.
+
+    Args:
+        source: see `open_part`.
+    """
+
+    downsampling = 8
+
+    def __init__(self, source: str | pathlib.Path):
+        module = functional(lambda rngs: TinyEncoder(rngs=rngs))
+        self._source, self._params = source, open_part(source, ENCODER, module)
+        self.fingerprint = taesd3_fingerprint(source)
+
+        def encode(params, images):
+            with jax.default_matmul_precision("highest"):  # as the VAE: convolutions of TPUs and GPUs would round
+                return module.bind(params)(images / 255)
+
+        self._encode = jax.jit(encode)
+
+    def encode(self, images: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
+        """(B, H, W, 3) uint8 -> (B, H/8, W/8, 16) float32."""
+        return np.asarray(self._encode(self._params, split_locally(images.astype(np.float32))))
+
+    @functools.cached_property
+    def _drawer(self) -> Preview:
+        return Preview(self._source)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        return self._drawer.decode(latents)
+
+    def decoder(self) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
+        module = functional(lambda rngs: TinyDecoder(rngs=rngs))
+        params = open_part(self._source, DECODER, module)
+        return (lambda params, latents: jnp.clip(module.bind(params)(latents), 0, 1)), params
+
+
+def taesd3_fingerprint(source: str | pathlib.Path) -> str:
+    """Tells encoders apart whose latents must not be mixed."""
+    path = resolve(source, (f"{ENCODER}.safetensors",)) / f"{ENCODER}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} holds no {ENCODER}.safetensors; TAESD3 is madebyollin/taesd3 on the hub")
+    return f"taesd3-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"

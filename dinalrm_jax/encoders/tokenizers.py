@@ -9,7 +9,7 @@ from dinalrm_jax.mapping import ConfigError
 WORDS = ("tokenizer.json", "vocab.json", "spiece.model")  # one of these holds a tokenizer's vocabulary
 
 
-def load_tokenizer(directory: pathlib.Path, kind: Literal["clip", "t5"]) -> Callable:
+def load_tokenizer(directory: pathlib.Path, kind: Literal["clip", "t5", "bert"]) -> Callable:
     """A tokenizer of texts.
 
     Raises:

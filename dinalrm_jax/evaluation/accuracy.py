@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 RULES = {
     "strict": "strict (M1)",
@@ -110,6 +111,18 @@ def intervals(draws: Sequence[PairCounts], prompts: Sequence[str], seed: int = 0
             found[rule].append(np.mean([value[rule] for value in values], axis=0))
     return {
         rule: tuple(np.nanpercentile(np.concatenate(values), [2.5, 97.5]).tolist()) for rule, values in found.items()
+    }
+
+
+def rank_correlations(opinions: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Spearman's (SRCC), Pearson's (PLCC) and Kendall's (KRCC) correlation of people's opinions and scores, (N,) each.
+
+    (PLCC without the logistic fit that some papers put before it: of the scores as they are.)
+    """
+    return {
+        "SRCC": float(stats.spearmanr(opinions, scores).statistic),
+        "PLCC": float(stats.pearsonr(opinions, scores).statistic),
+        "KRCC": float(stats.kendalltau(opinions, scores).statistic),
     }
 
 

@@ -54,6 +54,7 @@ class Evaluation:
         problems: why, by the image's name.
         likelihood: that the model was trained with, where it is known.
         weights: the model's digest.
+        opinions: whether ranks are people's mean opinions, negated.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Evaluation:
     problems: Mapping[str, str]
     likelihood: LossConfig | None = None
     weights: str = ""
+    opinions: bool = False
 
     def counts(self, level: int, draw: int) -> PairCounts:
         """The pair counts at one level and draw, by their places in `levels` and `draws`."""
@@ -100,7 +102,7 @@ def evaluate_images(
             progress=bar.update,
         )
     problems = {rows[index][1]: problem for index, problem in found.problems.items()}
-    return _gathered(model, benchmark.name, benchmark.rankings, levels, draws, rows, found.scores, problems)
+    return _gathered(model, benchmark, levels, draws, rows, found.scores, problems)
 
 
 def evaluate_records(
@@ -150,7 +152,7 @@ def _on_every_device(model: EvaluatedModel) -> EvaluatedModel:
     return dataclasses.replace(model, params=on_every_device(model.params))  # type: ignore[type-var]
 
 
-def _gathered(model, name, rankings, levels, draws, rows, scores, problems) -> Evaluation:
+def _gathered(model, benchmark: Benchmark, levels, draws, rows, scores, problems) -> Evaluation:
     """The evaluation of all processes, from each one's rows."""
     mine = json.dumps([rows, problems]).encode()
     by_row, all_problems = {}, {}
@@ -159,7 +161,9 @@ def _gathered(model, name, rankings, levels, draws, rows, scores, problems) -> E
         all_problems |= their_problems
         values = np.frombuffer(data, np.float32).reshape(len(their_rows), len(levels), len(draws))
         by_row |= {tuple(row): value for row, value in zip(their_rows, values)}
+    rankings = benchmark.rankings
     by_ranking = [np.stack([by_row[ranking.prompt, image] for image in ranking.images]) for ranking in rankings]
     return Evaluation(
-        name, tuple(levels), tuple(draws), rankings, by_ranking, all_problems, model.likelihood, model.digest
-    )
+        benchmark.name, tuple(levels), tuple(draws), rankings, by_ranking, all_problems, model.likelihood, model.digest,
+        benchmark.opinions,
+    )  # fmt: skip

@@ -9,7 +9,15 @@ import numpy as np
 
 from dinalrm_jax import preference
 from dinalrm_jax.data.records import RecordsError
-from dinalrm_jax.evaluation.accuracy import PAPER, RULES, accuracies, intervals, reliability, strict_pairs
+from dinalrm_jax.evaluation.accuracy import (
+    PAPER,
+    RULES,
+    accuracies,
+    intervals,
+    rank_correlations,
+    reliability,
+    strict_pairs,
+)
 from dinalrm_jax.evaluation.benchmark import Evaluation
 from dinalrm_jax.evaluation.plots import (
     AccuracyCurve,
@@ -45,6 +53,8 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
         found = by_level[level_name(level)] = _by_rule(evaluation, place, evaluation.draws_of(shared=False), prompts)
         if shared := evaluation.draws_of(shared=True):
             found["shared_noise"] = _by_rule(evaluation, place, shared, prompts)
+        if evaluation.opinions:
+            found["correlations"] = _correlations(evaluation, place)
         if not isinstance(level, tuple):
             found["calibration_error"] = _percent(_reliability(evaluation, place).calibration_error)
     counts = evaluation.counts(0, 0)
@@ -62,6 +72,15 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
         "likelihood": None if evaluation.likelihood is None else to_mapping(evaluation.likelihood),
         "levels": by_level,
     }
+
+
+def _correlations(evaluation: Evaluation, level: int) -> dict[str, float]:
+    """`rank_correlations` over all images, the mean of the draws of which every image has its own noise."""
+    opinions = -np.concatenate([ranking.ranks for ranking in evaluation.rankings])
+    scores = np.concatenate([scores[:, level] for scores in evaluation.scores])
+    scored = ~np.isnan(scores[:, 0])
+    found = [rank_correlations(opinions[scored], scores[scored, draw]) for draw in evaluation.draws_of(shared=False)]
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
 def _by_rule(evaluation: Evaluation, level: int, draws: list[int], prompts: list[str]) -> dict[str, Any]:
@@ -108,6 +127,12 @@ def as_markdown(summary: dict[str, Any]) -> str:
             low, high = found["interval_95"]
             cells.append(f"{found['accuracy']:.2f}{spread} ({low:.1f} to {high:.1f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    correlations = {name: found["correlations"] for name, found in summary["levels"].items() if "correlations" in found}
+    if correlations:
+        lines += ["", "Correlation with people's mean opinions, over all images:", ""]
+        lines += ["| sigma | SRCC | PLCC | KRCC |", "|---|---|---|---|"]
+    for name, row in correlations.items():
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
     paper = next((rows for name, rows in PAPER.items() if summary["benchmark"].startswith(name)), None)
     if summary["weights"]:
         lines += ["", f"Weights {summary['weights']}."]

@@ -29,7 +29,7 @@ def warmup_shapes(config: ServerConfig, model: RewardModel | PretrainedModel, li
     if shapes:
         return shapes
     side, encoders = min(64, limits.max_side), model.config.encoders
-    return [RowShape(side, side, encoders.text_length if encoders.kind == "tiny" else 77 + 256)]
+    return [RowShape(side, side, 77 + 256 if encoders.kind == "sd3" else encoders.tokens)]
 
 
 class NewShapes:

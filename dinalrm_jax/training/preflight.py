@@ -63,7 +63,7 @@ def check_fit(
             f"{records.directory} was made by other encoders than this model's: {to_mapping(records.encoders)} there, "
             f"{to_mapping(encoders)} here; preprocess again, or set model.encoders (of an alignment, text_length)"
         )
-    vae = None if base_model is None else as_path(base_model) / "vae"
+    vae = None if base_model is None or encoders.images is not None else as_path(base_model) / "vae"
     if "codec" in records.manifest and vae is not None and (vae / "config.json").is_file():
         expected = vae_fingerprint(local_copy(vae, ["*"]))
         if records.manifest["codec"] != expected:

@@ -4,12 +4,12 @@ import contextlib
 import pathlib
 
 from dinalrm_jax.data.agreement import without_disagreement
-from dinalrm_jax.data.config import PreparationConfig
+from dinalrm_jax.data.config import OpinionConfig, PreparationConfig
 from dinalrm_jax.data.latents import EncodedImages
 from dinalrm_jax.data.names import BenchmarkName
 from dinalrm_jax.data.preferences import Benchmark, Source
 from dinalrm_jax.data.preparation import prepare
-from dinalrm_jax.data.sources import dinalrm, genai_bench, hpdv2, hpdv3, imagereward, json_pairs
+from dinalrm_jax.data.sources import agiqa3k, dinalrm, genai_bench, hpdv2, hpdv3, imagereward, json_pairs
 from dinalrm_jax.data.unfinished import check_output
 from dinalrm_jax.devices import processes
 from dinalrm_jax.disk import lock
@@ -76,17 +76,23 @@ def read_source(
             return genai_bench.read(source, config.benchmark_split)
         case "jsonl":
             return json_pairs.read(source, config.holdout)
+        case "agiqa3k":
+            return agiqa3k.read(source, config.holdout, config.opinion)
         case "dinalrm":
             return dinalrm.read(source, config.holdout, image_codec_fingerprint(config.encoders, base_model))
 
 
-def read_benchmark(source: pathlib.Path, name: BenchmarkName, split: str) -> Benchmark:
+def read_benchmark(
+    source: pathlib.Path, name: BenchmarkName, split: str, quality: float = OpinionConfig.quality, holdout: int = 0
+) -> Benchmark:
     """The test set of a dataset directory, ties and all.
 
     Args:
         source: the dataset's directory.
         name: of the dataset.
         split: of GenAI-Bench, "test" or "test_v1"; the others have one.
+        quality: of AGIQA-3K, see `OpinionConfig`.
+        holdout: of AGIQA-3K, only so many prompts: those that preprocessing holds out; 0: all.
 
     Raises:
         RecordsError: the directory is not what `name` says.
@@ -100,3 +106,5 @@ def read_benchmark(source: pathlib.Path, name: BenchmarkName, split: str) -> Ben
             return hpdv3.benchmark(source)
         case "genai_bench":
             return genai_bench.benchmark(source, split)
+        case "agiqa3k":
+            return agiqa3k.benchmark(source, OpinionConfig(quality), holdout)
