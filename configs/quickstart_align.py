@@ -5,9 +5,12 @@
 
 The first command trains a generator of drawn scenes, has it draw several pictures of every caption, orders them by
 rules as people would, with errors, and trains the reward on those pairs. The second tunes the generator with that
-reward by Flow-GRPO; `:refl`, `:nft` and `:dpo` take other algorithms, `:hacked` is ReFL without anything that holds it
-back, and `:control` Flow-GRPO with the rules themselves as reward. A fifth of all captions is held out from all of it,
+reward by DiffusionNFT; `:flow_grpo`, `:refl` and `:dpo` take other algorithms, `:hacked` is ReFL without anything that
+holds it back, and `:control` has the rules themselves as reward. A fifth of all captions is held out from all of it,
 and the rules judge every run by pictures of those.
+
+LPO needs a reward of every noise level. `:lrm` trains LRM on the same pairs, and `:dinalrm` DiNa-LRM at all levels;
+`:lpo` tunes with the one, and `:lpo_dinalrm` with the other.
 """
 
 from ml_collections import ConfigDict
@@ -27,15 +30,37 @@ def reward_run() -> dict:
         "scenes": {"train_pairs": 16_000, "eval_pairs": 400, "image_size": 64, "held_out": "captions", "seed": 0},
         "samples": {},
         "generator": generator,
-        "reward": values["reward"] | {"steps": 2000, "checkpoint_every": 500, "evaluate_every": 500},
+        "reward": values["reward"] | {
+            "steps": 2000, "checkpoint_every": 500, "evaluate_every": 500,
+            # Where it orders one caption's pictures best. Trained at all levels it orders them worse at each of them.
+            "sigma": {"distribution": "constant", "parameters": (0.2,)},
+        },
+        "evaluation": {"sigma": 0.2},
+    }  # fmt: skip
+
+
+def all_levels(variant: str) -> dict:
+    """A reward of every level, on the pairs and the generator that `:reward` left."""
+    values = reward_run()
+    values = {key: values[key] for key in ("seed", "model", "reward", "loss")} | {
+        "name": f"quickstart_align_{variant}",
+        "base_model": f"{REWARD_RUN}/generator/backbone",
+        "mixture": ({"data": f"{REWARD_RUN}/data"}, {"data": f"{REWARD_RUN}/samples"}),
+        "reward": values["reward"] | {"sigma": {}},
+        "evaluation": {"levels": (0.2, 0.6, 0.8)},
     }
+    if variant == "lrm":
+        head = {"kind": "lrm", "width": 96}
+        values["model"] = values["model"] | {"visual_taps": (5,), "text_taps": (), "head": head}
+        values["loss"] = {"name": "bradley_terry"}
+    return values
 
 
 def alignment(variant: str) -> dict:
     return {
         "name": f"quickstart_align_{variant}",
         "base_model": f"{REWARD_RUN}/generator/backbone",
-        "reward": {"checkpoint": f"{REWARD_RUN}/model", "sigma": (0.2,)},  # where it orders one caption's pictures best
+        "reward": {"checkpoint": f"{REWARD_RUN}/model", "sigma": (0.2,)},
         "scene_captions": 1000,
         "height": 64,
         "width": 64,
@@ -50,23 +75,36 @@ def alignment(variant: str) -> dict:
     }  # fmt: skip
 
 
-def get_config(variant: str = "flow_grpo") -> ConfigDict:
+def get_config(variant: str = "nft") -> ConfigDict:
     if variant == "reward":
         return with_defaults(TrainConfig, reward_run())
+    if variant in ("lrm", "dinalrm"):
+        return with_defaults(TrainConfig, all_levels(variant))
     values = alignment(variant)
     tuning = values["tuning"]
-    if variant in ("flow_grpo", "control"):
+    if variant == "flow_grpo":
         values |= {"flow_grpo": {"group": 12, "clip_range": 1e-3}, "reference_weight": 0.004}
-        if variant == "control":
-            values["reward"] = {"judge": {"kind": "scenes"}}
     elif variant in ("refl", "hacked"):
         values |= {"refl": {"steps": 12, "guidance": 1.0, "first": 4, "last": 10}}
         values |= {"reference_weight": 0.0 if variant == "hacked" else 1.0}
-    elif variant == "nft":
-        values |= {"nft": {"group": 12}, "reference_weight": 1e-4}
-        values["tuning"] = tuning | {"optimizer": tuning["optimizer"] | {"ema_decay": 0.5}}
+    elif variant in ("nft", "control"):
+        nft = {"group": 12, "levels": 4, "updates": 4, "beta": 0.3, "advantage_clip": 1.5}
+        values |= {"nft": nft, "reference_weight": 1e-4}
+        values["tuning"] = tuning | {
+            "steps": 80, "evaluate_every": 20,
+            "optimizer": tuning["optimizer"] | {"learning_rate": 2e-3, "ema_decay": 0.5},
+        }  # fmt: skip
+        if variant == "control":
+            values["reward"] = {"judge": {"kind": "scenes"}}
     elif variant == "dpo":
         values |= {"dpo": {"group": 12}}
+    elif variant in ("lpo", "lpo_dinalrm"):
+        values["reward"] = {"checkpoint": f"runs/quickstart_align_{'lrm' if variant == 'lpo' else 'dinalrm'}/model"}
+        lpo = {"steps": 12, "guidance": 1.0, "threshold": (0.2, 0.35), "pairs": 6, "updates": 2}
+        values |= {"lpo": lpo}
+        values["tuning"] = tuning | {"batch_size": 32}
+        values["evaluation"] = values["evaluation"] | {"sigma": (0.1, 0.2, 0.6)}
     else:
-        raise ValueError(f"this config knows :reward, :flow_grpo, :refl, :nft, :dpo, :hacked, :control, not :{variant}")
+        known = "reward, lrm, dinalrm, nft, flow_grpo, refl, dpo, lpo, lpo_dinalrm, hacked, control"
+        raise ValueError(f"this config knows the variants {known}, not :{variant}")
     return with_defaults(AlignConfig, values)
