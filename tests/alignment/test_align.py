@@ -422,7 +422,7 @@ def test_the_order_of_prompts_resumes():
 
 
 def test_what_is_refused_before_the_first_step(config, reward_checkpoint, tmp_path):
-    with pytest.raises(ConfigError, match="one algorithm: give refl, flow_grpo, dpo or nft"):
+    with pytest.raises(ConfigError, match="one algorithm, of refl, flow_grpo, dpo, nft, lpo; got"):
         dataclasses.replace(config, flow_grpo=GRPO)
     with pytest.raises(ConfigError, match="multiple of the group x the updates of a rollout, 5 x 1"):
         dataclasses.replace(config, refl=None, flow_grpo=dataclasses.replace(GRPO, group=5))
