@@ -16,7 +16,7 @@ COMMANDS = (
 PARTS = (
     "mapping", "disk", "noise", "preference", "sampling",
     "devices", "model", "weights", "encoders", "data", "scenes", "config", "evaluation", "training",
-    "reward_model", "generator", "alignment", "__init__", "server", "timing", "cli", *COMMANDS,
+    "reward_model", "openvino", "generator", "alignment", "__init__", "server", "timing", "cli", *COMMANDS,
 )  # fmt: skip
 
 
