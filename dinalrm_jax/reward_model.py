@@ -142,7 +142,10 @@ class RewardModel:
 
     @functools.cached_property
     def digest(self) -> str:
-        """16 hex digits that name these weights, whatever layout and dtype they came in; see `weights.digest`."""
+        """16 hex digits that name these weights, whatever layout and dtype they came in; see `weights.digest`.
+
+        (int8 rounds weights, so a model that has it is another one.)
+        """
         return digest(self.params, is_trainable)
 
     def reward_fn(self, sigma: float | Sequence[float] = 0.4) -> Callable[..., jax.Array]:

@@ -96,8 +96,10 @@ def transition(
         return Transition(mean, following * jnp.sin(a * (math.pi / 2)))
     if kind == "ddim":
         # In DDIM's terms, with 1 - sigma for its sqrt(alpha) and sigma for its sqrt(1 - alpha).
-        std = a * (following / sigma) * jnp.sqrt(sigma**2 - ((1 - sigma) / (1 - following) * following) ** 2)
-        return Transition((1 - below) * clean + jnp.sqrt(below**2 - _like(std, x) ** 2) * noise, std)
+        share = jnp.square((1 - sigma) * following / ((1 - following) * sigma))  # of the noise that was there before
+        std = a * following * jnp.sqrt(1 - share)
+        rest = following * jnp.sqrt(1 - a**2 * (1 - share))  # not from std: at level 1 rounding would go below 0
+        return Transition((1 - below) * clean + _like(rest, x) * noise, std)
     step = jnp.sqrt(sigma - following)
     if kind == "dance":
         score = -(x - (1 - s) * clean) / s**2

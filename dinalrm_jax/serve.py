@@ -20,7 +20,7 @@ import logging
 from absl import logging as absl_logging
 
 from dinalrm_jax.devices.compilation import enable_compilation_cache
-from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.model.execution import ExecutionConfig, Weights
 from dinalrm_jax.model.reward import chosen_dtype
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server.app import RewardServer
@@ -54,17 +54,14 @@ def main(options: ServeOptions) -> None:
     configure_logging(options.log_json)
     api_key = read_api_key(options.api_key_env)
     enable_compilation_cache()
-    execution = ExecutionConfig(dtype=chosen_dtype(options.dtype))
-    model: RewardModel | PretrainedModel
-    if (
-        options.dtype == "int8"
-    ):  # made of weights that are there, so that nothing is compiled while they are on their way
-        model = RewardModel.from_pretrained(
-            options.checkpoint, options.base_model, options.dtype, revision=options.revision
-        )
-    else:
-        model = open_checkpoint(options.checkpoint, options.base_model, execution, revision=options.revision)
+    # int8 is made of weights that are there; others are on their way while programs are compiled.
+    loading = RewardModel.from_pretrained if options.dtype == "int8" else _open
+    model = loading(options.checkpoint, options.base_model, options.dtype, revision=options.revision)
     asyncio.run(RewardServer(model, options.server, options.checkpoint, api_key).serve())
+
+
+def _open(checkpoint: str, base_model: str | None, dtype: Weights, revision: str | None) -> PretrainedModel:
+    return open_checkpoint(checkpoint, base_model, ExecutionConfig(dtype=chosen_dtype(dtype)), revision=revision)
 
 
 if __name__ == "__main__":

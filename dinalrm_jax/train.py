@@ -71,6 +71,7 @@ def run(config: TrainConfig, workdir: AnyPath) -> PairScores:
     with alone(workdir):
         setup = set_up(config, workdir)
         config, mesh = setup.config, setup.mesh
+        unconditional = empty_prompt(config, setup.base_model, workdir)  # before anything else is on the devices
         module = reward_functional(config.model, config.execution)
 
         # The backbone: loaded or random; then, where asked for, trained as a flow-matching generator.
@@ -87,7 +88,7 @@ def run(config: TrainConfig, workdir: AnyPath) -> PairScores:
 
         # LoRA and head learn the reward on the frozen backbone's features.
         if setup.start is None:
-            first = draw(module, config.seed, is_trainable) | empty_prompt(config, setup.base_model, workdir)
+            first = draw(module, config.seed, is_trainable) | unconditional
         else:
             first, _ = split(setup.start, is_trainable)
         levels: tuple[Level, ...] = tuple(dict.fromkeys((judged.sigma, *judged.levels)))
@@ -185,7 +186,9 @@ def train_stage(
         assemble(
             objective(config.execution), place(first, np.float32, shardings), frozen, stage, mesh, seed=config.seed
         ),
-        PairStream(name, setup.records, stage.batch_size, config.seed, mesh, config.prompt_weights),
+        PairStream(
+            name, setup.records, stage.batch_size, config.seed, mesh, config.prompt_weights and name == "reward"
+        ),
         workdir=setup.workdir,
         open_log=setup.log,
         plain=None if config.execution == plain else objective(plain),

@@ -254,9 +254,9 @@ def test_merged_adapters_are_those_beside_the_weights(generator):
     np.testing.assert_allclose(added, beside, atol=1e-4 * np.abs(beside).max())
 
 
-def write_taesd3(directory):
+def write_taesd3(directory, seed=0):
     """Random weights of TAESD3 in their layout; the torch module that has them."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     theirs = AutoencoderTiny(latent_channels=16, scaling_factor=1.0, shift_factor=0.0)
     for part, offset in (("encoder", 0), ("decoder", 1)):  # theirs begins behind the decoder's clamp, the file with it
         file = {}

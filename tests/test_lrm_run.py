@@ -41,7 +41,7 @@ def test_the_empty_prompt_is_the_text_encoders_and_is_encoded_once(tiny_pipeline
 
 
 def test_a_model_learns_on_the_records_of_the_other_and_reports_alike(tmp_path):
-    """The tiny run's scenes, with ties weighed in; nothing but the configuration is another."""
+    """The tiny run's scenes; nothing but the configuration is another."""
     config = tiny_run.get_config()
     config.model.update(visual_taps=(2,), text_taps=())
     config.model.head = ConfigDict({"kind": "lrm", "width": 16})

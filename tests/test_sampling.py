@@ -69,6 +69,21 @@ def test_ddim_is_diffusers_step_in_variance_preserving_terms():
         )
 
 
+def test_every_step_of_ddim_is_finite_when_compiled():
+    """From pure noise with eta 1, where nothing of the noise before is left, over schedules of any length."""
+    rng = np.random.default_rng(0)
+    x, v = rng.standard_normal((2, 1, 4, 4, 3)).astype(np.float32)
+    step = jax.jit(lambda sigma, following: sampling.transition("ddim", x, v, sigma, following, 1.0))
+    for steps in range(3, 50):
+        table = sampling.schedule(steps)
+        for sigma, following in zip(table[:-2], table[1:-1]):
+            found = step(sigma, following)
+            assert np.isfinite(found.mean).all(), (steps, sigma)
+            assert 0 < found.std <= following, (steps, sigma)
+    first = step(*sampling.schedule(20)[:2])
+    np.testing.assert_allclose(first.mean, (1 - sampling.schedule(20)[1]) * (x - v), atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["sde", "cps", "dance", "ddim"])
 def test_without_noise_every_step_is_eulers(kind):
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from dinalrm_jax.config import DPOConfig
 from dinalrm_jax.model.batch import PreferenceBatch
 from dinalrm_jax.model.parameters import Params
 from dinalrm_jax.noise import AnyArray, SigmaConfig, add_noise, draw_noise, sampler
-from dinalrm_jax.training.objectives import Objective
+from dinalrm_jax.training.objectives import Objective, as_answered
 from dinalrm_jax.training.step import Collection
 
 
@@ -93,7 +93,7 @@ def dpo(policy: Policy, config: DPOConfig, sigma: SigmaConfig) -> Objective[Pref
             return rows.reshape(-1, 2).mean(axis=1)
 
         return losses, {
-            "accuracy": (gap < 0).astype(jnp.float32),
+            "accuracy": as_answered(gap < 0, batch),
             "reference_distance": of_pairs(distance(velocity, reference)),
             "velocity_ratio": of_pairs(norm_ratio(velocity, reference)),
         }

@@ -182,7 +182,8 @@ def lpo(policy: Policy, rewards: Rewards, config: LPOConfig) -> tuple[Collection
         pairs = jax.tree.map(
             lambda x: x.swapaxes(0, 1), (found.step, found.latents, found.winner, found.loser, found.weight)
         )
-        (loss, accuracy, clipped), ratio = jax.lax.map(of_pair, pairs)
+        # A pair's forward pass is computed again for its gradient: that of all pairs at once would be kept otherwise.
+        (loss, accuracy, clipped), ratio = jax.lax.map(jax.checkpoint(of_pair), pairs)
         metrics = found.metrics | {
             "accuracy": accuracy.sum(axis=0),
             "clipped": clipped.sum(axis=0),

@@ -142,6 +142,8 @@ class NFTConfig:
 class LPOConfig:
     """LPO (docs/lrm_lpo.md): at every sampling step the best of several outcomes against the worst.
 
+    The reward scores each step at its own level; its `sigma` is what it is watched at.
+
     steps, guidance: of the sampler, and of the steps that train.
     kind, noise_level: of its steps; see `sampling.transition`.
     candidates: outcomes of a step that are compared.
@@ -355,6 +357,9 @@ class AlignConfig:
                 f"rollout, {self.group} x {self.updates}"
             )
         training = {level for reward in (self.reward, *self.mixed) if reward.judge is None for level in reward.sigma}
+        if self.lpo is not None:
+            training = set()  # it is every step's own level
+            refuse_ignored(self.reward, ("weight",), "lpo has one reward, whose order alone counts")
         if training & set(self.evaluation.sigma):
             raise ConfigError(
                 f"evaluation.sigma {self.evaluation.sigma} must be other levels than those that train, "

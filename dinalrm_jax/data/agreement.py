@@ -7,6 +7,7 @@ all scores are near each other. Scores come from CSV files, joined by the images
 import csv
 import dataclasses
 import math
+import os
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,21 +38,27 @@ def without_disagreement(
         strict = [row for row in rows if row.label != 0.5]
         keeps_ties = ties and split == "train"
         if keeps_ties and len(strict) == len(rows):
-            raise RecordsError(f"{directory} holds no training pair that people tied; leave ties (--ties) out")
+            raise RecordsError(
+                f"{directory} gives no training pair that people tied, which jsonl and hpdv2's rankings can; leave "
+                "ties (--ties) out"
+            )
         counts["tied pair"] += 0 if keeps_ties else len(rows) - len(strict)
         kept[split] = rows if keeps_ties else strict
     if agree:
         rules = parse_rules(agree)
-        found = read_scores(directory, scores, [rule.column for rule in rules])
-        kept["train"] = _agreeing(kept.get("train", ()), rules, found, counts)
+        if "train" not in kept:
+            raise RecordsError(f"{directory} has no training pairs, which agree (--agree) selects from; leave it out")
+        root = pathlib.Path(os.path.abspath(directory / source.images))
+        found = read_scores(root, scores, [rule.column for rule in rules])
+        kept["train"] = _agreeing(kept["train"], rules, found, counts)
     return dataclasses.replace(source, preferences=kept, counts=counts)
 
 
 Scores = Mapping[str, Mapping[tuple[str | None, str], float]]  # column -> (prompt, or None for any; image) -> score
 
 
-def read_scores(directory: pathlib.Path, files: Sequence[str], columns: Sequence[str]) -> Scores:
-    """Scores by column, of images named within `directory`; arguments and errors as above."""
+def read_scores(root: pathlib.Path, files: Sequence[str], columns: Sequence[str]) -> Scores:
+    """Scores by column, of images named within `root`, an absolute path; arguments and errors as above."""
     found: dict[str, dict[tuple[str | None, str], float]] = {}
     present: list[str] = []
     for given in files:
@@ -67,7 +74,7 @@ def read_scores(directory: pathlib.Path, files: Sequence[str], columns: Sequence
                 present += [renamed.get(column, column) for column in header]
                 wanted = [column for column in header if renamed.get(column, column) in columns]
                 for number, row in enumerate(reader, 2):
-                    key = row.get("prompt"), _within(directory, row["image"])
+                    key = row.get("prompt") or None, _within(root, row["image"])
                     for column in wanted:
                         score = _number(row[column], f"{path}, line {number}: {column}")
                         found.setdefault(renamed.get(column, column), {})[key] = score
@@ -80,9 +87,10 @@ def read_scores(directory: pathlib.Path, files: Sequence[str], columns: Sequence
     return found
 
 
-def _within(directory: pathlib.Path, image: str) -> str:
-    """An image's name within the source, of which a file named by the command line has the directory in front."""
-    return image.removeprefix(f"{directory}/")
+def _within(root: pathlib.Path, image: str) -> str:
+    """An image's name below `root`, which a file that was named on a command line has in front, in whatever form."""
+    path = pathlib.Path(os.path.abspath(image))
+    return str(path.relative_to(root)) if path.is_relative_to(root) else image
 
 
 def _number(text: str | None, where: str) -> float:
@@ -115,5 +123,9 @@ def _agreeing(rows: Sequence[Preference], rules: Sequence[Rule], scores: Scores,
             kept.append(row)
     if lacking:
         shown = ", ".join(lacking[:3])
-        raise RecordsError(f"the score files lack {len(lacking)} scores of training pairs, for instance {shown}")
+        known = next(iter(next(iter(scores.values()))))
+        raise RecordsError(
+            f"the score files lack {len(lacking)} scores of training pairs, for instance {shown}; what they have is "
+            f"named like {known[1]}"
+        )
     return kept

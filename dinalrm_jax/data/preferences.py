@@ -66,12 +66,14 @@ class Source:
         counts: what was left out or is odd, by reason.
         open: an image's encoded bytes, as a file, by its name; raises ImageProblem where there is none.
         latents: of the images, where the dataset holds these instead.
+        images: the directory within the source that images are named in.
     """
 
     preferences: Mapping[str, Sequence[Preference]]
     counts: Counter
     open: Callable[[str], BinaryIO] | None = None
     latents: Latents | None = None
+    images: str = "."
 
 
 def ranked_pairs(ranking: Ranking, counts: Counter, ties: bool = False) -> list[Preference]:

@@ -105,7 +105,7 @@ def load_image_codec(config: EncodersConfig, base_model: str | pathlib.Path | No
         ConfigError, WeightsError, FileNotFoundError: not an SD3 pipeline, or an incomplete one; or not TAESD3's files.
     """
     if config.images == "taesd3":
-        return TAESD3Codec(_required(base_model, TAESD3))
+        return TAESD3Codec(_taesd3(base_model))
     return TinyCodec() if config.kind == "tiny" else SD3Codec(_required(base_model))
 
 
@@ -117,7 +117,7 @@ def image_codec_fingerprint(config: EncodersConfig, base_model: str | pathlib.Pa
     if config.kind == "tiny" or base_model is None:
         return None
     if config.images == "taesd3":
-        return taesd3_fingerprint(base_model)
+        return taesd3_fingerprint(_taesd3(base_model))
     vae = open_pipeline(base_model, VAE_FILES) / "vae"
     return vae_fingerprint(vae) if vae.is_dir() else None
 
@@ -212,8 +212,14 @@ SD3 = (
 )
 TAESD3 = (
     "this model's images are encoded by TAESD3; name it: base_model=..., on the command line --base-model (a directory "
-    "with taesd3_encoder.safetensors, or the hub id madebyollin/taesd3)"
+    "with taesd3_encoder.safetensors or with that in taesd3/, or the hub id madebyollin/taesd3)"
 )
+
+
+def _taesd3(base_model: str | pathlib.Path | None) -> str | pathlib.Path:
+    """Where TAESD3's files are: BASE_MODEL/taesd3, where there is one, or the base model itself."""
+    beside = pathlib.Path(_required(base_model, TAESD3)) / "taesd3"
+    return beside if beside.is_dir() else _required(base_model, TAESD3)
 
 
 def _required(base_model: str | pathlib.Path | None, otherwise: str = SD3) -> str | pathlib.Path:

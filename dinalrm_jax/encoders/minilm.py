@@ -154,6 +154,10 @@ class MiniLMPromptEncoder:
     def __init__(self, base_model: str | pathlib.Path | None, text_length: int):
         directory = minilm_directory(base_model)
         config = from_known(BertConfig, read_json(directory / "config.json"), str(directory / "config.json"))
+        if text_length > config.max_position_embeddings:
+            raise ConfigError(
+                f"MiniLM reads {config.max_position_embeddings} tokens at most, text_length is {text_length}"
+            )
         module = functional(lambda rngs: Bert(config, rngs=rngs))
         tensors = SafetensorsDirectory(directory, "model")
         params = load(tensors, IDENTITY, module.shapes, source=str(directory), unused=UNUSED)

@@ -26,7 +26,9 @@ from dinalrm_jax.devices.placement import place
 from dinalrm_jax.evaluation.accuracy import PairCounts, count_pairs
 from dinalrm_jax.evaluation.pairs import PairScorer
 from dinalrm_jax.evaluation.scoring import ImageModel, Level, score_images
+from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.parameters import Params, split
+from dinalrm_jax.model.quantization import is_quantized
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.preference import LossConfig
@@ -130,12 +132,17 @@ def evaluate_records(
         found = [scorer.run(params, levels, draw, bar.update) for draw in draws]
     # (pairs, images of a pair, levels, draws)
     scores = np.stack([np.stack([one.chosen, one.rejected]) for one in found], axis=-1).transpose(2, 0, 1, 3)
-    rankings = [Ranking(str(pair.prompt), (str(pair.chosen), str(pair.rejected)), (1, 2)) for pair in scorer.pairs]
+    rankings = [
+        Ranking(str(pair.prompt), (str(pair.chosen), str(pair.rejected)), (1, 1) if pair.label == 0.5 else (1, 2))
+        for pair in scorer.pairs
+    ]
     name = f"{records.directory} {split_name}"
     return Evaluation(name, tuple(levels), tuple(draws), rankings, list(scores), {}, model.likelihood, model.digest)
 
 
 def _on_mesh(model: EvaluatedModel, shardings: Mapping[str, NamedSharding]) -> Params:
+    if any(map(is_quantized, model.params.values())):
+        raise ConfigError("int8 weights lie on one device; evaluate records with another dtype, or on one device")
     trained, frozen = split(model.params, is_trainable)
     return place(frozen, model.execution.dtype, shardings) | place(trained, np.float32, shardings)
 

@@ -54,6 +54,11 @@ class RewardModelConfig:
         return self.head.width or self.transformer.width
 
     @property
+    def only_tokens(self) -> int | None:
+        """How many tokens a prompt must have; None: any number."""
+        return self.encoders.tokens if isinstance(self.head, LRMHeadConfig) and self.head.guidance > 1 else None
+
+    @property
     def adapts_last_text(self) -> bool:
         """Whether the last kept block's text-side projections have adapters.
 

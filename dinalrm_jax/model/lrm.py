@@ -101,7 +101,8 @@ class LRMHead(nnx.Module):
             )
 
         def both(given: jax.Array, one: jax.Array) -> jax.Array:
-            stacked = jnp.stack([given, jnp.broadcast_to(one.astype(given.dtype), given.shape)], axis=1)
+            # In the trained one's dtype: float16, which records hold, would round its gradient.
+            stacked = jnp.stack([given.astype(one.dtype), jnp.broadcast_to(one, given.shape)], axis=1)
             return stacked.reshape(-1, *given.shape[1:])  # devices that split the rows have nothing to exchange
 
         return jax.tree.map(both, prompt, empty)
@@ -133,6 +134,10 @@ def enhanced(conditional: Float[Array, "b d"], unconditional: Float[Array, "b d"
 def cosine_score(
     image: Float[Array, "b d"], text: Float[Array, "b d"], scale: Float[Array, ""] | float
 ) -> Float[Array, " b"]:
-    """(B,) `scale cos(image, text)`."""
-    image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
-    return scale * (image * text).sum(axis=-1)
+    """(B,) `scale cos(image, text)`; 0 where one of them is zero."""
+
+    def unit(x: jax.Array) -> jax.Array:
+        square = jnp.square(x).sum(axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+
+    return scale * (unit(image) * unit(text)).sum(axis=-1)

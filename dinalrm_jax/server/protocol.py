@@ -104,13 +104,16 @@ class Limits:
     max_rows: int
     max_side: int = 192
     max_tokens: int = 1024
+    tokens: int | None = None  # the only number, of a model with an empty prompt of its own
 
     @classmethod
     def of(cls, config: RewardModelConfig, max_rows: int) -> "Limits":
         """Of a model; a side also ends where its position table does."""
         spec = config.transformer.latents
         sides = min(cls.max_side, spec.largest_side)
-        return cls(spec.channels, spec.text_width, spec.pooled_width, spec.patch, max_rows, sides)
+        return cls(
+            spec.channels, spec.text_width, spec.pooled_width, spec.patch, max_rows, sides, tokens=config.only_tokens
+        )
 
     @property
     def largest(self) -> RowShape:
@@ -134,6 +137,8 @@ class Limits:
                 out.append(f"latents' {side} is {size}, expected a multiple of {self.patch_size} up to {self.max_side}")
         if not 1 <= tokens <= self.max_tokens:
             out.append(f"the prompt has {tokens} tokens, 1 to {self.max_tokens} are taken")
+        elif self.tokens is not None and tokens != self.tokens:
+            out.append(f"the prompt has {tokens} tokens, this model takes {self.tokens}, as its own empty prompt has")
         return out
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.encoding import CLIP_TOKENS
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server.config import ServerConfig
 from dinalrm_jax.server.protocol import Limits, RequestError, RowShape
@@ -29,7 +30,8 @@ def warmup_shapes(config: ServerConfig, model: RewardModel | PretrainedModel, li
     if shapes:
         return shapes
     side, encoders = min(64, limits.max_side), model.config.encoders
-    return [RowShape(side, side, 77 + 256 if encoders.kind == "sd3" else encoders.tokens)]
+    usual = CLIP_TOKENS + 256 if encoders.kind == "sd3" else encoders.tokens
+    return [RowShape(side, side, limits.tokens or usual)]
 
 
 class NewShapes:

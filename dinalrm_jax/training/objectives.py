@@ -50,7 +50,7 @@ def reward_objective(
         more = jax.vmap(jax.vmap(lambda key: sample_sigma(key, ())), out_axes=1)(more_keys)
         levels = jnp.concatenate([levels[None], more])
         chosen, rejected = _score_pairs(module.bind(params).ensemble, batch, levels, eps)
-        metrics |= {"ensemble_accuracy": (chosen > rejected).astype(jnp.float32)}
+        metrics |= {"ensemble_accuracy": as_answered(chosen > rejected, batch)}
         label = 1.0 if batch.label is None else batch.label
         together = _weighed(preference.pair_loss(chosen, rejected, levels, loss, label), batch)
         return (1 - ensemble.weight) * losses + ensemble.weight * together, metrics
@@ -77,8 +77,7 @@ def reward_losses(
     """
     chosen, rejected = _score_pairs(module.bind(params), batch, levels, eps)
     label = 1.0 if batch.label is None else batch.label
-    # As people answered: to have ordered a tie is half right.
-    correct, margin = jnp.where(chosen > rejected, label, 1 - label), chosen - rejected
+    correct, margin = as_answered(chosen > rejected, batch), chosen - rejected
     in_bin = sigma_bins(levels)
     metrics = {
         "accuracy": correct,
@@ -95,6 +94,12 @@ def reward_losses(
 def sigma_bins(levels: jax.Array) -> jax.Array:
     """(N,) levels -> (N, SIGMA_BINS), 1 in the bin that each falls into."""
     return jax.nn.one_hot(jnp.minimum(levels * SIGMA_BINS, SIGMA_BINS - 1).astype(jnp.int32), SIGMA_BINS)
+
+
+def as_answered(right: jax.Array, batch: PreferenceBatch) -> jax.Array:
+    """(B,) how far pairs that were ordered right or not agree with people: to have ordered a tie is half right."""
+    label = 1.0 if batch.label is None else batch.label
+    return jnp.where(right, label, 1.0 - label).astype(jnp.float32)
 
 
 def _weighed(losses: jax.Array, batch: PreferenceBatch) -> jax.Array:

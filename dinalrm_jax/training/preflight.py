@@ -10,7 +10,9 @@ from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.devices.mesh import check_batch_size
 from dinalrm_jax.disk import as_path, local_copy
+from dinalrm_jax.encoders.load import image_codec_fingerprint
 from dinalrm_jax.encoders.pipeline import vae_fingerprint
+from dinalrm_jax.encoders.taesd3 import ENCODER
 from dinalrm_jax.mapping import to_mapping
 from dinalrm_jax.model.backbone.family import BackboneConfig
 from dinalrm_jax.model.encoding import EncodersConfig
@@ -63,14 +65,12 @@ def check_fit(
             f"{records.directory} was made by other encoders than this model's: {to_mapping(records.encoders)} there, "
             f"{to_mapping(encoders)} here; preprocess again, or set model.encoders (of an alignment, text_length)"
         )
-    vae = None if base_model is None or encoders.images is not None else as_path(base_model) / "vae"
-    if "codec" in records.manifest and vae is not None and (vae / "config.json").is_file():
-        expected = vae_fingerprint(local_copy(vae, ["*"]))
-        if records.manifest["codec"] != expected:
-            raise RecordsError(
-                f"{records.directory} holds latents of another VAE ({records.manifest['codec']}) than that of "
-                f"{base_model} ({expected}); preprocess again with this base model, or train on the other one"
-            )
+    expected = None if base_model is None else _codec_in(base_model, encoders)
+    if "codec" in records.manifest and expected not in (None, records.manifest["codec"]):
+        raise RecordsError(
+            f"{records.directory} holds latents of another VAE ({records.manifest['codec']}) than that of "
+            f"{base_model} ({expected}); preprocess again with this base model, or train on the other one"
+        )
     spec = transformer.latents
     prompt, latents = records.prompts[0], records.images[0].latents
     widths = (latents.shape[-1], prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
@@ -86,3 +86,13 @@ def check_fit(
                 spec.validate(records.images[records.pairs(split)[rows.start].chosen].latents[None])
             except ValueError as error:
                 raise RecordsError(f"{records.directory}: {error}") from None
+
+
+def _codec_in(base_model: str, encoders: EncodersConfig) -> str | None:
+    """The fingerprint of the image encoder that lies in a base model's directory; None where there is none."""
+    directory = as_path(base_model)
+    if encoders.images is not None:
+        holds = any((place / f"{ENCODER}.safetensors").is_file() for place in (directory, directory / "taesd3"))
+        return image_codec_fingerprint(encoders, base_model) if holds else None
+    vae = directory / "vae"
+    return vae_fingerprint(local_copy(vae, ["*"])) if (vae / "config.json").is_file() else None

@@ -145,18 +145,21 @@ def frozen_arrays(config: TrainConfig, workdir: AnyPath, inputs: Mapping[str, st
 
 
 def empty_prompt(config: TrainConfig, base_model: str | None, workdir: AnyPath) -> dict[str, np.ndarray]:
-    """What the LRM head's unconditional prompt begins as: the empty prompt, by the text encoders; {} of another head.
+    """What the LRM head's unconditional prompt begins as: the empty prompt, by the text encoders.
+
+    Of another head, or where the run goes on from a model that has one: {}.
 
     Encoded once a run and kept in WORKDIR/empty_prompt, so that a run that goes on does not load the encoders again.
 
     Raises:
         ConfigError, WeightsError, FileNotFoundError: as for `encoders.load.load_prompt_encoder`.
     """
-    if not isinstance(config.model.head, LRMHeadConfig) or config.model.head.guidance == 1:
+    head = config.model.head
+    if not isinstance(head, LRMHeadConfig) or head.guidance == 1 or config.init_from is not None:
         return {}
     directory = workdir / "empty_prompt"
     if not is_whole(directory) and processes.is_first():
-        encoded = load_prompt_encoder(config.model.encoders, base_model, "float32")([""])
+        encoded = load_prompt_encoder(config.model.encoders, base_model, config.execution.dtype)([""])
         arrays = {"embeds": encoded.prompt_embeds, "pooled": encoded.pooled_prompt_embeds}
         with whole_directory(directory) as partial:
             save_safetensors(partial / "prompt.safetensors", {name: np.asarray(x) for name, x in arrays.items()})

@@ -94,13 +94,24 @@ def test_pairs_that_scores_agree_on(source, scores, tmp_path, strategy, passing)
     assert labels == {1.0, 0.5}
 
 
+def test_scores_of_a_judge_that_reads_no_prompt(source, scores, tmp_path):
+    """`judge --judge aesthetic` leaves its column of prompts empty."""
+    rows = ["rank,score,image,prompt", *(f"1,{s[0]},{source}/{n}.png," for n, s in SCORES.items())]
+    (tmp_path / "aesthetic.csv").write_text("\n".join(rows) + "\n")
+    rows = ["image,clip", *(f"{n}.png,{s[1]}" for n, s in SCORES.items())]
+    (tmp_path / "clip.csv").write_text("\n".join(rows) + "\n")
+    files = (f"aesthetic={tmp_path / 'aesthetic.csv'}", str(tmp_path / "clip.csv"), scores[1])
+    preprocess(source, tmp_path / "records", dataclasses.replace(CONFIG, ties=True, scores=files, agree=("mpcf1",)))
+    assert kept(tmp_path / "records") == {("a", 0, 1), ("b", 4, 5), ("c", 0, 5)}
+
+
 def test_ties_are_left_out_unless_asked_for(source, tmp_path):
     manifest = preprocess(source, tmp_path / "records", CONFIG)
     assert manifest["left_out"]["tied pair"] == 3
     assert {p.label for p in Records(tmp_path / "records").pairs("train")} == {1.0}
     rows = [json.loads(line) for line in (source / "pairs.jsonl").read_text().splitlines()]
     (source / "pairs.jsonl").write_text("\n".join(json.dumps(row | {"label": 0.8}) for row in rows))
-    with pytest.raises(RecordsError, match="holds no training pair that people tied"):
+    with pytest.raises(RecordsError, match="gives no training pair that people tied"):
         preprocess(source, tmp_path / "ties", dataclasses.replace(CONFIG, ties=True))
     preprocess(source, tmp_path / "soft", CONFIG)
     assert {round(p.label, 6) for p in Records(tmp_path / "soft").pairs("train")} == {0.8}

@@ -70,7 +70,7 @@ def test_minilm_is_transformers(small, published):
     np.testing.assert_allclose(found.prompt_embeds, tokens, atol=1e-4)
     np.testing.assert_allclose(found.pooled_prompt_embeds, pooled, atol=1e-4)
     assert (found.prompt_embeds[1, 2:] == 0).all(), "the empty prompt is two tokens"
-    assert encoder.longer(PROMPTS) == ([0, 2] if not published else [0, 2])
+    assert encoder.longer(PROMPTS) == [0, 2]
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -128,6 +128,9 @@ def test_records_and_scores_of_a_model_that_has_them(small, model, tmp_path):
     check_fit(records, SMALL, model.config.transformer, str(small), ("train", "eval"))
     with pytest.raises(RecordsError, match="made by other encoders than this model's"):
         check_fit(records, EncodersConfig("minilm", 10, "taesd3"), model.config.transformer, str(small), ("train",))
+    write_taesd3(tmp_path, seed=1)
+    with pytest.raises(RecordsError, match="holds latents of another VAE"):
+        check_fit(records, SMALL, model.config.transformer, str(tmp_path), ("train",))
     pair = records.pairs("eval")[0]
     stored = records.images[pair.chosen]
     scores = model.score(["a fox"], [source / stored.name], sigma=0.3)

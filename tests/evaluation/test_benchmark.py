@@ -221,6 +221,20 @@ def test_records_are_scored_as_their_latents(scene_model, tmp_path):
                 assert scores[place, level] == pytest.approx(expected, abs=5e-3)
 
 
+def test_ties_of_records_are_ties(scene_model, tmp_path):
+    """Not preferences for the image that stands first."""
+    write_scene_records(
+        tmp_path / "data", ScenesConfig(train_pairs=1, eval_pairs=3, image_size=64), scene_model.config.encoders
+    )
+    records = Records(tmp_path / "data")
+    pairs = [dataclasses.replace(pair, label=0.5 if n == 1 else 1.0) for n, pair in enumerate(records.pairs("eval"))]
+    records.pairs = lambda split: pairs
+    found = evaluate_records(scene_model, records, "eval", [0.4], [NoiseDraw(3)])
+    counts = found.counts(0, 0)
+    assert counts.strict.tolist() == [1, 0, 1]
+    assert counts.pairs.tolist() == [1, 1, 1]
+
+
 def evaluate(*arguments):
     command = [sys.executable, "-m", "dinalrm_jax.evaluate", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -19,6 +19,9 @@ from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.lrm import LRMHeadConfig, cosine_score
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.noise import add_noise, timestep
+from dinalrm_jax.server.config import ServerConfig
+from dinalrm_jax.server.protocol import Limits
+from dinalrm_jax.server.shapes import warmup_shapes
 from tests.conftest import TINY, randomized
 
 LRM = dataclasses.replace(
@@ -148,3 +151,21 @@ def test_saved_loaded_and_refused(model, inputs, tmp_path):
         from_mapping(RewardModelConfig, to_mapping(LRM) | {"head": {"kind": "lmr"}})
     with pytest.raises(ConfigError, match="guidance must be at least 1"):
         LRMHeadConfig(guidance=0.5)
+
+
+def test_a_server_warms_up_and_takes_prompts_of_the_empty_ones_length(model):
+    limits = Limits.of(LRM, 4)
+    (shape,) = warmup_shapes(ServerConfig(), model, limits)
+    assert shape.tokens == 5
+    assert limits.problems(8, 8, 5) == []
+    assert limits.problems(8, 8, 333) == ["the prompt has 333 tokens, this model takes 5, as its own empty prompt has"]
+    assert Limits.of(TINY, 4).problems(8, 8, 333) == []
+    sd3 = dataclasses.replace(LRM, encoders=EncodersConfig("sd3", 128))
+    assert warmup_shapes(ServerConfig(), dina.RewardModel.init(sd3), Limits.of(sd3, 4))[0].tokens == 77 + 128
+
+
+def test_a_feature_of_zero_is_no_nan():
+    """The tiny encoders pool a prompt without words to zeros."""
+    found, gradient = jax.value_and_grad(lambda x: cosine_score(x, jnp.ones((1, 4)), 2.0)[0])(jnp.zeros((1, 4)))
+    assert found == 0
+    assert np.isfinite(gradient).all()

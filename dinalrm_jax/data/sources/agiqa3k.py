@@ -46,7 +46,7 @@ def read(source: pathlib.Path, holdout: int, config: OpinionConfig) -> Source:
             label = preferred(first, second) if config.soft else float(gap > 0)
             names = (one, other) if gap > 0 else (other, one)
             pairs.append(Preference(prompt, *names, label=max(label, 1 - label)))
-    return Source(hold_out(pairs, holdout, str(source)), counts, files_below(source / "images"))
+    return Source(hold_out(pairs, holdout, str(source)), counts, files_below(source / "images"), images="images")
 
 
 def benchmark(source: pathlib.Path, config: OpinionConfig, holdout: int = 0) -> Benchmark:
