@@ -23,6 +23,8 @@ def is_quantized(array: Any) -> bool:
 def quantized(params: dict[str, Any], frozen: Callable[[str], bool]) -> dict[str, Any]:
     """The parameters with their frozen matrices in int8; `frozen` says yes to a frozen one's name.
 
+    They are taken out of `params` one by one, so that never two of all are held.
+
     Raises:
         ConfigError: qwix is not installed.
     """
@@ -35,10 +37,12 @@ def quantized(params: dict[str, Any], frozen: Callable[[str], bool]) -> dict[str
     def of_one(matrix: jax.Array):
         return qwix.quantize(matrix.astype(jnp.float32), jnp.int8, channelwise_axes=(0,))
 
-    return {
-        name: of_one(array) if frozen(name) and name.endswith(".weight") and array.ndim == 2 else array
-        for name, array in params.items()
-    }
+    found = {}
+    for name in list(params):
+        array = params.pop(name)
+        matrix = frozen(name) and name.endswith(".weight") and array.ndim == 2
+        found[name] = of_one(array) if matrix else array
+    return found
 
 
 def whole(array: Any) -> jax.Array:

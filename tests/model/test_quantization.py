@@ -1,5 +1,6 @@
 """Frozen matrices in int8: how far scores are from those of the weights as they are, and what is not done with them."""
 
+import dataclasses
 import sys
 
 import jax
@@ -12,6 +13,7 @@ from dinalrm_jax.model.parameters import split
 from dinalrm_jax.model.quantization import is_quantized, quantized, whole
 from dinalrm_jax.model.reward import is_trainable
 from tests.conftest import GOLDEN
+from tests.server.serving import running
 
 
 @pytest.fixture(scope="module")
@@ -64,4 +66,12 @@ def test_what_int8_weights_are_not_for(golden_model, rounded, tmp_path, monkeypa
         dina.RewardModel.from_pretrained(GOLDEN, GOLDEN, dtype="int8", backbone={})
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ConfigError, match=r"need the package qwix: pip install -e '.\[int8\]'"):
-        quantized(golden_model.params, lambda name: True)
+        quantized(dict(golden_model.params), lambda name: True)
+
+
+def test_a_server_says_that_weights_are_int8(tiny_model):
+    model = dataclasses.replace(tiny_model, params=quantized(dict(tiny_model.params), lambda n: not is_trainable(n)))
+    with running(model, warmup=("4x4x5",), max_batch_size=1) as server:
+        _, info = server.request("/v1/info")
+        assert (info["dtype"], info["weights"]) == ("int8", model.digest)
+        assert info["weights"] != tiny_model.digest
