@@ -254,7 +254,7 @@ def metrics_of(workdir):
 
 @pytest.mark.parametrize(
     "algorithm",
-    ["refl", "flow_grpo", "lpo", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("nft", "dpo"))],
+    ["refl", "flow_grpo", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("nft", "dpo", "lpo"))],
 )
 def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
     """The frozen arrays stay; the adapters that are written give the policy that was watched."""

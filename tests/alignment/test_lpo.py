@@ -12,6 +12,7 @@ from dinalrm_jax.alignment.lpo import StepPairs, lpo
 from dinalrm_jax.alignment.policy import row_randomness
 from dinalrm_jax.alignment.rewards import Rewards
 from dinalrm_jax.config import JudgeConfig, LPOConfig, RewardConfig
+from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.lora import LoRAConfig
 from dinalrm_jax.model.reward import reward_functional
@@ -105,6 +106,22 @@ def test_fewer_pairs_than_steps_are_drawn_from_those_kept(likely):
         weight = np.asarray(few.weight)[part::2]
         assert weight.sum() == pytest.approx(4)
         assert len(np.unique(weight[weight > 0].round(4))) == 1
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_devices_along_data_weigh_the_pairs_of_all(likely, updates):
+    """Two devices with four trajectories each give the weights of one with eight."""
+    config = dataclasses.replace(LPO, updates=updates)
+    together = lpo(likely[0], likely[1], config)[0].together
+    kept = jnp.asarray(np.random.default_rng(0).random((8, 4)) < 0.4, jnp.float32)
+    empty = jnp.zeros((8, 4))
+    found = StepPairs(likely[3], empty, empty, empty, empty, kept, {})
+    mesh = make_mesh(MeshConfig(data=2))
+    rows = jax.sharding.PartitionSpec("data")
+    split = jax.shard_map(together, mesh=mesh, in_specs=rows, out_specs=rows, axis_names={"data"}, check_vma=False)
+    np.testing.assert_allclose(jax.jit(split)(found).weight, together(found).weight, rtol=1e-6)
+    for part in range(updates):
+        assert together(found).weight[part::updates].sum() == pytest.approx(8 / updates)
 
 
 def test_the_update_raises_winners_and_lowers_losers(likely):
