@@ -115,7 +115,8 @@ def test_devices_along_data_weigh_the_pairs_of_all(likely, updates):
     together = lpo(likely[0], likely[1], config)[0].together
     kept = jnp.asarray(np.random.default_rng(0).random((8, 4)) < 0.4, jnp.float32)
     empty = jnp.zeros((8, 4))
-    found = StepPairs(likely[3], empty, empty, empty, empty, kept, {})
+    batch = jax.tree.map(np.asarray, likely[3])
+    found = StepPairs(batch, empty, empty, empty, empty, kept, {})
     mesh = make_mesh(MeshConfig(data=2))
     rows = jax.sharding.PartitionSpec("data")
     split = jax.shard_map(together, mesh=mesh, in_specs=rows, out_specs=rows, axis_names={"data"}, check_vma=False)
