@@ -30,7 +30,7 @@ def test_the_empty_prompt_is_the_text_encoders_and_is_encoded_once(tiny_pipeline
     config = lrm.get_config("smoke")
     config.model.encoders.text_length = 16
     config = from_mapping(TrainConfig, config)
-    expected = load_prompt_encoder(EncodersConfig("sd3", 16), tiny_pipeline, "float32")([""])
+    expected = load_prompt_encoder(EncodersConfig("sd3", 16), tiny_pipeline, config.execution.dtype)([""])
     for _ in range(2):
         found = run_weights.empty_prompt(config, str(tiny_pipeline), tmp_path)
         assert set(found) == {"head.unconditional_embeds", "head.unconditional_pooled"}

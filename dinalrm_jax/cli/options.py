@@ -104,8 +104,8 @@ class EvaluateOptions(ModelOptions, JobOptions):
     data: Directory of the benchmark.
     split: The part to score: of GenAI-Bench test (which is taken where none is given) or test_v1, of records train
         or eval (which is taken where none is given).
-    quality: Of AGIQA-3K's opinions, the share that quality has; alignment with the prompt has the rest.
-    holdout: Of AGIQA-3K, only so many prompts: those that preprocess --holdout holds out; 0 takes all.
+    quality: Share that quality has in AGIQA-3K's opinions; alignment with the prompt has the rest.
+    holdout: Score only so many prompts of AGIQA-3K, those that preprocess --holdout holds out; 0 takes all.
     sigma: Single noise levels to score at.
     ensemble: Levels of the token-level ensemble; empty (--ensemble=) for none.
     seed: Seed of the first noise draw.

@@ -64,7 +64,7 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
 class OpinionConfig:
     """How AGIQA-3K's mean opinions become pairs (`dinalrm_jax.data.sources.agiqa3k`).
 
-    quality: Of an image's opinion, the share that quality has; its alignment with the prompt has the rest.
+    quality: Share that quality has in an image's opinion; its alignment with the prompt has the rest.
     least_gap: Leave out pairs whose opinions differ by less.
     soft: Label pairs with the probability that their standard deviations give.
     """
@@ -101,7 +101,7 @@ class PreparationConfig:
     max_rows_per_prompt: Keep at most so many training rows of one prompt (8 in the released code); 0 keeps all.
     holdout: Prompts to hold out where the source has no split of its own.
     benchmark_split: Which test set of GenAI-Bench to take.
-    opinion: Of agiqa3k.
+    opinion: How opinions of agiqa3k become pairs.
     eval_pairs: Keep at most so many held-out pairs; 0 keeps all.
     seed: Seed of what is picked at random.
     images_per_shard: Images in a shard, which is what a killed run can lose of each process's work.

@@ -73,7 +73,10 @@ def by_hand(config, likely):
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"kind": "sde", "noise_level": 0.7, "scored_at": "current"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"kind": "sde", "noise_level": 0.7, "scored_at": "current"}, marks=pytest.mark.heavy)],
+)
 def test_pairs_are_the_best_and_the_worst_outcome_of_a_step(likely, changes):
     config = dataclasses.replace(LPO, **changes)
     found, _ = collected(lpo(likely[0], likely[1], config), *likely[2:])
