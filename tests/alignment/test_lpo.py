@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinalrm_jax import alignment, preference, sampling
+from dinalrm_jax import preference, sampling
 from dinalrm_jax.alignment.lpo import StepPairs, lpo
 from dinalrm_jax.alignment.policy import row_randomness
-from dinalrm_jax.alignment.rewards import Rewards
+from dinalrm_jax.alignment.rewards import LatentReward, Rewards
 from dinalrm_jax.config import JudgeConfig, LPOConfig, RewardConfig
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.mapping import ConfigError
@@ -151,8 +151,10 @@ def test_the_update_raises_winners_and_lowers_losers(likely):
             own, other = (jnp.square(after - m).mean(axis=(1, 2, 3)) for m in (t.mean, reference.mean))
             two.append((other - own) / (2 * jnp.square(t.std)))
         ratios.append(two)
-        each = [float(alignment.lpo_loss(w[None], v[None], LPO.beta, LPO.epsilon)) for w, v in zip(*two)]
-        losses += np.asarray(found.weight[:, place]) * each
+        clipped = [
+            np.clip(np.asarray(ratio, np.float64), np.log(1 - LPO.epsilon), np.log(1 + LPO.epsilon)) for ratio in two
+        ]
+        losses += np.asarray(found.weight[:, place]) * np.log1p(np.exp(-LPO.beta * (clipped[0] - clipped[1])))
     value, metrics = jax.jit(objective)(params, found, keys)
     np.testing.assert_allclose(value, losses, rtol=2e-3)  # of differences of squares, times beta
     weight = np.asarray(found.weight).T
@@ -181,11 +183,27 @@ def test_at_the_start_policy_and_reference_agree(likely):
     assert (metrics["clipped"] == 0).all()
 
 
+class BrokenBelow(LatentReward):
+    """Not finite at levels below 0.3."""
+
+    def at_level(self, params, noisy, batch, levels):
+        return jnp.where(levels < 0.3, jnp.nan, super().at_level(params, noisy, batch, levels))
+
+
 def test_a_reward_that_is_not_finite_at_one_step_is_no_pair_left_out(likely):
     policy, rewards, params, batch, keys = likely
     broken = {name: x * jnp.nan if name == "reward0.head.head.weight" else x for name, x in params.items()}
     found, objective = collected(lpo(policy, rewards, LPO), broken, batch, keys)
     losses, metrics = jax.jit(objective)(broken, found, keys)
+    assert np.isnan(losses).all()
+    assert (metrics["nonfinite_reward"] == 1).all()
+    # Of noisy latents only, while the clean ones have a score.
+    reward = rewards.members["reward"][0]
+    fields = {field.name: getattr(reward, field.name) for field in dataclasses.fields(reward)}
+    found, objective = collected(
+        lpo(policy, Rewards({"reward": (BrokenBelow(**fields), 1.0)}), LPO), params, batch, keys
+    )
+    losses, metrics = jax.jit(objective)(params, found, keys)
     assert np.isnan(losses).all()
     assert (metrics["nonfinite_reward"] == 1).all()
 

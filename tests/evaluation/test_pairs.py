@@ -143,7 +143,7 @@ def test_prompts_exchanged(scene_model, records):
     texts = [records.prompts[pair.prompt].text for pair in scorer.pairs]
     exchanged = [records.prompts[pair.prompt].text for pair in other.pairs]
     assert all(one != two for one, two in zip(texts, exchanged))
-    assert len(set(exchanged)) > 1
+    assert len(set(exchanged)) >= len(set(texts)) - 1, "all under each other's, not under one"
     for number, (before, after) in enumerate(zip(scorer.pairs, other.pairs)):
         assert (before.chosen, before.rejected, before.kind) == (after.chosen, after.rejected, after.kind)
         for role, found in (("chosen", scores.chosen), ("rejected", scores.rejected)):
