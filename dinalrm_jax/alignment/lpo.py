@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from dinalrm_jax import sampling
-from dinalrm_jax.alignment.policy import Policy, PromptBatch, norm_ratio, row_randomness
+from dinalrm_jax.alignment.policy import Policy, PromptBatch, like, norm_ratio, row_randomness
 from dinalrm_jax.alignment.rewards import BROKEN, LatentReward, Rewards
 from dinalrm_jax.config import LPOConfig
 from dinalrm_jax.model.parameters import Params
@@ -19,9 +19,14 @@ from dinalrm_jax.training.step import Collection
 
 
 def lpo_threshold(stds: Float[AnyArray, " steps"], low: float, high: float) -> Float[Array, " steps"]:
-    """What a pair's probabilities must differ by: `low` at the step of least noise, `high` at that of most, affine."""
+    """What a pair's probabilities must differ by: `low` at the step of least noise, `high` at that of most, affine.
+
+    Where all steps have the same noise, up to rounding, it is `low` everywhere.
+    """
     stds = jnp.asarray(stds)
-    return low + (stds - stds.min()) / (stds.max() - stds.min()) * (high - low)
+    span = stds.max() - stds.min()
+    even = span <= 1e-4 * stds.max()
+    return low + jnp.where(even, 0.0, (stds - stds.min()) / jnp.where(even, 1.0, span)) * (high - low)
 
 
 def lpo_pairs(
@@ -122,7 +127,7 @@ def lpo(policy: Policy, rewards: Rewards, config: LPOConfig) -> tuple[Collection
             t = outcome(x, guided(x, sigmas[here]), here)
             z_keys, next_keys = row_randomness(jax.vmap(jax.random.fold_in, (0, None))(step_keys, step), 2)
             z = jax.vmap(lambda key: jax.random.normal(key, (count, *policy.shape)))(z_keys)
-            found = t.mean[:, None] + t.std.reshape(-1, *(z.ndim - 1) * (1,)) * z  # (B, K, H, W, C)
+            found = t.mean[:, None] + like(t.std, z) * z  # (B, K, H, W, C)
             level = sigmas[here + (config.scored_at == "next")]
             flat = found.reshape(-1, *policy.shape)
             scores = reward.at_level(params, flat, repeated, jnp.repeat(level, count)).reshape(-1, count)
@@ -176,8 +181,8 @@ def lpo(policy: Policy, rewards: Rewards, config: LPOConfig) -> tuple[Collection
             ratios = [sampling.log_ratio(config.kind, t, wanted.mean, after) for after in (winner, loser)]
             loss = lpo_losses(*ratios, config.beta, config.epsilon)
             beyond = jnp.stack([jnp.abs(jnp.expm1(ratio)) > config.epsilon for ratio in ratios]).mean(axis=0)
-            found = loss, (ratios[0] > ratios[1]).astype(jnp.float32), beyond
-            return jax.tree.map(lambda x: weight * x, found), norm_ratio(velocity, reference)
+            of_kept = loss, (ratios[0] > ratios[1]).astype(jnp.float32), beyond
+            return jax.tree.map(lambda values: weight * values, of_kept), norm_ratio(velocity, reference)
 
         pairs = jax.tree.map(
             lambda x: x.swapaxes(0, 1), (found.step, found.latents, found.winner, found.loser, found.weight)
