@@ -4,7 +4,7 @@
 
 Started again with the same --workdir it goes on where it stopped. WORKDIR/policy is the result, a LoRA that
 `generate --policy` and diffusers read; before_after.png and pictures.png show held-out prompts with the same noise,
-curves.png and policy.json the reward at levels that did not train and what the judges say, metrics.jsonl the run.
+curves.png and policy.json the reward at other levels than its own and what the judges say, metrics.jsonl the run.
 """
 
 from dinalrm_jax.cli.command import answer_help, quieten_writers, run_command, tell

@@ -21,7 +21,7 @@ from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig, Weights
 from dinalrm_jax.model.parameters import Params
-from dinalrm_jax.model.quantization import is_quantized, quantized
+from dinalrm_jax.model.quantization import holds_int8, quantized
 from dinalrm_jax.model.reward import check_levels, chosen_dtype, is_trainable, jitted_score, reward_functional, store
 from dinalrm_jax.noise import NoiseDraw, draw_noise, seed_key
 from dinalrm_jax.preference import LossConfig
@@ -217,7 +217,7 @@ class RewardModel:
         return np.asarray(jitted_score(self.config, self.execution)(self.params, latents, prompt, levels, eps))
 
     def _check_whole(self, what: str) -> None:
-        if any(map(is_quantized, self.params.values())):
+        if holds_int8(self.params):
             raise ValueError(f"int8 weights are rounded, and are not {what}; load the model with another dtype")
 
     def _warn_of_size(self, sides: tuple[int, int]) -> None:

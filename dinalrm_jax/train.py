@@ -108,6 +108,7 @@ def run(config: TrainConfig, workdir: AnyPath) -> PairScores:
             frozen,
             setup,
             held_out=HeldOutPairs(scorer, frozen, levels, NoiseDraw(judged.seed)),
+            by_prompt=config.prompt_weights,
             profile=config.profile,
         )
         params = {**frozen, **state.result}
@@ -173,9 +174,10 @@ def train_stage(
     setup: Setup,
     *,
     held_out: HeldOutPairs | None = None,
+    by_prompt: bool = False,
     profile: ProfileConfig = ProfileConfig(),
 ) -> tuple[TrainState, BestCheckpoint | None]:
-    """One stage on the run's pairs, from the parameters `first` on the host; see `fit`."""
+    """One stage on the run's pairs, from the parameters `first` on the host; see `fit`; by_prompt: see `PairStream`."""
     config, mesh = setup.config, setup.mesh
     # Without rematerialisation, whose work is done twice, or loops, whose body XLA counts once.
     plain = dataclasses.replace(config.execution, layers="loop", remat="none", attention="xla")
@@ -186,9 +188,7 @@ def train_stage(
         assemble(
             objective(config.execution), place(first, np.float32, shardings), frozen, stage, mesh, seed=config.seed
         ),
-        PairStream(
-            name, setup.records, stage.batch_size, config.seed, mesh, config.prompt_weights and name == "reward"
-        ),
+        PairStream(name, setup.records, stage.batch_size, config.seed, mesh, by_prompt),
         workdir=setup.workdir,
         open_log=setup.log,
         plain=None if config.execution == plain else objective(plain),

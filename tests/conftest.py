@@ -28,8 +28,8 @@ import jaxtyping  # noqa: E402
 HOOK = jaxtyping.install_import_hook(
     [
         f"dinalrm_jax.{name}"
-        for name in ("noise", "preference", "sampling", "model.reward", "model.head", "model.backbone.attention.attend",
-                     "model.backbone.mmdit", "model.backbone.sd3.transformer")
+        for name in ("noise", "preference", "sampling", "model.reward", "model.head", "model.lrm",
+                     "model.backbone.attention.attend", "model.backbone.mmdit", "model.backbone.sd3.transformer")
     ],
     "beartype.beartype",
 )  # fmt: skip

@@ -12,10 +12,10 @@ OF_EVALUATION, OF_METRICS = "tests/evaluation/test_pairs.py", "tests/training/te
 OF_RUNS, OF_LOADER = "tests/test_train.py", "tests/data/test_loader.py"
 
 MUTANTS = [
-    Mutant("chosen and rejected change places in the loss", OBJECTIVES, "preference.pair_loss(chosen, rejected, levels, loss, label), batch), metrics",
-           "preference.pair_loss(rejected, chosen, levels, loss, label), batch), metrics", OF_OBJECTIVES),
-    Mutant("the loss ignores sigma", OBJECTIVES, "preference.pair_loss(chosen, rejected, levels, loss, label), batch), metrics",
-           "preference.pair_loss(chosen, rejected, 0 * levels, loss, label), batch), metrics", OF_OBJECTIVES),
+    Mutant("chosen and rejected change places in the loss", OBJECTIVES, "preference.pair_loss(chosen, rejected, levels, loss, batch.certainty), batch), metrics",
+           "preference.pair_loss(rejected, chosen, levels, loss, batch.certainty), batch), metrics", OF_OBJECTIVES),
+    Mutant("the loss ignores sigma", OBJECTIVES, "preference.pair_loss(chosen, rejected, levels, loss, batch.certainty), batch), metrics",
+           "preference.pair_loss(chosen, rejected, 0 * levels, loss, batch.certainty), batch), metrics", OF_OBJECTIVES),
     Mutant("one sigma for a batch", OBJECTIVES, "jax.vmap(lambda key: sample_sigma(key, ()))(sigma_keys), noise",
            "jnp.broadcast_to(sample_sigma(sigma_keys[0], ()), len(keys)), noise", OF_OBJECTIVES),
     Mutant("one eps for a batch", OBJECTIVES, "noise.draw_noise(eps_keys, shape)", "noise.draw_noise(eps_keys[0], shape)",

@@ -86,8 +86,7 @@ def dpo(policy: Policy, config: DPOConfig, sigma: SigmaConfig) -> Objective[Pref
         noisy = add_noise(latents, levels, noise)
         velocity = policy.velocity(params)(noisy, levels, prompt)
         reference = policy.reference(params)(noisy, levels, prompt)
-        label = 1.0 if batch.label is None else batch.label
-        losses, gap = dpo_losses(velocity, reference, latents, noise, config.beta, label)
+        losses, gap = dpo_losses(velocity, reference, latents, noise, config.beta, batch.certainty)
 
         def of_pairs(rows):
             return rows.reshape(-1, 2).mean(axis=1)

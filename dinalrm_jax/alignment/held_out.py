@@ -242,8 +242,8 @@ def report(
         _draw_pictures(directory / "pictures.png", directory / "pictures")
     return (
         f"{len(prompts)} held-out prompts: reward {first['held_out_reward']:+.2f} -> {last['held_out_reward']:+.2f} at "
-        f"levels that did not train, {first['held_out_trained_reward']:+.2f} -> {last['held_out_trained_reward']:+.2f} "
-        f"as it trained; |v| / |v_ref| {last['held_out_velocity_ratio']:.3f}\n{said}"
+        f"evaluation.sigma, {first['held_out_trained_reward']:+.2f} -> {last['held_out_trained_reward']:+.2f} at its "
+        f"own levels; |v| / |v_ref| {last['held_out_velocity_ratio']:.3f}\n{said}"
     )
 
 
@@ -262,7 +262,7 @@ def _draw_before_after(path, prompts, before: PolicySamples, after: PolicySample
                 axis.set_ylabel(name)
             if row:
                 axis.set_xlabel(shortened(prompts[place], 24), fontsize=7, parse_math=False)
-    figure.suptitle("The same noise before and after; the reward at levels that did not train", fontsize=10)
+    figure.suptitle("The same noise before and after; the reward at the levels of evaluation.sigma", fontsize=10)
     save(figure, path)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.data.records import PairRecord, RecordsError
+from dinalrm_jax.devices import processes
 from dinalrm_jax.model.batch import PreferenceBatch, PromptEmbeds
 from dinalrm_jax.preference import prompt_weights
 
@@ -213,7 +214,8 @@ class _BatchRows:
 
 def pairs_of_prompts(pairs: Sequence[PairRecord]) -> np.ndarray:
     """(P,) how many of the P pairs have the prompt that each has."""
-    prompts = np.array([pair.prompt for pair in pairs])
+    read = processes.progress(iterable=pairs, desc="prompts of pairs", unit="pair")
+    prompts = np.array([pair.prompt for pair in read])
     return np.bincount(prompts)[prompts].astype(float)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dinalrm_jax.devices.local import on_local_devices, split_locally
+from dinalrm_jax.disk import AnyPath
 from dinalrm_jax.encoders import tiny
 from dinalrm_jax.encoders.minilm import MiniLMPromptEncoder, minilm_fingerprint
 from dinalrm_jax.encoders.pipeline import (
@@ -26,7 +27,7 @@ from dinalrm_jax.encoders.pipeline import (
     vae_fingerprint,
 )
 from dinalrm_jax.encoders.prompt import SD3PromptEncoder
-from dinalrm_jax.encoders.taesd3 import TAESD3Codec, taesd3_fingerprint
+from dinalrm_jax.encoders.taesd3 import TAESD3Codec, directory_of, taesd3_fingerprint
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.encoding import EncodersConfig
@@ -216,10 +217,9 @@ TAESD3 = (
 )
 
 
-def _taesd3(base_model: str | pathlib.Path | None) -> str | pathlib.Path:
-    """Where TAESD3's files are: BASE_MODEL/taesd3, where there is one, or the base model itself."""
-    beside = pathlib.Path(_required(base_model, TAESD3)) / "taesd3"
-    return beside if beside.is_dir() else _required(base_model, TAESD3)
+def _taesd3(base_model: str | AnyPath | None) -> str | AnyPath:
+    named = _required(base_model, TAESD3)
+    return directory_of(named) or named  # on the hub, or an error that says what is looked for
 
 
 def _required(base_model: str | pathlib.Path | None, otherwise: str = SD3) -> str | pathlib.Path:

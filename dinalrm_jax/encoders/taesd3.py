@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from dinalrm_jax.devices.local import on_local_devices, split_locally
+from dinalrm_jax.disk import AnyPath, as_path
 from dinalrm_jax.model.layers import Conv2d
 from dinalrm_jax.model.parameters import Functional, Params, functional
 from dinalrm_jax.model.tables import Row, load
@@ -84,6 +85,14 @@ class TinyEncoder(nnx.Module):
         for layer in self.layers:
             pixels = layer(pixels)  # type: ignore[operator]
         return pixels
+
+
+def directory_of(base_model: str | AnyPath) -> AnyPath | None:
+    """Where TAESD3's files lie in a base model's directory: in taesd3/ or in itself; None: neither, or on the hub."""
+    for place in (as_path(base_model) / "taesd3", as_path(base_model)):
+        if (place / f"{ENCODER}.safetensors").is_file():
+            return place
+    return None
 
 
 def open_part(source: str | pathlib.Path, name: str, module: Functional) -> Params:

@@ -28,7 +28,7 @@ from dinalrm_jax.evaluation.pairs import PairScorer
 from dinalrm_jax.evaluation.scoring import ImageModel, Level, score_images
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.parameters import Params, split
-from dinalrm_jax.model.quantization import is_quantized
+from dinalrm_jax.model.quantization import holds_int8
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.preference import LossConfig
@@ -141,7 +141,7 @@ def evaluate_records(
 
 
 def _on_mesh(model: EvaluatedModel, shardings: Mapping[str, NamedSharding]) -> Params:
-    if any(map(is_quantized, model.params.values())):
+    if holds_int8(model.params):
         raise ConfigError("int8 weights lie on one device; evaluate records with another dtype, or on one device")
     trained, frozen = split(model.params, is_trainable)
     return place(frozen, model.execution.dtype, shardings) | place(trained, np.float32, shardings)

@@ -74,3 +74,8 @@ class PreferenceBatch:
     prompt: PromptEmbeds
     label: Float[AnyArray, " b"] | None = None
     weight: Float[AnyArray, " b"] | None = None
+
+    @property
+    def certainty(self) -> Float[AnyArray, " b"] | float:
+        """`label`, or 1 for all."""
+        return 1.0 if self.label is None else self.label

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from dinalrm_jax.devices.sharding import WHOLE, Rules
@@ -20,6 +21,7 @@ from dinalrm_jax.model.backbone.family import Features
 from dinalrm_jax.model.batch import PromptEmbeds
 from dinalrm_jax.model.head import AnyHeadConfig
 from dinalrm_jax.model.layers import Linear
+from dinalrm_jax.noise import AnyArray
 
 # Where its parameters lie on a mesh.
 LRM_RULES: Rules = (
@@ -100,7 +102,7 @@ class LRMHead(nnx.Module):
                 "the model's own text length (config.encoders.text_length)"
             )
 
-        def both(given: jax.Array, one: jax.Array) -> jax.Array:
+        def both(given: AnyArray, one: jax.Array) -> jax.Array:
             # In the trained one's dtype: float16, which records hold, would round its gradient.
             stacked = jnp.stack([given.astype(one.dtype), jnp.broadcast_to(one, given.shape)], axis=1)
             return stacked.reshape(-1, *given.shape[1:])  # devices that split the rows have nothing to exchange
@@ -132,12 +134,12 @@ def enhanced(conditional: Float[Array, "b d"], unconditional: Float[Array, "b d"
 
 
 def cosine_score(
-    image: Float[Array, "b d"], text: Float[Array, "b d"], scale: Float[Array, ""] | float
+    image: Float[AnyArray, "b d"], text: Float[AnyArray, "b d"], scale: Float[ArrayLike, ""]
 ) -> Float[Array, " b"]:
     """(B,) `scale cos(image, text)`; 0 where one of them is zero."""
 
-    def unit(x: jax.Array) -> jax.Array:
+    def unit(x: AnyArray) -> jax.Array:
         square = jnp.square(x).sum(axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+        return jnp.asarray(x) * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
 
-    return scale * (unit(image) * unit(text)).sum(axis=-1)
+    return jnp.asarray(scale) * (unit(image) * unit(text)).sum(axis=-1)

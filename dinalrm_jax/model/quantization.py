@@ -4,7 +4,7 @@ A matrix (out, in) becomes int8 with one float32 scale for each output, by qwix;
 so products are in the compute dtype and only one matrix at a time has its full size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,11 @@ INSTALL = "int8 weights need the package qwix: pip install -e '.[int8]'"
 def is_quantized(array: Any) -> bool:
     """Whether it is qwix's array of int8 and scales, without importing it."""
     return hasattr(array, "qvalue")
+
+
+def holds_int8(params: Mapping[str, Any]) -> bool:
+    """Whether some of the parameters are in int8."""
+    return any(map(is_quantized, params.values()))
 
 
 def quantized(params: dict[str, Any], frozen: Callable[[str], bool]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from aiohttp import web
 
 from dinalrm_jax import __version__
-from dinalrm_jax.model.quantization import is_quantized
+from dinalrm_jax.model.quantization import holds_int8
 from dinalrm_jax.noise import schedule_sigmas
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.server import protocol
@@ -56,7 +56,7 @@ class RewardServer:
         self, model: RewardModel | PretrainedModel, config: ServerConfig, name: str, api_key: str | None = None
     ):
         self.config, self._name, self._api_key = config, name, api_key
-        rounded = isinstance(model, RewardModel) and any(map(is_quantized, model.params.values()))
+        rounded = isinstance(model, RewardModel) and holds_int8(model.params)
         self._model_dtype = "int8" if rounded else model.execution.dtype
         self._drained = True
         self._limits = Limits.of(model.config, min(MAX_ROWS, config.max_queue))

@@ -4,7 +4,7 @@ from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.disk import Mirror, as_path, is_whole, move
 from dinalrm_jax.encoders.load import load_image_codec
-from dinalrm_jax.encoders.taesd3 import DECODER
+from dinalrm_jax.encoders.taesd3 import directory_of
 from dinalrm_jax.evaluation.pairs import PairScorer, PairScores
 from dinalrm_jax.evaluation.run_report import write_report
 from dinalrm_jax.evaluation.scoring import Level
@@ -51,8 +51,10 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
     if processes.is_first():
         encoders, pipeline = setup.records.encoders, setup.base_model
         # A VAE or TAESD3 draws the records' images; without one there is no contact sheet.
-        needed = "vae/config.json" if encoders.images is None else f"{DECODER}.safetensors"
-        drawn = encoders.kind == "tiny" or (pipeline is not None and (as_path(pipeline) / needed).is_file())
+        if encoders.images is not None:
+            drawn = pipeline is not None and directory_of(pipeline) is not None
+        else:
+            drawn = encoders.kind != "sd3" or (pipeline is not None and (as_path(pipeline) / "vae").is_dir())
         with Mirror(workdir / "report") as directory:
             text = write_report(
                 directory,

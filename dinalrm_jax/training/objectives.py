@@ -51,8 +51,7 @@ def reward_objective(
         levels = jnp.concatenate([levels[None], more])
         chosen, rejected = _score_pairs(module.bind(params).ensemble, batch, levels, eps)
         metrics |= {"ensemble_accuracy": as_answered(chosen > rejected, batch)}
-        label = 1.0 if batch.label is None else batch.label
-        together = _weighed(preference.pair_loss(chosen, rejected, levels, loss, label), batch)
+        together = _weighed(preference.pair_loss(chosen, rejected, levels, loss, batch.certainty), batch)
         return (1 - ensemble.weight) * losses + ensemble.weight * together, metrics
 
     return objective
@@ -76,7 +75,6 @@ def reward_losses(
         eps: (B, H, W, C) standard normal noise.
     """
     chosen, rejected = _score_pairs(module.bind(params), batch, levels, eps)
-    label = 1.0 if batch.label is None else batch.label
     correct, margin = as_answered(chosen > rejected, batch), chosen - rejected
     in_bin = sigma_bins(levels)
     metrics = {
@@ -88,7 +86,7 @@ def reward_losses(
         "accuracy_by_sigma": in_bin * correct[:, None],
         "margin_by_sigma": in_bin * margin[:, None],
     }
-    return _weighed(preference.pair_loss(chosen, rejected, levels, loss, label), batch), metrics
+    return _weighed(preference.pair_loss(chosen, rejected, levels, loss, batch.certainty), batch), metrics
 
 
 def sigma_bins(levels: jax.Array) -> jax.Array:
@@ -98,8 +96,7 @@ def sigma_bins(levels: jax.Array) -> jax.Array:
 
 def as_answered(right: jax.Array, batch: PreferenceBatch) -> jax.Array:
     """(B,) how far pairs that were ordered right or not agree with people: to have ordered a tie is half right."""
-    label = 1.0 if batch.label is None else batch.label
-    return jnp.where(right, label, 1.0 - label).astype(jnp.float32)
+    return jnp.where(right, batch.certainty, 1.0 - batch.certainty).astype(jnp.float32)
 
 
 def _weighed(losses: jax.Array, batch: PreferenceBatch) -> jax.Array:

@@ -10,9 +10,8 @@ from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.devices.mesh import check_batch_size
 from dinalrm_jax.disk import as_path, local_copy
-from dinalrm_jax.encoders.load import image_codec_fingerprint
 from dinalrm_jax.encoders.pipeline import vae_fingerprint
-from dinalrm_jax.encoders.taesd3 import ENCODER
+from dinalrm_jax.encoders.taesd3 import directory_of, taesd3_fingerprint
 from dinalrm_jax.mapping import to_mapping
 from dinalrm_jax.model.backbone.family import BackboneConfig
 from dinalrm_jax.model.encoding import EncodersConfig
@@ -90,9 +89,8 @@ def check_fit(
 
 def _codec_in(base_model: str, encoders: EncodersConfig) -> str | None:
     """The fingerprint of the image encoder that lies in a base model's directory; None where there is none."""
-    directory = as_path(base_model)
     if encoders.images is not None:
-        holds = any((place / f"{ENCODER}.safetensors").is_file() for place in (directory, directory / "taesd3"))
-        return image_codec_fingerprint(encoders, base_model) if holds else None
-    vae = directory / "vae"
+        directory = directory_of(base_model)
+        return None if directory is None else taesd3_fingerprint(directory)
+    vae = as_path(base_model) / "vae"
     return vae_fingerprint(local_copy(vae, ["*"])) if (vae / "config.json").is_file() else None

@@ -1,6 +1,7 @@
 """TAESD3's encoder and MiniLM against diffusers and transformers; and the commands on a model that has them."""
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -61,7 +62,7 @@ def expected_embeds(directory, prompts, length):
 @pytest.mark.parametrize("published", [False, True])
 def test_minilm_is_transformers(small, published):
     """On random weights, and on the package's where it is installed."""
-    if published and minilm.importlib.util.find_spec(minilm.PACKAGE) is None:
+    if published and importlib.util.find_spec(minilm.PACKAGE) is None:
         pytest.skip(f"not installed: {minilm.INSTALL}")
     base_model = None if published else small
     encoder, length = MiniLMPromptEncoder(base_model, 9), 9

@@ -112,7 +112,7 @@ def test_gradients_by_finite_differences(inputs):
         head = reward_functional(LRM, ExecutionConfig()).bind(wide).head
         rng = np.random.default_rng(5)
         image, text = jnp.asarray(rng.standard_normal((3, 1, 32))), jnp.asarray(rng.standard_normal((3, 1, 20)))
-        check_grads(lambda *tokens: head.score(*tokens).sum(), (image, text), order=1, modes=["rev"])
+        check_grads(lambda *tokens: head.score(*map(jnp.asarray, tokens)).sum(), (image, text), order=1, modes=["rev"])
 
     def total(params, latents):
         bound = reward_functional(LRM, ExecutionConfig()).bind(params)
