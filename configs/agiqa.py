@@ -7,7 +7,7 @@
 
 First the transformer learns to generate the training prompts' images (flow matching), then LoRA and head the order that
 people gave them. `:small` is for two CPU cores, `:gpu` a larger one for an accelerator and 256 x 256 pixels
-(preprocess with --buckets 256x256); neither is for judging images: docs/experiments.md.
+(preprocess with --buckets 256x256). Neither has been run to its end: how well such a model orders is not known.
 """
 
 from ml_collections import ConfigDict

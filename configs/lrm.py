@@ -11,7 +11,7 @@ of SD3; what is mapped how, and what differs (LoRA instead of a whole backbone t
 
     python -m dinalrm_jax.train --config configs/lrm.py:smoke
 
-rehearses the same path on two CPU cores in two minutes, from random weights and generated data.
+rehearses the same path on two CPU cores in a few minutes, from random weights and generated data.
 """
 
 from ml_collections import ConfigDict

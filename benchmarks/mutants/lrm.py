@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant("labels are not read", OBJECTIVE, "preference.pair_loss(chosen, rejected, levels, loss, batch.certainty), batch), metrics",
            "preference.pair_loss(chosen, rejected, levels, loss), batch), metrics", OF_OBJECTIVE),
     Mutant("the ensemble's loss has no weights", OBJECTIVE, "together = _weighed(preference.pair_loss(chosen, rejected, levels, loss, batch.certainty), batch)",
-           "together = preference.pair_loss(chosen, rejected, levels, loss, label)", OF_OBJECTIVE),
+           "together = preference.pair_loss(chosen, rejected, levels, loss, batch.certainty)", OF_OBJECTIVE),
     Mutant("weights are of another place", LOADER, "prompt_weights(self.counts[batch])[self.rows[place]]",
            "prompt_weights(self.counts[batch])[place]", OF_PAIRS),
     Mutant("records forget ties", "dinalrm_jax/data/preparation.py", '"human", row.label)', '"human")', OF_PAIRS),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image
 from safetensors.numpy import load_file
 from transformers import BertConfig as TorchBertConfig
 from transformers import BertModel, BertTokenizerFast
@@ -110,8 +111,6 @@ def model(small):
 def test_records_and_scores_of_a_model_that_has_them(small, model, tmp_path):
     """Preprocessed, checked against the model, and scored from files to the same numbers as from records."""
     rng = np.random.default_rng(2)
-    from PIL import Image
-
     source = tmp_path / "source"
     source.mkdir()
     for number in range(4):
