@@ -1,6 +1,8 @@
 """A sweep's runs by noise level: held-out accuracy, and with prompts exchanged, mean and spread over the seeds.
 
     python -m benchmarks.side_by_side --sweep runs/quickstart_lrm
+
+Prints a table of what the runs' reports hold.
 """
 
 import collections

@@ -36,6 +36,14 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "image_512": ("--mode=image", "--resolution=512"),
         "load": ("--mode=load", "--dtype=bfloat16"),
     },
+    "intel": {
+        "score_256": ("--mode=score",),
+        "ensemble_256": ("--mode=ensemble",),
+        "gradient_256": ("--mode=gradient", "--repeats=6"),
+        "gradient_512_remat": ("--mode=gradient", "--resolution=512", "--remat=block", "--repeats=2"),
+        "gradient_512_remat_attention": ("--mode=gradient", "--resolution=512", "--remat=attention", "--repeats=2"),
+        "train_256": ("--mode=train", "--repeats=6"),
+    },
 }
 
 
@@ -68,7 +76,10 @@ def label(setting: dict) -> str:
     }  # fmt: skip
     text = f"{words[setting['mode']]}, {setting['resolution']}"
     text += f", batch {setting['batch']}" * (setting["batch"] > 1)
-    text += ", LoRA merged" * setting["merged"] + ", rematerialised" * (setting["remat"] == "block")
+    text += ", LoRA merged" * setting["merged"] + {
+        "block": ", rematerialised",
+        "attention": ", rematerialised but attention",
+    }.get(setting["remat"], "")
     return text
 
 

@@ -31,9 +31,11 @@ from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.disk import check_writable, whole_directory
 from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evaluate_records
 from dinalrm_jax.evaluation.benchmark_report import write_evaluation
+from dinalrm_jax.evaluation.calibration import as_markdown, calibrate
 from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.training.preflight import check_fit
+from dinalrm_jax.weights.pretrained import check_native, save_calibration
 
 
 def main(options: EvaluateOptions) -> None:
@@ -55,6 +57,13 @@ def main(options: EvaluateOptions) -> None:
         if len(found.problems) > 10:
             print(f"... and {len(found.problems) - 10} more images", file=sys.stderr)
         print(f"{text}\nwrote {output}")
+        if options.calibrate:
+            fitted = calibrate(found)
+            beside = {"fitted_to": found.name, "pairs": fitted.fitted_to, "errors": fitted.errors}
+            save_calibration(options.checkpoint, fitted.likelihood, beside)
+            table = as_markdown(fitted)
+            (output / "calibration.md").write_text(table)
+            print(f"\n{table}\nwrote the likelihood to {options.checkpoint}")
 
 
 def opened(options: EvaluateOptions) -> Callable[[], Evaluation]:
@@ -64,6 +73,8 @@ def opened(options: EvaluateOptions) -> Callable[[], Evaluation]:
     size = parse_bucket(options.size) if options.size is not None else None
     on_records = options.benchmark == "records"
     split = options.split or ("eval" if on_records else "test")
+    if options.calibrate:
+        check_native(options.checkpoint)
     # What is to be scored is looked at before weights are loaded.
     data = pathlib.Path(options.data)
     records = Records(data) if on_records else None

@@ -42,7 +42,8 @@ class RewardModel:
         execution: how it is computed; `dataclasses.replace(model, execution=...)` changes it, but does not bring back
             digits that weights lost when they were loaded.
         base_model: where text encoders and VAE are read from when they are first used.
-        likelihood: what it was trained with, which makes probabilities of scores; None where that is not known.
+        likelihood: what makes probabilities of scores: what it was trained with or, where `evaluate --calibrate` fitted
+            one afterwards, that; None where it is not known.
         image_sizes: (height, width) in pixels that it was trained on; empty where that is not known.
         fast_vae: TAESD3, which encodes images in the place of SD3's VAE: a directory or hub id; None: the VAE does.
     """

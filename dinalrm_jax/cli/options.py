@@ -111,6 +111,8 @@ class EvaluateOptions(ModelOptions, JobOptions):
     seed: Seed of the first noise draw.
     seeds: Number of noise draws, with the seeds seed, seed + 1 and so on; the table has their spread.
     shared_noise: Also score with one noise for all images, which takes twice the time.
+    calibrate: Fit k and sigma_0 of the likelihood to half of the prompts' pairs, judge by the others, and write them
+        into the checkpoint, a native one: probabilities of its scores are by them from then on.
     size: HEIGHTxWIDTH to resize all images to; where it is not given, they keep their own and large ones are
         scaled down.
     batch_size: Images in one program.
@@ -127,6 +129,7 @@ class EvaluateOptions(ModelOptions, JobOptions):
     seed: int = 0
     seeds: int = 1
     shared_noise: bool = True
+    calibrate: bool = False
     size: str | None = flag(None, metavar="HEIGHTxWIDTH")
     batch_size: int = 8
     output: str | None = flag(None, metavar="DIR")

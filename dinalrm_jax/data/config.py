@@ -98,6 +98,7 @@ class PreparationConfig:
     scores: CSV files of scores by image, each FILE, or NAME=FILE of what judge --csv writes; for agree.
     agree: Keep only training pairs on which scores agree with people (`data.agreement`): rules COLUMN:WIN:TIE, or a
         published set, mpcf1, mpcf2 or mpcf3.
+    views: So many further views of every training pair, crops that may be mirrored (`data.views`).
     max_rows_per_prompt: Keep at most so many training rows of one prompt (8 in the released code); 0 keeps all.
     holdout: Prompts to hold out where the source has no split of its own.
     benchmark_split: Which test set of GenAI-Bench to take.
@@ -123,6 +124,7 @@ class PreparationConfig:
     ties: bool = False
     scores: tuple[str, ...] = ()
     agree: tuple[str, ...] = ()
+    views: int = 0
     max_rows_per_prompt: int = 0
     holdout: int = 10
     benchmark_split: Literal["test", "test_v1"] = "test"
@@ -137,7 +139,7 @@ class PreparationConfig:
 
     def __post_init__(self):
         at_least(self, 1, ("images_per_shard", "prompts_per_shard", "batch_size", "prompt_batch_size", "threads"))
-        for name in ("min_area", "max_rows_per_prompt", "eval_pairs", "aspect_tolerance"):
+        for name in ("min_area", "views", "max_rows_per_prompt", "eval_pairs", "aspect_tolerance"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("min_vote_share", "min_confidence"):
@@ -145,6 +147,8 @@ class PreparationConfig:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.dataset == "dinalrm" and self.fit == "crop":
             raise ConfigError("fit is crop, but dinalrm holds latents, which are not cut; leave fit at stretch")
+        if self.dataset == "dinalrm":
+            refuse_ignored(self, ("views",), "dinalrm holds latents, which are not cut")
         if self.dataset != "agiqa3k":
             refuse_ignored(self, ("opinion",), "only agiqa3k has mean opinions")
         if bool(self.scores) != bool(self.agree):

@@ -17,7 +17,8 @@ class Preference:
     """One human preference: image `chosen` over image `rejected` for `prompt`.
 
     Images are named within their source. Votes (for, against) and confidence are None where unknown. `label` is the
-    probability that `chosen` is preferred: 1/2 of a tie.
+    probability that `chosen` is preferred: 1/2 of a tie. `kind` groups pairs in reports: as a whole, and by what stands
+    before its slash.
     """
 
     prompt: str
@@ -26,18 +27,21 @@ class Preference:
     votes: tuple[int, int] | None = None
     confidence: float | None = None
     label: float = 1.0
+    kind: str = "human"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranking:
     """Images of one prompt as people ranked them: lower is better, equal ranks are a tie.
 
-    A pair with a winner is a ranking with ranks 1 and 2.
+    A pair with a winner is a ranking with ranks 1 and 2. `shares[i][j]` is the share of people who prefer image i to j,
+    where more is known than the ranks.
     """
 
     prompt: str
     images: tuple[str, ...]
     ranks: tuple[float, ...]
+    shares: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +53,16 @@ class Benchmark:
         rankings: ties included.
         open: as `Source.open`.
         opinions: whether ranks are people's mean opinions, negated, which compare across prompts.
+        maker: which generator made an image, by its name, where that is known.
+        weak: generators whose images anybody tells.
     """
 
     name: str
     rankings: Sequence[Ranking]
     open: Callable[[str], BinaryIO]
     opinions: bool = False
+    maker: Callable[[str], str] | None = None
+    weak: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,7 +117,7 @@ def prepare(
 
     def record(bucket: str, row: Preference) -> tuple[str, PairRecord]:
         chosen, rejected = index[bucket, row.chosen], index[bucket, row.rejected]
-        return bucket, PairRecord(chosen, rejected, prompt_index[row.prompt], "human", row.label)
+        return bucket, PairRecord(chosen, rejected, prompt_index[row.prompt], row.kind, row.label)
 
     manifest = {
         "encoders": to_mapping(config.encoders),

@@ -53,6 +53,17 @@ def count_pairs(ranks: Sequence[Sequence[float]], scores: Sequence[np.ndarray]) 
     return PairCounts(*np.array([_count(np.asarray(r), s) for r, s in zip(ranks, scores)]).reshape(-1, 4).T)
 
 
+def pair_counts(scores: np.ndarray, mask: np.ndarray) -> PairCounts:
+    """The same of P pairs of a preferred and another image, a ranking each; those out of the mask have no pair.
+
+    Args:
+        scores: (P, 2) of the two images.
+        mask: (P,).
+    """
+    better, worse = (scores[:, 0] > scores[:, 1]) & mask, (scores[:, 0] < scores[:, 1]) & mask
+    return PairCounts(mask.astype(int), mask.astype(int), better.astype(int), worse.astype(int))
+
+
 def _count(ranks: np.ndarray, scores: np.ndarray) -> tuple[int, int, int, int]:
     scored = ~np.isnan(scores)
     ranks, scores = ranks[scored], scores[scored]
@@ -99,6 +110,17 @@ def intervals(draws: Sequence[PairCounts], prompts: Sequence[str], seed: int = 0
         prompts: of the R rankings.
         seed: of the resampling.
     """
+    return {
+        rule: tuple(np.nanpercentile(values, [2.5, 97.5]).tolist())
+        for rule, values in resampled(draws, prompts, seed).items()
+    }
+
+
+def resampled(draws: Sequence[PairCounts], prompts: Sequence[str], seed: int = 0) -> dict[str, np.ndarray]:
+    """(RESAMPLES,) the mean over noise draws in each of the resamples of `intervals`, by rule.
+
+    With the same prompts and seed the same prompts are drawn: what differs between two models is theirs.
+    """
     _, group = np.unique(np.asarray(prompts), return_inverse=True)
     count, rng = group.max() + 1, np.random.default_rng(seed)
     found: dict[str, list[np.ndarray]] = {rule: [] for rule in RULES}
@@ -109,9 +131,7 @@ def intervals(draws: Sequence[PairCounts], prompts: Sequence[str], seed: int = 0
         values = [accuracies(counts, weights) for counts in draws]
         for rule in RULES:
             found[rule].append(np.mean([value[rule] for value in values], axis=0))
-    return {
-        rule: tuple(np.nanpercentile(np.concatenate(values), [2.5, 97.5]).tolist()) for rule, values in found.items()
-    }
+    return {rule: np.concatenate(values) for rule, values in found.items()}
 
 
 def rank_correlations(opinions: np.ndarray, scores: np.ndarray) -> dict[str, float]:
@@ -131,7 +151,8 @@ class Reliability:
     """How often the model is right where it says how sure it is.
 
     Attributes:
-        confidence, accuracy: (bins,) means within bins of the confidence in [0.5, 1]; NaN where empty.
+        confidence, accuracy: (bins,) means within bins of the confidence in [0.5, 1]; NaN where empty. Where shares of
+            people are known, accuracy is the share that agrees.
         count: (bins,) pairs.
     """
 
@@ -146,9 +167,16 @@ class Reliability:
         return float(np.nansum(gaps * self.count) / self.count.sum())
 
 
-def reliability(probability: np.ndarray, bins: int = 10) -> Reliability:
-    """Of the predicted probabilities of the image that people preferred, (pairs,)."""
-    confidence, right = np.maximum(probability, 1 - probability), probability > 0.5
+def reliability(probability: np.ndarray, share: np.ndarray | float = 1.0, bins: int = 10) -> Reliability:
+    """Of predicted probabilities.
+
+    Args:
+        probability: (pairs,) of the image that people preferred.
+        share: (pairs,) of people who did; 1 where only the order is known.
+        bins: of equal width.
+    """
+    confidence = np.maximum(probability, 1 - probability)
+    right = np.where(probability > 0.5, share, 1 - np.asarray(share))
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):
@@ -156,16 +184,25 @@ def reliability(probability: np.ndarray, bins: int = 10) -> Reliability:
     return Reliability(expected, correct, count)
 
 
-def strict_pairs(ranks: Sequence[Sequence[float]], scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the preferred and of the other image of every pair that people did not tie; arguments as above."""
-    chosen, rejected = [], []
-    for row, values in zip(ranks, scores):
+def strict_pairs(
+    ranks: Sequence[Sequence[float]],
+    scores: Sequence[np.ndarray],
+    shares: Sequence[Sequence[Sequence[float]] | None] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every pair that people did not tie the preferred and the other image's score, and the share that prefers it.
+
+    Arguments as for `count_pairs`; a ranking's shares are `data.preferences.Ranking.shares`, 1 where they are None.
+    """
+    found: list[tuple[np.ndarray, ...]] = []
+    for row, values, known in zip(ranks, scores, shares or [None] * len(ranks)):
         places = np.asarray(row)
         first, second = np.nonzero(places[:, None] < places[None])
         kept = ~np.isnan(values[first]) & ~np.isnan(values[second])
-        chosen.append(values[first[kept]])
-        rejected.append(values[second[kept]])
-    return np.concatenate(chosen), np.concatenate(rejected)
+        first, second = first[kept], second[kept]
+        agreeing = np.ones(len(first)) if known is None else np.asarray(known)[first, second]
+        found.append((values[first], values[second], agreeing))
+    chosen, rejected, share = (np.concatenate(each) for each in zip(*found))
+    return chosen, rejected, share
 
 
 # What the paper's table has (arXiv 2602.11146), per cent: name -> model -> accuracy. Which rule it took is not known.

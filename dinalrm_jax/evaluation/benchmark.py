@@ -7,8 +7,10 @@ another batch.
 
 import dataclasses
 import functools
+import io
 import json
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -17,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from dinalrm_jax.data.buckets import Size
+from dinalrm_jax.data.files import ImageProblem
 from dinalrm_jax.data.preferences import Benchmark, Ranking
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.devices import processes
@@ -24,8 +27,17 @@ from dinalrm_jax.devices.local import on_every_device
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh, row_devices
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.evaluation.accuracy import PairCounts, count_pairs
+from dinalrm_jax.evaluation.controls import (
+    BLANK,
+    EXCHANGED,
+    KnownImage,
+    exchanged,
+    no_prompt,
+    ranking_controls,
+    record_controls,
+)
 from dinalrm_jax.evaluation.pairs import PairScorer
-from dinalrm_jax.evaluation.scoring import ImageModel, Level, score_images
+from dinalrm_jax.evaluation.scoring import ImageModel, ImageScores, Level, score_images
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.parameters import Params, split
 from dinalrm_jax.model.quantization import holds_int8
@@ -36,6 +48,9 @@ from dinalrm_jax.preference import LossConfig
 
 class EvaluatedModel(ImageModel, Protocol):
     """`RewardModel`, as far as it is needed here."""
+
+    @property
+    def base_model(self) -> str | pathlib.Path | None: ...
 
     @property
     def likelihood(self) -> LossConfig | None: ...
@@ -57,6 +72,8 @@ class Evaluation:
         likelihood: that the model was trained with, where it is known.
         weights: the model's digest.
         opinions: whether ranks are people's mean opinions, negated.
+        controls: scores of each ranking's images by what stands beside the model, see `controls`.
+        groups: which images of each ranking belong to a group that is also counted by itself, by its name.
     """
 
     name: str
@@ -68,11 +85,22 @@ class Evaluation:
     likelihood: LossConfig | None = None
     weights: str = ""
     opinions: bool = False
+    controls: Mapping[str, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
 
-    def counts(self, level: int, draw: int) -> PairCounts:
-        """The pair counts at one level and draw, by their places in `levels` and `draws`."""
-        ranks = [ranking.ranks for ranking in self.rankings]
-        return count_pairs(ranks, [scores[:, level, draw] for scores in self.scores])
+    def counts(self, level: int, draw: int, group: str | None = None) -> PairCounts:
+        """The pair counts at one level and draw, by their places in `levels` and `draws`; of a group, where named."""
+        return self._count([scores[:, level, draw] for scores in self.scores], group)
+
+    def counts_of(self, control: str, group: str | None = None) -> PairCounts:
+        """Those of a control, of the same pairs: images that the model could not read are left out."""
+        read = [~np.isnan(scores[:, 0, 0]) for scores in self.scores]
+        return self._count([np.where(*each, np.nan) for each in zip(read, self.controls[control])], group)
+
+    def _count(self, scores: Sequence[np.ndarray], group: str | None) -> PairCounts:
+        if group is not None:
+            scores = [np.where(mask, row, np.nan) for mask, row in zip(self.groups[group], scores)]
+        return count_pairs([ranking.ranks for ranking in self.rankings], scores)
 
     def draws_of(self, shared: bool) -> list[int]:
         """The places of the draws that all images share, or of the others."""
@@ -91,20 +119,23 @@ def evaluate_images(
     """Scores a benchmark from its image files; see `scoring.score_images` for the arguments."""
     mine = _my_share(benchmark.rankings)
     rows = list(dict.fromkeys((ranking.prompt, image) for ranking in mine for image in ranking.images))
+    others = exchanged([ranking.prompt for ranking in benchmark.rankings])
+    prompts = [prompt for prompt, _ in rows]
     with processes.progress(total=len(rows), desc=f"scoring {benchmark.name}", unit="image") as bar:
         found = score_images(
             _on_every_device(model),
-            [prompt for prompt, _ in rows],
+            prompts,
             [functools.partial(benchmark.open, image) for _, image in rows],
             levels,
             draws,
+            others=[[others[prompt] for prompt in prompts], ["" for _ in prompts]],
             names=[image for _, image in rows],
             size=size,
             batch_size=batch_size,
             progress=bar.update,
         )
     problems = {rows[index][1]: problem for index, problem in found.problems.items()}
-    return _gathered(model, benchmark, levels, draws, rows, found.scores, problems)
+    return _gathered(model, benchmark, levels, draws, rows, found, problems)
 
 
 def evaluate_records(
@@ -132,12 +163,29 @@ def evaluate_records(
         found = [scorer.run(params, levels, draw, bar.update) for draw in draws]
     # (pairs, images of a pair, levels, draws)
     scores = np.stack([np.stack([one.chosen, one.rejected]) for one in found], axis=-1).transpose(2, 0, 1, 3)
+    soft = any(0.5 < pair.label < 1 for pair in scorer.pairs)  # else labels are the order
     rankings = [
-        Ranking(str(pair.prompt), (str(pair.chosen), str(pair.rejected)), (1, 1) if pair.label == 0.5 else (1, 2))
+        Ranking(
+            str(pair.prompt),
+            (str(pair.chosen), str(pair.rejected)),
+            (1, 1) if pair.label == 0.5 else (1, 2),
+            ((0.5, pair.label), (1 - pair.label, 0.5)) if soft else None,
+        )
         for pair in scorer.pairs
     ]
-    name = f"{records.directory} {split_name}"
-    return Evaluation(name, tuple(levels), tuple(draws), rankings, list(scores), {}, model.likelihood, model.digest)
+    controls = {name: list(rows) for name, rows in record_controls(records, scorer.pairs).items()}
+    under = {EXCHANGED: scorer.with_prompts_exchanged()}
+    if (blank := no_prompt(params, model.config.encoders, model.base_model)) is not None:
+        under[BLANK] = scorer.with_prompt(blank)
+    for name, other in under.items():
+        if other is not None:
+            controls[name] = list(other.run(params, levels[:1], draws[0]).of_pairs(levels[0]))
+    kinds = np.array([pair.kind.split("/")[0] for pair in scorer.pairs])
+    groups = {kind: list(np.stack(2 * [kinds == kind], axis=1)) for kind in np.unique(kinds)}
+    return Evaluation(
+        f"{records.directory} {split_name}", tuple(levels), tuple(draws), rankings, list(scores), {}, model.likelihood,
+        model.digest, False, controls, groups if len(groups) > 1 else {},
+    )  # fmt: skip
 
 
 def _on_mesh(model: EvaluatedModel, shardings: Mapping[str, NamedSharding]) -> Params:
@@ -159,18 +207,37 @@ def _on_every_device(model: EvaluatedModel) -> EvaluatedModel:
     return dataclasses.replace(model, params=on_every_device(model.params))  # type: ignore[type-var]
 
 
-def _gathered(model, benchmark: Benchmark, levels, draws, rows, scores, problems) -> Evaluation:
+def _gathered(model, benchmark: Benchmark, levels, draws, rows, found: ImageScores, problems) -> Evaluation:
     """The evaluation of all processes, from each one's rows."""
-    mine = json.dumps([rows, problems]).encode()
+    sizes = [[_file_bytes(benchmark, image)] for _, image in rows]
+    ours = np.concatenate([found.scores.reshape(len(rows), -1), found.under_others, found.pooled, sizes], axis=1)
     by_row, all_problems = {}, {}
-    for text, data in zip(processes.gather_bytes(mine), processes.gather_bytes(scores.tobytes())):
+    texts, data = processes.gather_bytes(json.dumps([rows, problems]).encode()), processes.gather_bytes(ours.tobytes())
+    for text, numbers in zip(texts, data):
         their_rows, their_problems = json.loads(text)
         all_problems |= their_problems
-        values = np.frombuffer(data, np.float32).reshape(len(their_rows), len(levels), len(draws))
-        by_row |= {tuple(row): value for row, value in zip(their_rows, values)}
-    rankings = benchmark.rankings
-    by_ranking = [np.stack([by_row[ranking.prompt, image] for image in ranking.images]) for ranking in rankings]
+        by_row |= zip(map(tuple, their_rows), np.frombuffer(numbers).reshape(len(their_rows), -1))
+    count, rankings, maker = len(levels) * len(draws), benchmark.rankings, benchmark.maker
+    values = [np.stack([by_row[ranking.prompt, image] for image in ranking.images]) for ranking in rankings]
+    read = {row: each for row, each in by_row.items() if not np.isnan(each[0])}
+    known = {row: KnownImage(each[-1], maker and maker(row[1]), each[count + 2 : -1]) for row, each in read.items()}
+    controls = ranking_controls(rankings, known)
+    controls |= {EXCHANGED: [row[:, count] for row in values], BLANK: [row[:, count + 1] for row in values]}
+    groups = {}
+    if maker is not None and benchmark.weak:
+        name = f"without {', '.join(benchmark.weak)}"
+        groups[name] = [np.array([maker(image) not in benchmark.weak for image in each.images]) for each in rankings]
     return Evaluation(
-        benchmark.name, tuple(levels), tuple(draws), rankings, by_ranking, all_problems, model.likelihood, model.digest,
-        benchmark.opinions,
+        benchmark.name, tuple(levels), tuple(draws), rankings,
+        [row[:, :count].reshape(-1, len(levels), len(draws)).astype(np.float32) for row in values],
+        all_problems, model.likelihood, model.digest, benchmark.opinions, controls, groups,
     )  # fmt: skip
+
+
+def _file_bytes(benchmark: Benchmark, image: str) -> int:
+    """0 where there is no file."""
+    try:
+        with benchmark.open(image) as file:
+            return file.seek(0, io.SEEK_END)
+    except (ImageProblem, OSError):
+        return 0

@@ -1,9 +1,10 @@
 """What an evaluation leaves: a table, JSON, the scores of every image as CSV, and plots."""
 
 import csv
+import dataclasses
 import json
 import pathlib
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.evaluation.accuracy import (
     PAPER,
     RULES,
+    Reliability,
     accuracies,
     intervals,
     rank_correlations,
@@ -19,6 +21,8 @@ from dinalrm_jax.evaluation.accuracy import (
     strict_pairs,
 )
 from dinalrm_jax.evaluation.benchmark import Evaluation
+from dinalrm_jax.evaluation.calibration import level_pairs
+from dinalrm_jax.evaluation.controls import Standing, control_table, standing
 from dinalrm_jax.evaluation.plots import (
     AccuracyCurve,
     ReliabilityCurve,
@@ -57,6 +61,7 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
             found["correlations"] = _correlations(evaluation, place)
         if not isinstance(level, tuple):
             found["calibration_error"] = _percent(_reliability(evaluation, place).calibration_error)
+    controls, people = _controls(evaluation, prompts), _people(evaluation)
     counts = evaluation.counts(0, 0)
     total = sum(len(ranking.images) * (len(ranking.images) - 1) // 2 for ranking in evaluation.rankings)
     return {
@@ -71,7 +76,38 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
         "seeds": [evaluation.draws[place].seed for place in evaluation.draws_of(shared=False)],
         "likelihood": None if evaluation.likelihood is None else to_mapping(evaluation.likelihood),
         "levels": by_level,
+        "groups": {group: int(evaluation.counts(0, 0, group).strict.sum()) for group in evaluation.groups},
+        "controls": controls,
+        "people": people,
     }
+
+
+def _controls(evaluation: Evaluation, prompts: list[str]) -> dict[str, dict[str, Any]]:
+    """Each control beside the model at the first level, by group of pairs."""
+    draws, found = evaluation.draws_of(shared=False), {}
+    for name in evaluation.controls:
+        found[name] = {}
+        for group in (None, *evaluation.groups):
+            model = [evaluation.counts(0, draw, group) for draw in draws]
+            beside = standing(model, evaluation.counts_of(name, group), prompts)
+            found[name][group or "all"] = dataclasses.asdict(beside)
+    return found
+
+
+def _people(evaluation: Evaluation) -> dict[str, float] | None:
+    """How often one person orders a pair as all of them together do, by group; None where that is not known."""
+    if not all(ranking.shares for ranking in evaluation.rankings):
+        return None
+    found = {}
+    for group in (None, *evaluation.groups):
+        agreeing = []
+        for place, ranking in enumerate(evaluation.rankings):
+            ranks, kept = np.array(ranking.ranks), np.ones(len(ranking.ranks), bool)
+            kept &= True if group is None else evaluation.groups[group][place]
+            preferred = (ranks[:, None] < ranks[None]) & kept[:, None] & kept[None]
+            agreeing.append(np.array(ranking.shares)[preferred])
+        found[group or "all"] = _percent(np.concatenate(agreeing).mean())
+    return found
 
 
 def _correlations(evaluation: Evaluation, level: int) -> dict[str, float]:
@@ -133,6 +169,20 @@ def as_markdown(summary: dict[str, Any]) -> str:
         lines += ["| sigma | SRCC | PLCC | KRCC |", "|---|---|---|---|"]
     for name, row in correlations.items():
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
+    if summary["controls"]:
+        counts = {"all": summary["pairs"] - summary["pairs_tied_by_people"], **summary["groups"]}
+        first = next(iter(summary["levels"]))
+        standings = {
+            name: {group: Standing(**values) for group, values in by_group.items()}
+            for name, by_group in summary["controls"].items()
+        }
+        lines += [
+            "",
+            "What orders the same pairs without reading their prompts, %, and by how much the model at "
+            f"{first} is ahead of it (95 % interval over prompts); what is fitted is fitted to other prompts:",
+            "",
+            control_table(standings, counts, summary["people"]),
+        ]
     paper = next((rows for name, rows in PAPER.items() if summary["benchmark"].startswith(name)), None)
     if summary["weights"]:
         lines += ["", f"Weights {summary['weights']}."]
@@ -216,15 +266,18 @@ def _pairs(evaluation: Evaluation, place: int) -> tuple[np.ndarray, np.ndarray]:
         strict_pairs(ranks, [scores[:, place, draw] for scores in evaluation.scores])
         for draw in evaluation.draws_of(shared=False)
     ]
-    chosen, rejected = map(np.concatenate, zip(*draws))
+    chosen, rejected, _ = map(np.concatenate, zip(*draws))
     return chosen, rejected
 
 
-def _reliability(evaluation: Evaluation, place: int):
-    """Of the probabilities at a single level, by the likelihood that the model was trained with."""
+def _reliability(evaluation: Evaluation, place: int) -> Reliability:
+    """Of the probabilities at a single level, by the likelihood that the model has."""
+    pairs = level_pairs(evaluation, place)
     likelihood = evaluation.likelihood or LossConfig()
-    level = cast(float, evaluation.levels[place])
-    return reliability(np.asarray(preference.preferred(*_pairs(evaluation, place), level, likelihood)))
+    return reliability(
+        np.asarray(preference.preferred(pairs.margin, np.zeros_like(pairs.margin), pairs.sigma, likelihood)),
+        pairs.share,
+    )
 
 
 def likelihood_name(config: LossConfig | None) -> str:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from dinalrm_jax.data.images import map_ahead
 from dinalrm_jax.data.loader import distinct_rows
 from dinalrm_jax.data.mixture import AnyRecords
-from dinalrm_jax.data.records import PairRecord, RecordsError
+from dinalrm_jax.data.records import PairRecord, PromptRecord, RecordsError
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import compile_if_it_fits, fits_beside
 from dinalrm_jax.devices.mesh import row_devices
@@ -45,10 +45,19 @@ class PairScores:
     kinds: np.ndarray
     records: np.ndarray
 
+    def of_pairs(self, level: Level) -> np.ndarray:
+        """(P, 2) scores of the chosen and the rejected images at one level."""
+        row = self.levels.index(level)
+        return np.stack([self.chosen[row], self.rejected[row]], axis=1)
+
+    def correct(self, level: Level) -> np.ndarray:
+        """(P,) whether the chosen image scores higher."""
+        chosen, rejected = self.of_pairs(level).T
+        return chosen > rejected
+
     def accuracy(self, level: Level, mask: np.ndarray | None = None) -> float:
         """Share of pairs whose chosen image scores higher; equal scores count as wrong (rule M1)."""
-        row = self.levels.index(level)
-        correct = self.chosen[row] > self.rejected[row]
+        correct = self.correct(level)
         return float(np.mean(correct if mask is None else correct[mask]))
 
 
@@ -99,6 +108,7 @@ class PairScorer:
         ends = np.cumsum([len(rows) for rows in by_bucket.values()])
         self._pair_buckets = np.searchsorted(ends, chosen, side="right")
         self._batch_size, self._records, self._mesh = batch_size, records, mesh
+        self._prompt: PromptRecord | None = None  # of all pairs, in the place of their own
         self._take([pairs[int(index)] for index in chosen])
         self._score = score_step(module, mesh)
         self._shapes = {
@@ -130,6 +140,12 @@ class PairScorer:
             for own, found in zip(prompts, turned)
         ]
         other._take([dataclasses.replace(pair, prompt=prompt) for pair, prompt in zip(self.pairs, turned)])
+        return other
+
+    def with_prompt(self, prompt: PromptRecord) -> "PairScorer":
+        """The same pairs, all under one prompt, by the same programs; of the records' own length."""
+        other = copy.copy(self)
+        other._prompt = prompt
         return other
 
     def compile(
@@ -236,7 +252,7 @@ class PairScorer:
         """Latents, prompts and noise keys of this process's part of a batch, repeated to fill it; on the host."""
         rows = np.resize(rows, size)[local_rows(size, self._mesh)]
         images = [self._records.images[int(image)] for image, _ in self._rows[rows]]
-        prompts = [self._records.prompts[int(prompt)] for _, prompt in self._rows[rows]]
+        prompts = [self._prompt or self._records.prompts[int(prompt)] for _, prompt in self._rows[rows]]
         prompt = PromptEmbeds(
             np.stack([row.prompt_embeds for row in prompts]), np.stack([row.pooled_prompt_embeds for row in prompts])
         )

@@ -1,5 +1,6 @@
 """What a run leaves for people: tables, plots and a contact sheet of held-out pairs."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,9 @@ import numpy as np
 
 from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.encoders.load import ImageCodec
+from dinalrm_jax.evaluation.accuracy import pair_counts
+from dinalrm_jax.evaluation.comparison import Comparison
+from dinalrm_jax.evaluation.controls import Standing, control_table, standing
 from dinalrm_jax.evaluation.pairs import PairScores
 from dinalrm_jax.evaluation.plots import FEW, AccuracyCurve, plot_accuracy_by_sigma, plot_learning_curve, plot_pairs
 from dinalrm_jax.evaluation.scoring import Level, level_name
@@ -44,12 +48,16 @@ def kind_table(scores: PairScores, level: Level) -> str:
     return "\n".join(lines)
 
 
-def file_size_accuracy(records: AnyRecords, scores: PairScores) -> float | None:
-    """Accuracy of the image file's size as a score, or None where the images came from no files."""
-    sizes = {int(i): records.images[int(i)].file_bytes for i in np.unique(scores.records[:, :2])}
-    if not all(sizes.values()):
-        return None
-    return float(np.mean([sizes[int(chosen)] > sizes[int(rejected)] for chosen, rejected, _ in scores.records]))
+def standings(scores: PairScores, level: Level, controls: Mapping[str, np.ndarray]) -> dict[str, dict[str, Standing]]:
+    """Each control beside the model at one level, by group of pairs; controls as (P, 2) scores of the pairs."""
+    ours, prompts = scores.of_pairs(level), [str(prompt) for prompt in scores.records[:, 2]]
+    return {
+        name: {
+            group: standing([pair_counts(ours, mask)], pair_counts(theirs, mask), prompts)
+            for group, mask in groups(scores).items()
+        }
+        for name, theirs in controls.items()
+    }
 
 
 def write_report(
@@ -58,6 +66,8 @@ def write_report(
     scores: PairScores,
     shared: PairScores,
     exchanged: PairScores | None,
+    controls: Mapping[str, np.ndarray],
+    headline: float,
     history: list[dict],
     codec: ImageCodec | None,
     weights: str,
@@ -68,10 +78,12 @@ def write_report(
 
     Args:
         directory: made if it is not there.
-        records: what was evaluated on, for the contact sheet and the file-size baseline.
+        records: what was evaluated on, for the contact sheet.
         scores: single levels in increasing order, then ensembles; every image with its own noise.
         shared: the same with one noise for all images.
         exchanged: of every pair under another pair's prompt, images with their own noise; None: there is no other.
+        controls: (P, 2) scores of the pairs by what stands beside the model,
+        headline: at this level.
         history: the reward stage's lines of metrics.jsonl.
         codec: what draws the contact sheet's images; None: no sheet.
         weights: the model's digest.
@@ -100,9 +112,13 @@ def write_report(
             f"with the highest accuracy has {100 * best[1]:.1f} % at sigma {measured[-1]['eval_sigma']:g}: "
             f"reward/best/{best[0]}"
         )
-    file_size = file_size_accuracy(records, scores)
-    if file_size is not None:
-        sections.append(f"Baseline without a model, the larger image file wins: {100 * file_size:.1f} %")
+    beside = standings(scores, headline, controls)
+    if beside:
+        sections.append(
+            f"What orders the same pairs without reading their prompts, %; then by how much the model at {headline:g} "
+            "is ahead of it (95 % interval over prompts)"
+        )
+        sections.append(control_table(beside, {name: int(mask.sum()) for name, mask in groups(scores).items()}))
     text = "\n\n".join(sections) + "\n"
     (directory / "report.md").write_text(text)
     results = {
@@ -110,8 +126,12 @@ def write_report(
         | {name: other.accuracy(level) for name, other in others.items()}
         for level in scores.levels
     }
-    baseline = {} if file_size is None else {"file size": {"all": file_size}}
-    (directory / "results.json").write_text(json.dumps({**results, **baseline}, indent=1) + "\n")
+    of_controls = {
+        name: {group: dataclasses.asdict(found) for group, found in by_group.items()}
+        for name, by_group in beside.items()
+    }
+    text_of_results = json.dumps({**results, "controls, per cent": of_controls}, indent=1)
+    (directory / "results.json").write_text(text_of_results + "\n")
     plot_learning_curve(directory / "learning_curve.png", history)
     curves = [_curve(name, scores, mask) for name, mask in groups(scores).items()]
     plot_accuracy_by_sigma(directory / "accuracy_by_sigma.png", "Held-out pairs", curves, len(scores.kinds))
@@ -143,4 +163,18 @@ def sweep_table(accuracies: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         columns = [100 * np.array([row[level] for row in rows]) for level in levels]
         cells = [f"{column.mean():.1f} ± {column.std(ddof=min(1, seeds - 1)):.1f}" for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def comparison_table(comparisons: Mapping[str, Mapping[str, Comparison]], reference: str) -> str:
+    """A Markdown table of runs beside the reference: by how many points they differ, and whether that is told."""
+    levels = list(dict.fromkeys(level for row in comparisons.values() for level in row))
+    lines = [
+        f"Points of accuracy more than {reference!r}, and their 95 % interval over seeds and prompts",
+        "",
+        "| trained | " + " | ".join(f"at {level}" for level in levels) + " |",
+        "|---" * (len(levels) + 1) + "|",
+    ]
+    for name, row in comparisons.items():
+        lines.append(f"| {name} | " + " | ".join(str(row[level]) if level in row else "" for level in levels) + " |")
     return "\n".join(lines) + "\n"

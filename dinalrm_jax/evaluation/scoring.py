@@ -75,10 +75,20 @@ class ImageScores:
     Attributes:
         scores: (N, levels, draws) float32, NaN for an image that could not be read.
         problems: why, by the image's index.
+        under_others: (N, others) float32, scores under other prompts, at the first level and draw.
+        pooled: (N, 2 C) float32, see `pooled`.
     """
 
     scores: np.ndarray
     problems: dict[int, str]
+    under_others: np.ndarray
+    pooled: np.ndarray
+
+
+def pooled(latents: np.ndarray) -> np.ndarray:
+    """(..., 2 C) float32: the channels' means and standard deviations over (..., H, W, C) latents."""
+    latents = np.asarray(latents, np.float32)
+    return np.concatenate([latents.mean(axis=(-3, -2)), latents.std(axis=(-3, -2))], axis=-1)
 
 
 class LatentScorer:
@@ -137,6 +147,7 @@ def score_images(
     levels: Sequence[Level],
     draws: Sequence[NoiseDraw],
     *,
+    others: Sequence[Sequence[str]] = (),
     names: Sequence[str] | None = None,
     size: Size | None = None,
     batch_size: int = 8,
@@ -149,6 +160,7 @@ def score_images(
         prompts: one an image.
         images: see `data.images.ImageSource`.
         levels, draws: see `LatentScorer`.
+        others: further prompts, one an image each, under which images are scored too.
         names: of the images, from which a draw that is not shared makes each one's noise; None: their places.
         size: (height, width) that images are resized to; None: `data.images.trained_size` where the model knows what
             sizes it was trained on, else `data.images.scoring_size`.
@@ -159,7 +171,7 @@ def score_images(
         ValueError: arguments that do not fit each other, or a score that is not finite.
         OSError: an error of the file system, which is none of the image.
     """
-    if len(prompts) != len(images):
+    if not len(prompts) == len(images) == min(map(len, others), default=len(images)):
         raise ValueError(
             f"{len(prompts)} prompts but {len(images)} images; give one prompt an image, or one text for all"
         )
@@ -178,9 +190,15 @@ def score_images(
             return trained_size(found, model.image_sizes, longest, unit)
         return scoring_size(found, spec.downsampling * spec.trained_side, longest, unit)
 
-    scorer, codec = LatentScorer(model, levels, draws), model.image_codec
+    scorer, once, codec = (
+        LatentScorer(model, levels, draws),
+        LatentScorer(model, levels[:1], draws[:1]),
+        model.image_codec,
+    )
     names = list(map(str, range(len(images)))) if names is None else names
     scores = np.full((len(images), len(levels), len(draws)), np.nan, np.float32)
+    under_others = np.full((len(images), len(others)), np.nan, np.float32)
+    features = np.full((len(images), 2 * spec.channels), np.nan, np.float32)
     problems: dict[int, str] = {}
     for index, image in enumerate(images):
         if isinstance(image, Image.Image):
@@ -207,11 +225,15 @@ def score_images(
                 if good := [index for index in some if index not in problems]:
                     rows = padded(good, min(batch_size, len(indices)))
                     latents = codec.encode(np.stack([read[index] for index in rows]))
+                    named = [names[index] for index in rows]
                     embeds = embeddings([prompts[index] for index in rows])
-                    scored = scorer(latents, embeds, [names[index] for index in rows])
-                    scores[good] = scored[: len(good)]
+                    scores[good] = scorer(latents, embeds, named)[: len(good)]
+                    for place, other in enumerate(others):
+                        embeds = embeddings([other[index] for index in rows])
+                        under_others[good, place] = once(latents, embeds, named)[: len(good), 0, 0]
+                    features[good] = pooled(latents)[: len(good)]
                 progress(len(some))
-    return ImageScores(scores, problems)
+    return ImageScores(scores, problems, under_others, features)
 
 
 def _size(image: ImageSource) -> Size | str:

@@ -5,6 +5,7 @@ from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.disk import Mirror, as_path, is_whole, move
 from dinalrm_jax.encoders.load import load_image_codec
 from dinalrm_jax.encoders.taesd3 import directory_of
+from dinalrm_jax.evaluation.controls import BLANK, EXCHANGED, no_prompt, record_controls
 from dinalrm_jax.evaluation.pairs import PairScorer, PairScores
 from dinalrm_jax.evaluation.run_report import write_report
 from dinalrm_jax.evaluation.scoring import Level
@@ -41,13 +42,16 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
     singles = sorted({*REPORT_SIGMAS, config.evaluation.sigma, *config.evaluation.levels})
     levels: tuple[Level, ...] = (*singles, config.evaluation.ensemble)
     scorer.compile(params, levels)
-    control, total = scorer.with_prompts_exchanged(), 2 * len(levels) * scorer.row_count()
+    control, blank = scorer.with_prompts_exchanged(), no_prompt(params, setup.records.encoders, setup.base_model)
+    total = (2 * len(levels) + (blank is not None)) * scorer.row_count()
     total += 0 if control is None else len(levels) * control.row_count()
     with processes.progress(total=total, desc="held-out pairs", unit="image") as bar:
         own, same = (NoiseDraw(config.evaluation.seed, shared) for shared in (False, True))
         scores = scorer.run(params, levels, own, bar.update)
         shared = scorer.run(params, levels, same, bar.update)
         exchanged = None if control is None else control.run(params, levels, own, bar.update)
+        headline = config.evaluation.sigma
+        unread = None if blank is None else scorer.with_prompt(blank).run(params, (headline,), own, bar.update)
     if processes.is_first():
         encoders, pipeline = setup.records.encoders, setup.base_model
         # A VAE or TAESD3 draws the records' images; without one there is no contact sheet.
@@ -55,6 +59,8 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
             drawn = pipeline is not None and directory_of(pipeline) is not None
         else:
             drawn = encoders.kind != "sd3" or (pipeline is not None and (as_path(pipeline) / "vae").is_dir())
+        controls = record_controls(setup.records, scorer.pairs)
+        controls |= {name: one.of_pairs(headline) for name, one in ((EXCHANGED, exchanged), (BLANK, unread)) if one}
         with Mirror(workdir / "report") as directory:
             text = write_report(
                 directory,
@@ -62,6 +68,8 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
                 scores,
                 shared,
                 exchanged,
+                controls=controls,
+                headline=headline,
                 history=read_metrics(workdir, "reward"),
                 codec=load_image_codec(encoders, pipeline) if drawn else None,
                 weights=read_json(workdir / "model" / "config.json")["weights"],

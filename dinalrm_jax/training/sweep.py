@@ -1,14 +1,17 @@
 """Several configurations on the same data, each with every seed; runs of one seed share its generator."""
 
-import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
 
 from dinalrm_jax.config import SweepConfig, TrainConfig
 from dinalrm_jax.devices import processes
 from dinalrm_jax.disk import AnyPath
+from dinalrm_jax.evaluation.comparison import Comparison, compare
 from dinalrm_jax.evaluation.pairs import PairScores
-from dinalrm_jax.evaluation.run_report import sweep_table
+from dinalrm_jax.evaluation.run_report import comparison_table, sweep_table
 from dinalrm_jax.evaluation.scoring import Level, level_name
 from dinalrm_jax.training.workdir import claim_workdir
 
@@ -23,27 +26,53 @@ def sweep_runs(
 
     Args:
         sweep: what to run.
-        workdir: gets a directory a seed, `results.json` and `report.md`.
+        workdir: gets a directory a seed, `results.json`, `comparisons.json` and `report.md`.
         run: a whole run in its directory.
         generate: a run's generator stage alone, in a directory; gives the trained backbone's.
     """
     claim_workdir(workdir, sweep, {})
-    accuracies = {config.name: [] for config in sweep.runs}
+    accuracies, answers = ({config.name: [] for config in sweep.runs} for _ in range(2))
     for seed in sweep.seeds:
         for config in sweep.runs:
-            config = dataclasses.replace(config, seed=seed)
+            config = replace(config, seed=seed)
             if not config.mixture:
-                config = dataclasses.replace(config, data=config.data or str(workdir / "data"))
+                config = replace(config, data=config.data or str(workdir / "data"))
             if config.generator is not None:
                 backbone = generate(config, workdir / f"seed{seed}" / "generator_run")
-                config = dataclasses.replace(config, generator=None, base_model=str(backbone))
+                config = replace(config, generator=None, base_model=str(backbone))
             scores = run(config, workdir / f"seed{seed}" / config.name)
             judged = config.evaluation
             levels: list[Level] = list(dict.fromkeys((0.0, *sorted({judged.sigma, *judged.levels}))))
             levels.append(judged.ensemble)
             accuracies[config.name].append({level_name(level): scores.accuracy(level) for level in levels})
+            answers[config.name].append({level_name(level): scores.correct(level) for level in levels})
     if processes.is_first():
         table = sweep_table(accuracies)
+        comparisons = against_first(answers, scores.records[:, 2])
+        if comparisons:
+            table += "\n" + comparison_table(comparisons, sweep.runs[0].name)
         (workdir / "results.json").write_text(json.dumps(accuracies, indent=1) + "\n")
+        values = {name: {level: asdict(one) for level, one in row.items()} for name, row in comparisons.items()}
+        (workdir / "comparisons.json").write_text(json.dumps(values, indent=1) + "\n")
         (workdir / "report.md").write_text(table)
         print("\n" + table)
+
+
+def against_first(
+    answers: Mapping[str, Sequence[Mapping[str, np.ndarray]]], prompts: np.ndarray
+) -> dict[str, dict[str, Comparison]]:
+    """Every run beside the first one, by level, where both were judged there.
+
+    Args:
+        answers: of each run one {level: (P,) which pairs are right} a seed.
+        prompts: (P,) of the pairs.
+    """
+    (_, first), *others = answers.items()
+    return {
+        name: {
+            level: compare([row[level] for row in rows], [row[level] for row in first], prompts)
+            for level in rows[0]
+            if level in first[0]
+        }
+        for name, rows in others
+    }

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dinalrm_jax.devices.placement import place
-from dinalrm_jax.disk import AnyPath, whole_directory
+from dinalrm_jax.disk import AnyPath, whole_directory, write_json
 from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping
 from dinalrm_jax.model import tables
 from dinalrm_jax.model.backbone.family import (
@@ -44,7 +44,8 @@ A = TypeVar("A")
 Size = tuple[int, int]  # height, width of an image in pixels
 
 FORMAT = "dinalrm_jax/1"
-CHECKPOINT_FILES = ("config.json", "checkpoint/*", "backbone.safetensors", "trained.safetensors")
+CALIBRATION = "calibration.json"  # beside config.json: a likelihood that was fitted afterwards
+CHECKPOINT_FILES = ("config.json", CALIBRATION, "checkpoint/*", "backbone.safetensors", "trained.safetensors")
 TRANSFORMER_FILES = ("transformer/*", "config.json", "backbone.safetensors")
 
 
@@ -201,6 +202,26 @@ def save_reward_model(
         save_safetensors(directory / "trained.safetensors", tables.dump(trained, tables.IDENTITY))
 
 
+def check_native(checkpoint: str | AnyPath) -> pathlib.Path:
+    """The directory of a native reward model on this machine.
+
+    Raises:
+        ConfigError: another layout, or a hub id.
+    """
+    directory = pathlib.Path(checkpoint)
+    if not (directory / "config.json").is_file() or "format" not in read_json(directory / "config.json"):
+        raise ConfigError(
+            f"{checkpoint} is no native model's directory, which a fitted likelihood is written into; make one with "
+            "python -m dinalrm_jax.convert"
+        )
+    return directory
+
+
+def save_calibration(checkpoint: str | AnyPath, likelihood: LossConfig, beside: Mapping[str, Any]) -> None:
+    """Writes a fitted likelihood into a native checkpoint, in the place of the one it was trained with."""
+    write_json(check_native(checkpoint) / CALIBRATION, {"likelihood": to_mapping(likelihood), **beside}, indent=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """How a backbone was trained.
@@ -300,8 +321,10 @@ def _open_native(
         tensors |= SafetensorsDirectory(directory, stem)
     wanted = {name: shape for name, shape in shapes.items() if name not in shared}
     arrays = tables.load(tensors, tables.IDENTITY, wanted, source=str(directory))
-    found = config.get("likelihood")
-    likelihood = None if found is None else from_mapping(LossConfig, found, f"{directory}/config.json, likelihood")
+    source, found = "config.json", config.get("likelihood")
+    if (directory / CALIBRATION).is_file():
+        source, found = CALIBRATION, read_json(directory / CALIBRATION).get("likelihood")
+    likelihood = None if found is None else from_mapping(LossConfig, found, f"{directory}/{source}, likelihood")
     sizes = tuple((height, width) for height, width in config.get("image_sizes", ()))
     return PretrainedModel(model_config, execution, base_model, arrays, shared, likelihood, sizes)
 

@@ -17,12 +17,15 @@ from PIL import Image
 from scipy import stats
 
 from dinalrm_jax.data import files
+from dinalrm_jax.data.preferences import Ranking
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.sources import hpdv2
-from dinalrm_jax.evaluation.benchmark import evaluate_images, evaluate_records
+from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evaluate_records
 from dinalrm_jax.evaluation.benchmark_report import as_markdown, likelihood_name, summarize, write_scores
+from dinalrm_jax.evaluation.controls import BLANK, EXCHANGED, FILE_SIZE
 from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.preference import LossConfig
+from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.scenes.config import ScenesConfig
 from dinalrm_jax.scenes.records import write_scene_records
 from tests.conftest import ROOT
@@ -160,7 +163,7 @@ def test_reliability_is_of_the_likelihood_that_was_trained_with(scene_model, sou
         np.linspace(1, 0, len(row.ranks), dtype=np.float32)[np.argsort(np.argsort(row.ranks, kind="stable"))]
         for row in found.rankings
     ]
-    two = dataclasses.replace(found, rankings=found.rankings[1:2], scores=[ordered[1][:, None, None]])
+    two = dataclasses.replace(found, rankings=found.rankings[1:2], scores=[ordered[1][:, None, None]], controls={})
     for likelihood, expected in (
         (LossConfig(variance="constant", constant_variance=0.5), stats.norm.cdf(1.0)),
         (LossConfig(name="bradley_terry"), 1 / (1 + np.exp(-1.0))),
@@ -171,11 +174,53 @@ def test_reliability_is_of_the_likelihood_that_was_trained_with(scene_model, sou
         assert (summary["likelihood"] is None) == (likelihood is None)
 
 
+def test_controls_score_the_same_images_without_their_prompts(scene_model, source):
+    """By hand: the file's bytes, and the model's own score under no prompt and under another ranking's."""
+    found = evaluate_images(scene_model, hpdv2.benchmark(source), [0.2, 0.6], [NoiseDraw(0), NoiseDraw(1)])
+    prompts = [row.prompt for row in found.rankings]
+    for place, row in enumerate(found.rankings):
+        for number, name in enumerate(row.images):
+            if np.isnan(found.scores[place][number, 0, 0]):
+                assert np.isnan(found.controls[BLANK][place][number])
+                continue
+            assert found.controls[FILE_SIZE][place][number] == (source / name).stat().st_size
+            latents = scene_model.encode_image([source / name])
+            noise = draw_noise(NoiseDraw(0).keys([name]), latents.shape)
+
+            def score(prompt, latents=latents, noise=noise):
+                return scene_model.score_latents(latents, scene_model.encode_prompt([prompt]), 0.2, noise)[0]
+
+            assert found.controls[BLANK][place][number] == pytest.approx(score(""), abs=1e-4)
+            others = [score(prompt) for prompt in prompts if prompt != row.prompt]
+            assert min(abs(found.controls[EXCHANGED][place][number] - other) for other in others) < 1e-4
+    text = as_markdown(summarize(found))
+    assert "by how much the model at 0.2 is ahead" in text
+    assert "| this model, no prompt | " in text
+
+
+def test_what_people_agree_on_and_groups(scene_model, source):
+    """Two rankings of three: shares by hand, and a group without the last image."""
+    shares = ((0.5, 0.9, 0.6), (0.1, 0.5, 0.7), (0.4, 0.3, 0.5))
+    rankings = [Ranking("p", ("a", "b", "c"), (1, 2, 3), shares), Ranking("q", ("a", "b", "c"), (1, 1, 2), shares)]
+    scores = [np.array(row, np.float32)[:, None, None] for row in ([3, 2, 1], [2, 3, 1])]
+    controls = {"size": [np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])]}
+    groups = {"first two": [np.array([True, True, False])] * 2}
+    found = Evaluation("x", (0.4,), (NoiseDraw(0),), rankings, scores, {}, controls=controls, groups=groups)
+    summary = summarize(found)
+    # Pairs with a winner: p's ab, ac, bc and q's ac, bc.
+    assert summary["people"] == {"all": pytest.approx(100 * (0.9 + 0.6 + 0.7 + 0.6 + 0.7) / 5), "first two": 90}
+    assert summary["groups"] == {"first two": 1}
+    assert summary["controls"]["size"]["all"]["accuracy"] == 40
+    assert summary["controls"]["size"]["all"]["ahead"] == 60
+    assert summary["controls"]["size"]["first two"]["accuracy"] == 0
+    assert "| one person, beside all of them | 70.0 | 90.0 |" in as_markdown(summary)
+
+
 def test_spreads_seeds_and_cells_are_those_of_the_scores(scene_model, source, tmp_path):
     draws = [NoiseDraw(3), NoiseDraw(4), NoiseDraw(8, shared=True)]
     found = evaluate_images(scene_model, hpdv2.benchmark(source), [0.2, (0.2, 0.6)], draws)
     twice = dataclasses.replace(
-        found, rankings=[*found.rankings, found.rankings[0]], scores=[*found.scores, found.scores[0]]
+        found, rankings=[*found.rankings, found.rankings[0]], scores=[*found.scores, found.scores[0]], controls={}
     )
     summary = summarize(twice)
     assert (summary["rankings"], summary["prompts"], summary["seeds"]) == (4, 3, [3, 4])
@@ -263,6 +308,28 @@ def test_evaluate_on_records_and_what_it_refuses(scene_model, checkpoint, source
     result = evaluate(*flags[:-1], f"--output={tmp_path / 'a' / 'b'}", "--benchmark=records", "--data=nowhere")
     assert result.returncode == 2
     assert not (tmp_path / "a").exists(), "nothing is written where the inputs will not do"
+
+
+def test_evaluate_calibrates_the_checkpoint(scene_model, checkpoint, tmp_path):
+    """The fitted likelihood is the model's from then on; of a checkpoint that cannot hold it, nothing is scored."""
+    copy = shutil.copytree(checkpoint, tmp_path / "model")
+    scenes = ScenesConfig(train_pairs=1, eval_pairs=250, image_size=64)
+    write_scene_records(tmp_path / "data", scenes, scene_model.config.encoders)
+    flags = ("--benchmark=records", f"--data={tmp_path / 'data'}", "--dtype=float32", "--sigma=0.2,0.6")
+    flags += ("--ensemble=", "--shared-noise=false", "--calibrate", f"--output={tmp_path / 'out'}")
+    result = evaluate(f"--checkpoint={copy}", *flags)
+    assert result.returncode == 0, result.stderr
+    before, after = (RewardModel.from_pretrained(path, dtype="float32") for path in (checkpoint, copy))
+    assert before.likelihood is None
+    assert f"k {after.likelihood.k:.4g}, sigma_0 {after.likelihood.sigma_0:.4g}." in result.stdout
+    written = json.loads((copy / "calibration.json").read_text())
+    assert written["errors"].keys() == {"0.2", "0.6"}
+    assert (tmp_path / "out" / "calibration.md").read_text() in result.stdout
+    (copy / "config.json").write_text("{}")
+    result = evaluate(f"--checkpoint={copy}", *flags[:-1], f"--output={tmp_path / 'other'}")
+    assert result.returncode == 2
+    assert "is no native model's directory" in result.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_benchmark_without_its_images_is_an_error(scene_model, source, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from dinalrm_jax.data.records import ImageRecord
 from dinalrm_jax.evaluation.benchmark_report import short_name
 from dinalrm_jax.evaluation.pairs import HeldOutPairs, PairScores
-from dinalrm_jax.evaluation.run_report import accuracy_table, file_size_accuracy, kind_table, write_report
+from dinalrm_jax.evaluation.run_report import accuracy_table, kind_table, write_report
 from dinalrm_jax.noise import NoiseDraw
 
 KINDS = np.array(["prompt/color", "prompt/color", "degraded/blur", "degraded/blur"])
@@ -42,17 +42,21 @@ def test_tables():
     assert kind_table(SCORES, 0.2).splitlines()[2:] == ["| degraded/blur | 2 | 50.0 |", "| prompt/color | 2 | 100.0 |"]
 
 
-def test_the_larger_file_is_a_baseline_where_there_are_files():
-    assert file_size_accuracy(records([9, 1, 9, 1, 9, 1, 1, 9]), SCORES) == 0.75
-    assert file_size_accuracy(records([0] * 8), SCORES) is None
+# The control has the first and the third pair right.
+CONTROLS = {"larger file": np.array([[9, 1], [1, 9], [9, 1], [1, 1]])}
 
 
 def test_what_is_written(tmp_path):
     history = [{"step": 20, "loss": 1.0, "accuracy": 0.5, "eval_accuracy": 0.5, "eval_sigma": 0.4}]
-    text = write_report(tmp_path, records([9, 1] * 4), SCORES, SHARED, EXCHANGED, history, None, "0123", best=(20, 0.5))
+    text = write_report(
+        tmp_path, records([9, 1] * 4), SCORES, SHARED, EXCHANGED, CONTROLS, 0.2, history, None, "0123", best=(20, 0.5)
+    )
     assert "The model (weights 0123) is that of the last step" in text
     assert "has 50.0 % at sigma 0.4: reward/best/20" in text
-    assert "the larger image file wins: 100.0 %" in text
+    # Of all four pairs the model at 0.2 has three right, of prompt's two both and of degraded's one.
+    assert "by how much the model at 0.2 is ahead" in text
+    assert "| control | all (4) | degraded (2) | prompt (2) |" in text
+    assert "| larger file | 50.0; +25.0 (+25.0 to +25.0) | 50.0; +0.0 (+0.0 to +0.0) | 50.0; +50.0 (" in text
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["0.2"] == {
         "all": 0.75,
@@ -62,6 +66,7 @@ def test_what_is_written(tmp_path):
         "all, prompts exchanged": 0.25,
     }
     assert results["0.4"]["all, shared noise"] == 0.0
+    assert results["controls, per cent"]["larger file"]["prompt"]["ahead"] == 50
 
 
 def test_every_level_that_is_logged_is_its_own():
@@ -71,10 +76,12 @@ def test_every_level_that_is_logged_is_its_own():
 
 
 def test_few_pairs_and_noise_weights_are_said(tmp_path):
-    text = write_report(tmp_path, records([0] * 8), SCORES, SHARED, None, [], None, "0123", note="its VAE is noise")
+    text = write_report(
+        tmp_path, records([0] * 8), SCORES, SHARED, None, {}, 0.2, [], None, "0123", note="its VAE is noise"
+    )
     assert text.startswith("Note: its VAE is noise.\n\n4 pairs only: such numbers are chance.\n\n")
     many = PairScores((0.2,), *np.zeros((2, 1, 50)), np.array(50 * ["a"]), np.zeros((50, 3), int))
-    text = write_report(tmp_path, records([0]), many, many, None, [], None, "0123")
+    text = write_report(tmp_path, records([0]), many, many, None, {}, 0.2, [], None, "0123")
     assert text.startswith("Held-out pair accuracy, % (chance 50, 50 pairs)")
 
 

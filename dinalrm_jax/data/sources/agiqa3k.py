@@ -10,6 +10,7 @@ import csv
 import itertools
 import math
 import pathlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +21,8 @@ from dinalrm_jax.data.records import RecordsError
 
 COLUMNS = ("name", "prompt", "mos_quality", "std_quality", "mos_align", "std_align")
 RANGE = (0.0, 5.0)  # of the opinions
+FAR = 1.0  # apart are opinions of pairs that are easily told
+WEAK = ("AttnGAN_normal", "glide_normal", "sd1.5_lowstep")  # generators whose images anybody tells
 
 Opinion = tuple[float, float]  # mean, standard deviation
 
@@ -45,7 +48,8 @@ def read(source: pathlib.Path, holdout: int, config: OpinionConfig) -> Source:
                 continue
             label = preferred(first, second) if config.soft else float(gap > 0)
             names = (one, other) if gap > 0 else (other, one)
-            pairs.append(Preference(prompt, *names, label=max(label, 1 - label)))
+            kind = f"{group(one, other)}/opinions {'less' if abs(gap) < FAR else 'more'} than {FAR:g} apart"
+            pairs.append(Preference(prompt, *names, label=max(label, 1 - label), kind=kind))
     return Source(hold_out(pairs, holdout, str(source)), counts, files_below(source / "images"), images="images")
 
 
@@ -56,8 +60,22 @@ def benchmark(source: pathlib.Path, config: OpinionConfig, holdout: int = 0) -> 
     """
     opinions = _opinions(source, config)
     prompts: Sequence[str] = sorted(opinions, key=stable_hash)[: holdout or None]
-    rankings = [Ranking(p, tuple(opinions[p]), tuple(-mean for mean, _ in opinions[p].values())) for p in prompts]
-    return Benchmark("AGIQA-3K", rankings, files_below(source / "images"), opinions=True)
+    rankings = []
+    for prompt in prompts:
+        images, found = zip(*opinions[prompt].items())
+        shares = tuple(tuple(preferred(one, other) for other in found) for one in found)
+        rankings.append(Ranking(prompt, images, tuple(-mean for mean, _ in found), shares))
+    return Benchmark("AGIQA-3K", rankings, files_below(source / "images"), True, maker, WEAK)
+
+
+def maker(image: str) -> str:
+    """The generator's setting that made an image: its file's name up to the number."""
+    return re.sub(r"_?\d+\.\w+$", "", image.rpartition("/")[2])
+
+
+def group(*images: str) -> str:
+    """What a pair is counted as: with an image of a weak generator, or not."""
+    return "a weak generator" if any(maker(image) in WEAK for image in images) else "other generators"
 
 
 def preferred(first: Opinion, second: Opinion) -> float:

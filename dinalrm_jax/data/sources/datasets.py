@@ -2,15 +2,18 @@
 
 import contextlib
 import pathlib
+from collections.abc import Callable
 
 from dinalrm_jax.data.agreement import without_disagreement
 from dinalrm_jax.data.config import OpinionConfig, PreparationConfig
 from dinalrm_jax.data.latents import EncodedImages
+from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.data.names import BenchmarkName
 from dinalrm_jax.data.preferences import Benchmark, Source
 from dinalrm_jax.data.preparation import prepare
 from dinalrm_jax.data.sources import agiqa3k, dinalrm, genai_bench, hpdv2, hpdv3, imagereward, json_pairs
 from dinalrm_jax.data.unfinished import check_output
+from dinalrm_jax.data.views import with_views
 from dinalrm_jax.devices import processes
 from dinalrm_jax.disk import lock
 from dinalrm_jax.encoders.load import (
@@ -47,6 +50,8 @@ def preprocess(
         directory = pathlib.Path(source)
         found = read_source(directory, config, base_model)
         found = without_disagreement(found, directory, config.scores, config.agree, config.ties)
+        if config.views:
+            found = with_views(found, config.views)
         return prepare(
             found,
             output,
@@ -108,3 +113,13 @@ def read_benchmark(
             return genai_bench.benchmark(source, split)
         case "agiqa3k":
             return agiqa3k.benchmark(source, OpinionConfig(quality), holdout)
+
+
+def maker_of(records: AnyRecords) -> Callable[[str], str] | None:
+    """What tells, by its name, which generator made an image of the records; None where names do not say it."""
+    return makers(records.manifest.get("source", {}).get("dataset"))
+
+
+def makers(dataset: str | None) -> Callable[[str], str] | None:
+    """The same of a dataset."""
+    return agiqa3k.maker if dataset == "agiqa3k" else None

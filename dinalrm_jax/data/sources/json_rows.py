@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dinalrm_jax.data.files import patiently
 from dinalrm_jax.data.preferences import Ranking
 from dinalrm_jax.data.records import RecordsError
@@ -122,8 +124,25 @@ def read_rankings(
         if not all(map(math.isfinite, row[ranks])):
             _leave_out(counts, "row of ranks out of range", f"{path}, row {index}, has ranks out of range")
             continue
-        rankings.append(Ranking(row["prompt"], tuple(prefix + name for name in row[names]), tuple(row[ranks])))
+        images = tuple(prefix + name for name in row[names])
+        shares = _shares(row.get("raw_annotations"), len(images))
+        rankings.append(Ranking(row["prompt"], images, tuple(row[ranks]), shares))
     return rankings
+
+
+def _shares(annotations: Any, images: int) -> tuple[tuple[float, ...], ...] | None:
+    """Of HPDv2's rankings by single people: the share that ranks an image before another, a tie being half a share.
+
+    None where they are not there, or not of all images.
+    """
+    if not isinstance(annotations, list):
+        return None
+    orders = [each.get("rank") for each in annotations if isinstance(each, dict)]
+    if not orders or not all(list_of(order, int | float) and len(order) == images for order in orders):
+        return None
+    ranks = np.array(orders, float)
+    before = np.sign(ranks[:, None, :] - ranks[:, :, None])  # people, image, other: 1 where the image is before
+    return tuple(map(tuple, ((before + 1) / 2).mean(axis=0).tolist()))
 
 
 def list_of(values: Any, kind: type | types.UnionType) -> bool:

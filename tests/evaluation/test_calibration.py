@@ -1,0 +1,87 @@
+"""A fitted likelihood: finds the constants that made the answers, and is read again from the checkpoint."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dinalrm_jax.data.preferences import Ranking
+from dinalrm_jax.evaluation.accuracy import reliability, strict_pairs
+from dinalrm_jax.evaluation.benchmark import Evaluation
+from dinalrm_jax.evaluation.calibration import LevelPairs, as_markdown, calibrate, fit_likelihood
+from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.noise import NoiseDraw
+from dinalrm_jax.preference import LossConfig
+
+K, SIGMA_0 = 3.0, 0.5
+
+
+def answered(sigma, count, rng):
+    """Margins of the image that people preferred, where they answer by Phi with K and SIGMA_0."""
+    margin = 2 * rng.standard_normal(count)
+    agree = rng.random(count) < stats.norm.cdf(margin / np.sqrt(2 * (K * sigma**2 + SIGMA_0**2)))
+    return np.where(agree, margin, -margin)
+
+
+def test_the_constants_that_made_the_answers_are_found():
+    rng = np.random.default_rng(0)
+    levels = [LevelPairs(sigma, answered(sigma, 20_000, rng), np.ones(20_000)) for sigma in (0.0, 0.3, 0.8)]
+    found = fit_likelihood(levels)
+    assert found.k == pytest.approx(K, rel=0.1)
+    assert found.sigma_0 == pytest.approx(SIGMA_0, rel=0.05)
+
+
+def test_shares_of_people_are_answers_too():
+    """With the exact share as label no pair is drawn, so the constants come out exactly."""
+    margins = np.linspace(0.1, 3, 200)
+    levels = [
+        LevelPairs(sigma, margins, stats.norm.cdf(margins / np.sqrt(2 * (K * sigma**2 + SIGMA_0**2))))
+        for sigma in (0.0, 0.5)
+    ]
+    found = fit_likelihood(levels)
+    assert (found.k, found.sigma_0) == (pytest.approx(K, rel=1e-2), pytest.approx(SIGMA_0, rel=1e-2))
+
+
+def test_reliability_beside_shares():
+    """A probability of 0.8 is right where 80 % of people agree, though all of those pairs have the same winner."""
+    sure, share = np.array([0.8, 0.8, 0.3]), np.array([0.8, 0.8, 0.7])
+    assert reliability(sure, share).calibration_error == pytest.approx((0 + 0 + abs(0.3 - 0.7)) / 3)
+    assert reliability(sure).calibration_error == pytest.approx((0.2 * 2 + 0.7) / 3)
+
+
+def test_pairs_with_their_shares():
+    shares = ((0.5, 0.9, 0.6), (0.1, 0.5, 0.2), (0.4, 0.8, 0.5))
+    chosen, rejected, share = strict_pairs([(1, 3, 2)], [np.array([5.0, 6.0, np.nan])], [shares])
+    assert (chosen.tolist(), rejected.tolist(), share.tolist()) == ([5], [6], [0.9])
+    assert strict_pairs([(1, 2)], [np.array([0.0, 1.0])])[2].tolist() == [1]
+
+
+def evaluation(rng, prompts=400, likelihood=None):
+    rankings, scores = [], []
+    for number in range(prompts):
+        margin = np.stack([answered(sigma, 1, rng)[0] for sigma in (0.2, 0.6)])
+        rankings.append(Ranking(f"prompt {number}", ("a", "b"), (1, 2)))
+        scores.append(np.stack([margin, np.zeros(2)])[..., None].astype(np.float32))
+    return Evaluation("test", (0.2, 0.6), (NoiseDraw(0),), rankings, scores, {}, likelihood)
+
+
+def test_calibration_is_judged_by_other_prompts_and_makes_an_overconfident_likelihood_honest():
+    rng, overconfident = np.random.default_rng(0), LossConfig(k=0.01, sigma_0=0.1)
+    found = calibrate(evaluation(rng, 6000, overconfident))
+    assert found.fitted_to + found.judged_by == 6000
+    assert 2700 < found.fitted_to < 3300
+    for before, after in found.errors.values():
+        assert before > 9
+        assert after < 4  # per cent; 3,000 pairs in ten bins are off by some 2 by chance
+    text = as_markdown(found)
+    assert f"k {found.likelihood.k:.4g}" in text
+    assert text.count("\n| 0.") == 2
+
+
+def test_what_cannot_be_fitted():
+    with pytest.raises(ConfigError, match="at least 100 pairs each"):
+        calibrate(evaluation(np.random.default_rng(0), 150))
+    ensemble = dataclasses.replace(evaluation(np.random.default_rng(0), 300), levels=((0.2,), (0.6,)))
+    with pytest.raises(ConfigError, match="single noise levels"):
+        calibrate(ensemble)

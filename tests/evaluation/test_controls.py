@@ -1,0 +1,161 @@
+"""Controls and comparisons, on scores that can be counted by hand, and against scikit-learn's formula in numpy."""
+
+import types
+
+import numpy as np
+import pytest
+
+from dinalrm_jax.data.preferences import Ranking
+from dinalrm_jax.data.records import ImageRecord, PairRecord
+from dinalrm_jax.evaluation import controls
+from dinalrm_jax.evaluation.accuracy import count_pairs, pair_counts
+from dinalrm_jax.evaluation.comparison import compare
+from dinalrm_jax.evaluation.controls import FILE_SIZE, MAKER, PROBE, KnownImage, standing
+from dinalrm_jax.evaluation.scoring import pooled
+
+RNG = np.random.default_rng(0)
+
+
+def test_pooled_latents():
+    latents = RNG.standard_normal((3, 4, 5, 2)).astype(np.float32)
+    means = latents.reshape(3, 20, 2).sum(axis=1) / 20
+    squares = np.square(latents.reshape(3, 20, 2)).sum(axis=1) / 20
+    expected = np.concatenate([means, np.sqrt(squares - means**2)], axis=1)
+    np.testing.assert_allclose(pooled(latents), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_linear_probe_finds_the_direction_and_ignores_what_says_nothing():
+    better, worse = RNG.standard_normal((2, 4000, 3))
+    swap = (better - worse) @ [2.0, -1.0, 0.0] < RNG.logistic(size=4000)
+    better[swap], worse[swap] = worse[swap].copy(), better[swap].copy()
+    found = controls.linear_probe(better * [1, 10, 1], worse * [1, 10, 1])
+    # Logistic noise of scale 1: the maximum-likelihood weights are those that made the pairs.
+    np.testing.assert_allclose(found, [2.0, -0.1, 0.0], atol=0.15)
+
+
+def image(name, size, level):
+    return ImageRecord(np.full((2, 2, 1), level, np.float16), name, size)
+
+
+def records(images, training, dataset="agiqa3k"):
+    pairs = [PairRecord(chosen, rejected, 0, "human", label) for chosen, rejected, label in training]
+    return types.SimpleNamespace(
+        images=images, manifest={"source": {"dataset": dataset}}, pairs=lambda split: pairs,
+        buckets=lambda split: {"16x16": range(len(pairs))} if split == "train" and pairs else {},
+    )  # fmt: skip
+
+
+IMAGES = [
+    image("glide_normal_001.jpg", 10, 0.0), image("xl2.2_normal_001.jpg", 20, 1.0),
+    image("glide_normal_002.jpg", 40, 0.1), image("xl2.2_normal_002.jpg", 30, 0.9),
+]  # fmt: skip
+TRAINING = [(1, 0, 1.0)] * 3 + [(0, 1, 1.0)]
+HELD_OUT = [PairRecord(3, 2, 1, "human"), PairRecord(2, 3, 1, "human")]
+
+
+def test_controls_of_records_are_fitted_to_their_training_pairs():
+    found = controls.record_controls(records(IMAGES, TRAINING), HELD_OUT)
+    assert set(found) == {FILE_SIZE, MAKER, PROBE}
+    assert found[FILE_SIZE].tolist() == [[30, 40], [40, 30]]
+    # Of four training pairs the generator xl2.2_normal won three; with one won and one lost beside them.
+    np.testing.assert_allclose(found[MAKER], [[4 / 6, 2 / 6], [2 / 6, 4 / 6]])
+    assert found[PROBE][0, 0] > found[PROBE][0, 1], "what is brighter won in training"
+    turned = controls.record_controls(records(IMAGES, [(b, a, label) for a, b, label in TRAINING]), HELD_OUT)
+    assert turned[PROBE][0, 0] < turned[PROBE][0, 1]
+
+
+def test_controls_that_records_do_not_allow_are_not_there():
+    assert set(controls.record_controls(records(IMAGES, TRAINING, "hpdv3"), HELD_OUT)) == {FILE_SIZE, PROBE}
+    latents_only = [image(one.name, 0, one.latents[0, 0, 0]) for one in IMAGES]
+    assert set(controls.record_controls(records(latents_only, []), HELD_OUT)) == set()
+    assert set(controls.record_controls(records(IMAGES, [(0, 1, 0.5)]), HELD_OUT)) == {FILE_SIZE}, "ties teach nothing"
+
+
+def test_a_ranking_is_judged_by_controls_of_other_prompts():
+    """In every prompt but one the brighter image is better; that one is judged by the others all the same."""
+    rankings = [Ranking(f"prompt {i}", ("dark", "bright"), (2, 1)) for i in range(40)]
+    rankings[7] = Ranking("prompt 7", ("dark", "bright", "missing"), (1, 2, 3))
+    known = {}
+    for number, ranking in enumerate(rankings):
+        for name in ("dark", "bright"):
+            level = (name == "bright") + 0.1 * RNG.standard_normal()
+            known[ranking.prompt, name] = KnownImage(5, f"maker {number}", np.array([level, 1.0]))
+    found = controls.ranking_controls(rankings, known)
+    assert all(row[1] > row[0] for row in found[PROBE])
+    assert np.isnan(found[PROBE][7][2])
+    assert {value for row in found[MAKER] for value in row[:2]} == {0.5}, "its own prompt says nothing of a maker"
+
+
+def test_exchanged_prompts_are_others():
+    found = controls.exchanged(["a", "b", "a", "c"])
+    assert found.keys() == {"a", "b", "c"}
+    assert all(one != other for one, other in found.items())
+    assert sorted(found.values()) == ["a", "b", "c"]
+    assert controls.exchanged(["a"]) == {"a": "a"}
+
+
+def test_how_far_a_model_is_ahead():
+    """The model is right in 3 of 4 pairs, the control in 1: 50 points ahead."""
+    ranks = [(1, 2)] * 4
+    model = count_pairs(ranks, [np.array(row, float) for row in ([1, 0], [1, 0], [1, 0], [0, 1])])
+    control = count_pairs(ranks, [np.array(row, float) for row in ([1, 0], [0, 1], [0, 1], [0, 1])])
+    prompts = ["p", "p", "q", "r"]
+    found = standing([model], control, prompts)
+    assert (found.accuracy, found.ahead) == (25, 50)
+    # By prompt the model is ahead by 1 of 2, 1 of 1 and 0 of 1 pairs: no resample is below 0 or above 1.
+    assert found.interval == (0, 100)
+    assert str(found) == "25.0; +50.0 (+0.0 to +100.0)"
+    alike = standing([model], model, prompts)
+    assert (alike.ahead, alike.interval) == (0, (0, 0)), "resampled together, a model is not ahead of itself"
+
+
+def test_pairs_as_rankings_of_two():
+    scores, mask = np.array([[1, 0], [0, 1], [1, 1], [1, 0]]), np.array([True, True, True, False])
+    found, expected = pair_counts(scores, mask), count_pairs([(1, 2)] * 3, list(scores[:3].astype(float)))
+    for name in ("pairs", "strict", "correct"):
+        assert getattr(found, name)[:3].tolist() == getattr(expected, name).tolist()
+        assert getattr(found, name)[3] == 0
+
+
+# ------------------------------------------------------------------------------ comparisons of runs
+
+
+def answers(rng, share, seeds=5, prompts=60, each=10):
+    return [rng.random(prompts * each) < share for _ in range(seeds)], np.repeat(np.arange(prompts), each)
+
+
+def test_a_difference_is_told_and_its_interval_is_a_paired_one():
+    rng = np.random.default_rng(1)
+    worse, prompts = answers(rng, 0.6)
+    better = [row | (rng.random(len(row)) < 0.25) for row in worse]  # right where the other is, and in more
+    found = compare(better, worse, prompts)
+    assert found.difference == pytest.approx(np.mean(better) - np.mean(worse))
+    assert (found.verdict, found.by_seed[0]) == ("better", pytest.approx(better[0].mean() - worse[0].mean()))
+    # Standard errors of 3,000 independent answers of variance 0.09: 0.0055, or 1.1 points at 95 %.
+    low, high = found.interval
+    assert 0.006 < (high - low) / 2 < 0.018
+    turned = compare(worse, better, prompts)
+    assert (turned.verdict, turned.interval) == ("worse", pytest.approx((-high, -low)))
+
+
+def test_what_cannot_be_told_says_how_many_seeds_would():
+    """Seeds differ by 4 points either way, of 1 point that is there: some 2.8^2 x 16 seeds."""
+    prompts = np.repeat(np.arange(200), 100)
+    one = np.zeros(20_000, bool)
+    first = [np.arange(20_000) % 100 < count for count in (6, 6, 0, 0, 0)]  # of every prompt alike
+    first[2] = np.arange(20_000) % 100 < 5
+    found = compare(first, [one | (np.arange(20_000) % 100 < 2.4) for _ in range(5)], prompts)
+    spread, difference = np.std(found.by_seed, ddof=1), found.difference
+    assert found.verdict == "cannot tell"
+    assert found.seeds_needed == int(np.ceil((2.8 * spread / difference) ** 2))
+    assert f"cannot tell, {found.seeds_needed} seeds would" in str(found)
+
+
+def test_too_few_prompts_are_not_made_good_by_seeds():
+    prompts = np.arange(6)
+    first = [np.array([1, 1, 1, 1, 0, 0], bool)] * 3
+    second = [np.array([0, 0, 1, 1, 1, 0], bool)] * 3
+    assert compare(first, second, prompts).seeds_needed is None
+    assert str(compare(first, second, prompts)).endswith("cannot tell, nor would more seeds")
+    with pytest.raises(ValueError, match="same seeds"):
+        compare(first, second[:2], prompts)
