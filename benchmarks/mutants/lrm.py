@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant("rules let the equal pass", "dinalrm_jax/data/config.py", "else gap > self.win", "else gap >= self.win", OF_PAIRS),
     Mutant("scores are joined by image alone", AGREEMENT, 'key = row.get("prompt") or None, _within', "key = None, _within", OF_PAIRS),
     Mutant("held-out ties stay", AGREEMENT, 'keeps_ties = ties and split == "train"', "keeps_ties = ties", OF_PAIRS),
-    Mutant("prompts are exchanged with themselves", "dinalrm_jax/evaluation/pairs.py", "(place + count // 2) % count", "place", OF_REPORTS),
+    Mutant("prompts are exchanged with themselves", "dinalrm_jax/evaluation/controls.py", "(place + len(distinct) // 2) % len(distinct)", "place", OF_REPORTS),
     Mutant("ddim's noise is too large", SAMPLING, "std = a * following *", "std = a *", "tests/test_sampling.py -k ddim"),
     Mutant("ddim's coefficient comes from its deviation", SAMPLING, "rest = following * jnp.sqrt(1 - a**2 * (1 - share))",
            "rest = jnp.sqrt(following**2 - std**2)", "tests/test_sampling.py -k ddim"),

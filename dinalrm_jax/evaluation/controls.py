@@ -14,8 +14,8 @@ import collections
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from scipy import optimize
@@ -37,6 +37,8 @@ EXCHANGED, BLANK = "this model, prompts exchanged", "this model, no prompt"
 FOLDS = 5
 MOST_PAIRS = 10_000  # that a control is fitted to
 RIDGE = 1e-3
+
+T = TypeVar("T", bound=Hashable)
 
 
 def linear_probe(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
@@ -150,8 +152,11 @@ def no_prompt(params: Params, encoders: EncodersConfig, base_model: str | pathli
     return PromptRecord("", *(to_half("the empty prompt", array[0]) for array in found))
 
 
-def exchanged(prompts: Sequence[str]) -> dict[str, str]:
-    """For each prompt another one, from half a list away; itself where there is no other."""
+def exchanged(prompts: Sequence[T]) -> dict[T, T]:
+    """For each distinct prompt another one; itself where there is no other.
+
+    From half a list away, where the kinds of pairs and their prompts are likely to be others.
+    """
     distinct = list(dict.fromkeys(prompts))
     return {prompt: distinct[(place + len(distinct) // 2) % len(distinct)] for place, prompt in enumerate(distinct)}
 

@@ -20,6 +20,7 @@ from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import compile_if_it_fits, fits_beside
 from dinalrm_jax.devices.mesh import row_devices
 from dinalrm_jax.devices.sharding import WHOLE, local_rows, put_rows
+from dinalrm_jax.evaluation.controls import exchanged
 from dinalrm_jax.evaluation.scoring import Level, check_finite, level_name
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PromptEmbeds
@@ -125,21 +126,15 @@ class PairScorer:
         self._bucket[self._chosen] = self._bucket[self._rejected] = self._pair_buckets
 
     def with_prompts_exchanged(self) -> "PairScorer | None":
-        """The same pairs, each under the prompt of another one, by the same programs; None where all have one prompt.
+        """The same pairs, those of a prompt under another one, by the same programs; None where all have one prompt.
 
         What is right there is right without reading: how far the accuracy falls says what the prompts are worth.
         """
-        prompts = [pair.prompt for pair in self.pairs]
-        if len(set(prompts)) == 1:
+        others = exchanged([pair.prompt for pair in self.pairs])
+        if len(others) == 1:
             return None
-        other, count = copy.copy(self), len(prompts)
-        # From half a list away, where the kinds of pairs and their prompts are likely to be others.
-        turned = [prompts[(place + count // 2) % count] for place in range(count)]
-        turned = [
-            found if found != own else next(each for each in prompts if each != own)
-            for own, found in zip(prompts, turned)
-        ]
-        other._take([dataclasses.replace(pair, prompt=prompt) for pair, prompt in zip(self.pairs, turned)])
+        other = copy.copy(self)
+        other._take([dataclasses.replace(pair, prompt=others[pair.prompt]) for pair in self.pairs])
         return other
 
     def with_prompt(self, prompt: PromptRecord) -> "PairScorer":

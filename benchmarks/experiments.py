@@ -1,0 +1,239 @@
+"""The paper's claims on human ratings, small enough to run anywhere: docs/experiments.md, from the runs' own results.
+
+    python -m dinalrm_jax.train --config configs/agiqa.py:small
+    python -m dinalrm_jax.train --config configs/agiqa_ablation.py
+    python -m benchmarks.experiments --run runs/agiqa_small --sweep runs/agiqa_ablation --hpdv2 DIR --taesd3 DIR
+    python -m benchmarks.experiments                      # the document again, from benchmarks/results/agiqa.json
+
+Reads what the runs reported, scores the first run's model on HPDv2's rankings, and the sweep's models, those trained as
+the paper does, by several levels and ensembles; fits the likelihood. DIR of --hpdv2 holds test.json and its images.
+"""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import dinalrm_jax as dina
+from benchmarks import speed
+from dinalrm_jax.data.records import Records
+from dinalrm_jax.data.sources import hpdv2
+from dinalrm_jax.devices.compilation import enable_compilation_cache
+from dinalrm_jax.evaluation.accuracy import strict_pairs
+from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evaluate_records
+from dinalrm_jax.evaluation.benchmark_report import summarize
+from dinalrm_jax.evaluation.calibration import calibrate
+from dinalrm_jax.evaluation.comparison import Comparison, compare
+from dinalrm_jax.evaluation.scoring import level_name
+from dinalrm_jax.noise import NoiseDraw
+
+RESULT = speed.RESULTS / "agiqa.json"
+DOCUMENT = speed.HERE.parent / "docs" / "experiments.md"
+START, END = "<!-- agiqa: python -m benchmarks.experiments -->", "<!-- end of agiqa -->"
+SINGLES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+ENSEMBLES = {3: (0.2, 0.5, 0.7), 5: (0.1, 0.2, 0.4, 0.5, 0.7), 8: SINGLES[1:]}
+STANDARD = 0.4  # the level that stands for a run
+
+# Claim; the paper's numbers; the run that leaves the choice out, and the level that both are judged at. The paper's
+# numbers of its ablation are HPDv2's, HPDv3's and GenAI-Bench's, in points.
+ABLATION = (
+    ("a variance that grows with the noise, not a fixed one", "+3.4, -0.1, +0.4", "fixed variance", "0.4"),
+    ("the fidelity loss, not the negative log-likelihood", "", "nll", "0.4"),
+    ("the fidelity loss, not Bradley and Terry's", "", "bradley-terry", "0.4"),
+    ("levels drawn evenly, not logit-normally", "", "logit-normal", "0.4"),
+    ("levels drawn evenly, not 0.4 alone", "", "sigma 0.4 only", "0.4"),
+    ("noise at all, not clean latents only; judged at 0.4", "+22.9, +0.7, +0.9", "clean only", "0.4"),
+    ("the same, judged on clean latents", "", "clean only", "0"),
+    ("adapters, not a frozen backbone", "+8.6, +8.0, -1.8", "frozen", "0.4"),
+    ("a pretrained backbone, not a random one", "", "random backbone", "0.4"),
+    ("DiNa-LRM's head and loss, not LRM's", "+9.8 (mean)", "lrm", "0.4"),
+)
+
+
+def measure(run: pathlib.Path, sweep: pathlib.Path, rankings: pathlib.Path, taesd3: str) -> dict[str, Any]:
+    """All that the document shows, as JSON values."""
+    report = json.loads((run / "report" / "results.json").read_text())
+    model = dina.RewardModel.from_pretrained(run / "model", taesd3, dtype="float32")
+    draws = [NoiseDraw(seed) for seed in range(4)]
+    records = Records(json.loads((run / "config.json").read_text())["data"])
+    zero_shot = evaluate_images(model, hpdv2.benchmark(rankings), [STANDARD, *SINGLES, ENSEMBLES[3]], draws)
+    fitted = calibrate(evaluate_records(model, records, "eval", SINGLES, draws, batch_size=64))
+    accuracies = json.loads((sweep / "results.json").read_text())
+    return {
+        "conditions": f"jax {jax.__version__}, {speed_of_machine()}, float32, {datetime.date.today()}",
+        "seeds": len(next(iter(accuracies.values()))),
+        "report": report,
+        "hpdv2": summarize(zero_shot),
+        "calibration": dataclasses.asdict(fitted),
+        "accuracies": accuracies,
+        "comparisons": json.loads((sweep / "comparisons.json").read_text()),
+        "levels": by_levels([path / "paper" / "model" for path in sorted(sweep.glob("seed*"))], records),
+    }
+
+
+def speed_of_machine() -> str:
+    return f"{jax.devices()[0].device_kind}, {platform.machine()}"
+
+
+def by_levels(models: Sequence[pathlib.Path], records: Records) -> dict[str, Any]:
+    """Accuracy of models by level, by ensembles and by means of scores, and what is better than the standard level."""
+    answers: dict[str, list[np.ndarray]] = {}
+    for path in models:
+        model = dina.RewardModel.from_pretrained(path, dtype="float32")
+        levels = [*SINGLES, *ENSEMBLES.values()]
+        found = evaluate_records(model, records, "eval", levels, [NoiseDraw(0)], batch_size=64)
+        scores = {level_name(level): of_pairs(found, place) for place, level in enumerate(levels)}
+        for count, members in ENSEMBLES.items():
+            scores[f"mean of {count}"] = np.mean([scores[level_name(level)] for level in members], axis=0)
+        for name, row in scores.items():
+            answers.setdefault(name, []).append(row[:, 0] > row[:, 1])
+    prompts = np.array([ranking.prompt for ranking in found.rankings])
+
+    def beside(one: str, other: str) -> dict[str, Any]:
+        return dataclasses.asdict(compare(answers[one], answers[other], prompts))
+
+    ensembles = {count: level_name(members) for count, members in ENSEMBLES.items()}
+    return {
+        "accuracy": {name: [float(row.mean()) for row in rows] for name, rows in answers.items()},
+        "ensemble of 3 beside 0.4": beside(ensembles[3], f"{STANDARD:g}"),
+        "ensemble of 5 beside 3": beside(ensembles[5], ensembles[3]),
+        "ensemble of 8 beside 3": beside(ensembles[8], ensembles[3]),
+        "tokens beside means": beside(ensembles[3], "mean of 3"),
+        "0.4 beside 0": beside("0.4", "0"),
+        "0.4 beside 0.8": beside("0.4", "0.8"),
+    }
+
+
+def of_pairs(evaluation: Evaluation, level: int) -> np.ndarray:
+    """(P, 2) scores of all pairs with a winner at one level, by its place."""
+    ranks = [ranking.ranks for ranking in evaluation.rankings]
+    return np.stack(strict_pairs(ranks, [scores[:, level, 0] for scores in evaluation.scores])[:2], axis=1)
+
+
+def as_comparison(values: Mapping[str, Any]) -> Comparison:
+    low, high = values["interval"]
+    return Comparison(values["difference"], (low, high), tuple(values["by_seed"]), values["seeds_needed"])
+
+
+def verdict(found: Comparison) -> tuple[str, str]:
+    """Ours, and whether the paper's claim holds; `found` is the paper's choice beside the other."""
+    low, high = (f"{100 * end:+.1f}" for end in found.interval)
+    words = {"better": "holds here", "worse": "the contrary here"}
+    said = words.get(found.verdict) or str(found).partition(": ")[2]
+    return f"{100 * found.difference:+.1f} ({low} to {high})", said
+
+
+def turned(found: Comparison) -> Comparison:
+    low, high = found.interval
+    return dataclasses.replace(
+        found, difference=-found.difference, interval=(-high, -low), by_seed=tuple(-x for x in found.by_seed)
+    )
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """The section that the document has."""
+    report, levels = result["report"], result["levels"]
+    lines = ["| claim | paper, points | ours, points (95 % interval) | verdict |", "|---|---|---|---|"]
+    for claim, theirs, name, level in ABLATION:
+        if name in result["comparisons"]:
+            ours = verdict(turned(as_comparison(result["comparisons"][name][level])))
+            lines.append(f"| {claim} | {theirs} | {' | '.join(ours)} |")
+    for claim, theirs, name in (
+        ("the ensemble of 0.2, 0.5 and 0.7, not one level (0.4)", "+1.0 (mean)", "ensemble of 3 beside 0.4"),
+        ("the ensemble's tokens together, not the mean of its scores", "yes", "tokens beside means"),
+        ("more levels: 5, not 3", "", "ensemble of 5 beside 3"),
+        ("more levels: 8, not 3", "", "ensemble of 8 beside 3"),
+        ("a level in the middle (0.4), not clean latents", "yes", "0.4 beside 0"),
+        ("a level in the middle (0.4), not 0.8", "yes", "0.4 beside 0.8"),
+    ):
+        lines.append(f"| {claim} | {theirs} | {' | '.join(verdict(as_comparison(levels[name])))} |")
+    seeds = result["seeds"]
+    title = f"The paper's choices beside others, {seeds} seeds on one backbone; levels of the runs trained as it does:"
+    sections = [title, "\n".join(lines)]
+
+    names = list(result["accuracies"])
+    columns = list(result["accuracies"][names[0]][0])
+    lines = [f"| accuracy, % ({seeds} seeds) | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        found = 100 * np.array(
+            [[seed.get(column, np.nan) for column in columns] for seed in result["accuracies"][name]]
+        )
+        cells = [
+            f"{mean:.1f} ± {s:.1f}" for mean, s in zip(found.mean(axis=0), found.std(axis=0, ddof=min(1, seeds - 1)))
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    sections.append("\n".join(lines))
+
+    lines = ["| scored at | " + " | ".join(levels["accuracy"]) + " |", "|---" * (len(levels["accuracy"]) + 1) + "|"]
+    cells = [f"{100 * np.mean(row):.1f}" for row in levels["accuracy"].values()]
+    lines.append("| accuracy, % | " + " | ".join(cells) + " |")
+    sections.append("\n".join(lines))
+
+    controls = report["controls, per cent"]
+    groups = list(next(iter(controls.values())))
+    lines = ["| AGIQA-3K, held-out prompts | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
+    cells = [f"{100 * report[f'{STANDARD:g}'][group]:.1f}" for group in groups]
+    lines.append(f"| the model at {STANDARD:g} | " + " | ".join(cells) + " |")
+    for name, by_group in controls.items():
+        cells = [_standing(by_group[group]) for group in groups]
+        lines.append(f"| {name}; the model is ahead by | " + " | ".join(cells) + " |")
+    sections += ["Controls, %, and by how much the model that trained longest is ahead (95 % interval over prompts):",
+                 "\n".join(lines)]  # fmt: skip
+
+    other = result["hpdv2"]
+    lines = [f"| HPDv2, {other['prompts']} prompts, not trained on | all |", "|---|---|"]
+    for level, found in other["levels"].items():
+        low, high = found["strict"]["interval_95"]
+        lines.append(f"| the model at {level} | {found['strict']['accuracy']:.1f} ({low:.1f} to {high:.1f}) |")
+    for name, by_group in other["controls"].items():
+        lines.append(f"| {name}; the model at {STANDARD:g} is ahead by | {_standing(by_group['all'])} |")
+    lines.append(f"| one person, beside all of them | {other['people']['all']:.1f} |")
+    sections.append("\n".join(lines))
+
+    fitted = result["calibration"]
+    errors = fitted["errors"]
+    lines = ["| sigma | " + " | ".join(errors) + " |", "|---" * (len(errors) + 1) + "|"]
+    for place, name in enumerate(("as trained", "fitted")):
+        lines.append(f"| {name} | " + " | ".join(f"{both[place]:.1f}" for both in errors.values()) + " |")
+    found = fitted["likelihood"]
+    sections += [
+        f"Expected calibration error, %, on {fitted['judged_by']} pairs a level; k = {found['k']:.3g} and sigma_0 = "
+        f"{found['sigma_0']:.3g} were fitted to those of other prompts (`evaluate --calibrate`):",
+        "\n".join(lines),
+        f"({result['conditions']}.)",
+    ]
+    return "\n\n".join(sections)
+
+
+def _standing(values: Mapping[str, Any]) -> str:
+    low, high = values["interval"]
+    return f"{values['accuracy']:.1f}; {values['ahead']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def main(argv: list[str]) -> None:
+    values = flags.FLAGS
+    if values.run is not None:
+        if None in (values.sweep, values.hpdv2, values.taesd3):
+            raise app.UsageError("--run goes with --sweep, --hpdv2 and --taesd3")
+        enable_compilation_cache()
+        paths = (pathlib.Path(path) for path in (values.run, values.sweep, values.hpdv2))
+        RESULT.write_text(json.dumps(measure(*paths, values.taesd3), indent=1) + "\n")
+    head, rest = DOCUMENT.read_text().split(START)
+    text = as_markdown(json.loads(RESULT.read_text()))
+    DOCUMENT.write_text(f"{head}{START}\n{text}\n{END}{rest.split(END)[1]}")
+    print(text)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("run", None, "Workdir of configs/agiqa.py.")
+    flags.DEFINE_string("sweep", None, "Workdir of configs/agiqa_ablation.py.")
+    flags.DEFINE_string("hpdv2", None, "Directory of HPDv2's rankings.")
+    flags.DEFINE_string("taesd3", None, "Directory of TAESD3.")
+    app.run(main)
