@@ -1,6 +1,7 @@
 """The documents: links, pictures, tables from results on file, the README's length, the site."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-from benchmarks import measured, speed
+from benchmarks import experiments, measured, speed
 from tests.conftest import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -54,7 +55,14 @@ def test_every_file_of_results_is_shown():
     shown = {match[2] for match in measured.MARKED.finditer(measured.DOCUMENT.read_text())}
     of_machines = {f"{machine}_{name}" for machine, names in speed.SETS.items() for name in names}
     of_cards = {path.stem for path in measured.RESULTS.glob("gpu_*.json")}  # see test_gpu.py
-    assert {path.stem for path in measured.RESULTS.glob("*.json")} - of_machines - of_cards == shown
+    of_ratings = {experiments.RESULT.stem} if experiments.RESULT.exists() else set()
+    assert {path.stem for path in measured.RESULTS.glob("*.json")} - of_machines - of_cards - of_ratings == shown
+
+
+def test_experiments_on_ratings_are_those_on_file():
+    text = experiments.DOCUMENT.read_text()
+    shown = text.split(experiments.START)[1].split(experiments.END)[0].strip()
+    assert shown == experiments.as_markdown(json.loads(experiments.RESULT.read_text()))
 
 
 @pytest.mark.heavy

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.mutants import Mutant
 
 ROOT = pathlib.Path(__file__).parents[2]
-PARTS = ("method", "training", "data", "weights", "scoring", "server", "cli", "alignment", "lrm")
+PARTS = ("method", "training", "data", "weights", "scoring", "server", "cli", "alignment", "lrm", "ratings")
 LIMIT = 600  # seconds; a mutant that hangs is noticed too
 
 

@@ -10,8 +10,10 @@ from scipy import stats
 from dinalrm_jax.data.config import OpinionConfig, PreparationConfig
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.data.sources import agiqa3k
+from dinalrm_jax.evaluation.accuracy import accuracies, count_pairs
 from dinalrm_jax.evaluation.benchmark import Evaluation
 from dinalrm_jax.evaluation.benchmark_report import as_markdown, summarize
+from dinalrm_jax.evaluation.controls import FILE_SIZE, MAKER, KnownImage, ranking_controls
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.noise import NoiseDraw
 from tests.conftest import ROOT
@@ -123,3 +125,52 @@ def test_correlations_are_over_all_images(tmp_path):
     )
     assert tuple(summary["levels"]["0.4"]["correlations"].values()) == pytest.approx(expected)
     assert f"| 0.4 | {expected[0]:.3f} | {expected[1]:.3f} | {expected[2]:.3f} |" in as_markdown(summary)
+
+
+def test_a_generator_is_known_by_its_images_names(tmp_path):
+    names = {
+        "glide_normal_012.jpg": "glide_normal",
+        "a/sd1.5_lowstep_001.jpg": "sd1.5_lowstep",
+        "@1m/xl2.2_normal_9.jpg": "xl2.2_normal",
+    }
+    assert {name: agiqa3k.maker(name) for name in names} == names
+    rows = [("glide_normal_1.jpg", "a", "", 1, 0, 1, 0), ("xl2.2_normal_1.jpg", "a", "", 1.4, 0, 1.4, 0),
+            ("DALLE2_normal_1.jpg", "a", "", 3, 0, 3, 0), ("x_1.jpg", "b", "", 1, 0, 1, 0), ("y_1.jpg", "b", "", 2, 0, 2, 0)]  # fmt: skip
+    source = agiqa3k.read(write(tmp_path / "a", rows), 1, OpinionConfig())
+    kinds = {(p.chosen[:2], p.rejected[:2]): p.kind for split in source.preferences.values() for p in split}
+    assert kinds["xl", "gl"] == "a weak generator/opinions less than 1 apart"
+    assert kinds["DA", "gl"] == "a weak generator/opinions more than 1 apart"
+    assert kinds["DA", "xl"] == "other generators/opinions more than 1 apart"
+
+
+def test_a_benchmark_has_shares_and_weak_generators(tmp_path):
+    found = agiqa3k.benchmark(write(tmp_path / "a", ROWS), OpinionConfig(quality=1.0))
+    (cats,) = [ranking for ranking in found.rankings if ranking.prompt == "a cat"]
+    assert cats.shares[0][1] == pytest.approx(stats.norm.cdf((3.0 - 2.0) / math.hypot(0.3, 0.4)))
+    assert cats.shares[1][0] == pytest.approx(1 - cats.shares[0][1])
+    assert (cats.shares[0][0], found.maker("glide_normal_1.jpg")) == (0.5, found.weak[1])
+
+
+@pytest.mark.skipif(not WHOLE.is_dir(), reason=f"{WHOLE} is not there")
+@pytest.mark.parametrize(
+    ("quality", "by_maker", "of_others", "by_size"), [(1.0, 80.2, 74.1, 65.1), (0.0, 75.6, 64.6, 61.6)]
+)
+def test_controls_are_as_strong_as_they_are_known_to_be(quality, by_maker, of_others, by_size):
+    """shared/data/README.md has these shares, of generators' mean opinions over all prompts; here they are won pairs of
+    other prompts, which makes up to a point."""
+    found = agiqa3k.benchmark(WHOLE, OpinionConfig(quality=quality))
+    known = {
+        (ranking.prompt, image): KnownImage((WHOLE / "images" / image).stat().st_size, found.maker(image), np.zeros(2))
+        for ranking in found.rankings
+        for image in ranking.images
+    }
+    controls = ranking_controls(found.rankings, known)
+    ranks = [ranking.ranks for ranking in found.rankings]
+    strong = [
+        np.where([found.maker(image) in found.weak for image in ranking.images], np.nan, scores)
+        for ranking, scores in zip(found.rankings, controls[MAKER])
+    ]
+    for scores, expected, off in (
+        (controls[MAKER], by_maker, 1), (strong, of_others, 1), (controls[FILE_SIZE], by_size, 0.1),
+    ):  # fmt: skip
+        assert 100 * accuracies(count_pairs(ranks, scores))["strict"] == pytest.approx(expected, abs=off)

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -52,6 +53,16 @@ def test_hpdv2_subset_and_file_size(tmp_path):
     assert len(pairs) == 1539
     assert sum(len(source.open(row.chosen).read()) > len(source.open(row.rejected).read()) for row in pairs) == 982
     assert len({row.prompt for row in source.preferences["eval"]}) == 10
+
+
+def test_hpdv2_rankings_by_single_people_are_shares(tmp_path):
+    """Three people, of whom one ties b and c; a list that is not of all images says nothing."""
+    annotations = [{"rank": [1, 2, 3]}, {"rank": [2, 1, 3]}, {"rank": [1, 2, 2]}]
+    row = {"prompt": "p", "image_path": ["a.png", "b.png", "c.png"], "rank": [1, 2, 3], "raw_annotations": annotations}
+    directory = write_hpdv2(tmp_path / "HPDv2", [row, {**row, "prompt": "q", "raw_annotations": [{"rank": [1, 2]}]}])
+    known, unknown = hpdv2.benchmark(directory).rankings
+    np.testing.assert_allclose(known.shares, [[1 / 2, 2 / 3, 1], [1 / 3, 1 / 2, 5 / 6], [0, 1 / 6, 1 / 2]])
+    assert unknown.shares is None
 
 
 def write_hpdv3(directory, train, test=({"prompt": "t", "path1": "images/1.jpg", "path2": "images/2.jpg"},)):
