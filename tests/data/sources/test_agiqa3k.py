@@ -134,8 +134,9 @@ def test_a_generator_is_known_by_its_images_names(tmp_path):
         "@1m/xl2.2_normal_9.jpg": "xl2.2_normal",
     }
     assert {name: agiqa3k.maker(name) for name in names} == names
-    rows = [("glide_normal_1.jpg", "a", "", 1, 0, 1, 0), ("xl2.2_normal_1.jpg", "a", "", 1.4, 0, 1.4, 0),
-            ("DALLE2_normal_1.jpg", "a", "", 3, 0, 3, 0), ("x_1.jpg", "b", "", 1, 0, 1, 0), ("y_1.jpg", "b", "", 2, 0, 2, 0)]  # fmt: skip
+    opinions = {"glide_normal_1.jpg": 1, "xl2.2_normal_1.jpg": 1.4, "DALLE2_normal_1.jpg": 3}
+    rows = [(name, "a", "", mean, 0, mean, 0) for name, mean in opinions.items()]
+    rows += [("x_1.jpg", "b", "", 1, 0, 1, 0), ("y_1.jpg", "b", "", 2, 0, 2, 0)]
     source = agiqa3k.read(write(tmp_path / "a", rows), 1, OpinionConfig())
     kinds = {(p.chosen[:2], p.rejected[:2]): p.kind for split in source.preferences.values() for p in split}
     assert kinds["xl", "gl"] == "a weak generator/opinions less than 1 apart"

@@ -5,9 +5,9 @@ import json
 import warnings
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import numpy as np
 import pytest
 from PIL import Image
 
