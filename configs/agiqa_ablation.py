@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import configs.agiqa as agiqa
 
 BACKBONE = "runs/agiqa_small/generator/backbone"
-STEPS = 300
+STEPS, PAIRS = 200, 16
 
 
 def get_config(seeds: str = "5") -> ConfigDict:
@@ -24,6 +24,8 @@ def get_config(seeds: str = "5") -> ConfigDict:
         config = agiqa.get_config("small")
         config.name, config.generator, config.base_model = name, None, BACKBONE
         config.reward.steps = config.reward.checkpoint_every = config.reward.evaluate_every = STEPS
+        config.reward.batch_size = PAIRS
+        config.evaluation.update(report=(0.0,), levels=(0.2, 0.4), batch_size=64)
         return config
 
     runs = {

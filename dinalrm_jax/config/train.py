@@ -117,6 +117,7 @@ class EvaluationConfig:
 
     sigma: the single level that stands for a run.
     levels: single levels evaluated while training, beside `sigma`.
+    report: single levels of the report at the end, beside these.
     ensemble: the levels of the ensemble; evaluated while training where `levels` is not empty.
     max_pairs: at most so many held-out pairs, spread evenly; 0: all.
     batch_size: images a batch, at most: half as many, and so on, where they do not fit beside the training state.
@@ -125,16 +126,18 @@ class EvaluationConfig:
 
     sigma: float = 0.4
     levels: tuple[float, ...] = ()
+    report: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     max_pairs: int = 0
     ensemble: tuple[float, ...] = (0.2, 0.5, 0.7)
     batch_size: int = 32
     seed: int = 0
 
     def __post_init__(self):
-        levels = (self.sigma, *self.levels, *self.ensemble)
+        levels = (self.sigma, *self.levels, *self.report, *self.ensemble)
         if not self.ensemble or not all(0 <= level <= 1 for level in levels):
             raise ConfigError(
-                f"sigma and the ensemble's levels must lie in [0, 1], got {self.sigma} and {self.ensemble}"
+                f"sigma, levels, report and the ensemble's levels must lie in [0, 1], got {self.sigma}, {self.levels}, "
+                f"{self.report} and {self.ensemble}"
             )
         if self.batch_size < 1 or self.max_pairs < 0:
             raise ConfigError(

@@ -17,8 +17,6 @@ from dinalrm_jax.training.setup import Setup
 from dinalrm_jax.weights.files import read_json
 from dinalrm_jax.weights.pretrained import save_reward_model
 
-REPORT_SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-
 
 def save_model(setup: Setup, params: Params, step: int) -> None:
     """Writes the model of a finished run, unless it is there; that of a shorter run keeps its step in its name."""
@@ -39,7 +37,7 @@ def save_model(setup: Setup, params: Params, step: int) -> None:
 def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoint) -> PairScores:
     """Scores the held-out pairs at many levels, and writes what the run leaves for people."""
     config, workdir = setup.config, setup.workdir
-    singles = sorted({*REPORT_SIGMAS, config.evaluation.sigma, *config.evaluation.levels})
+    singles = sorted({*config.evaluation.report, config.evaluation.sigma, *config.evaluation.levels})
     levels: tuple[Level, ...] = (*singles, config.evaluation.ensemble)
     scorer.compile(params, levels)
     control, blank = scorer.with_prompts_exchanged(), no_prompt(params, setup.records.encoders, setup.base_model)
