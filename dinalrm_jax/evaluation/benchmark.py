@@ -209,7 +209,7 @@ def _on_every_device(model: EvaluatedModel) -> EvaluatedModel:
 
 def _gathered(model, benchmark: Benchmark, levels, draws, rows, found: ImageScores, problems) -> Evaluation:
     """The evaluation of all processes, from each one's rows."""
-    sizes = [[_file_bytes(benchmark, image)] for _, image in rows]
+    sizes = np.reshape([_file_bytes(benchmark, image) for _, image in rows], (-1, 1))  # a process may have no rows
     ours = np.concatenate([found.scores.reshape(len(rows), -1), found.under_others, found.pooled, sizes], axis=1)
     by_row, all_problems = {}, {}
     texts, data = processes.gather_bytes(json.dumps([rows, problems]).encode()), processes.gather_bytes(ours.tobytes())
@@ -222,7 +222,9 @@ def _gathered(model, benchmark: Benchmark, levels, draws, rows, found: ImageScor
     read = {row: each for row, each in by_row.items() if not np.isnan(each[0])}
     known = {row: KnownImage(each[-1], maker and maker(row[1]), each[count + 2 : -1]) for row, each in read.items()}
     controls = ranking_controls(rankings, known)
-    controls |= {EXCHANGED: [row[:, count] for row in values], BLANK: [row[:, count + 1] for row in values]}
+    controls[BLANK] = [row[:, count + 1] for row in values]
+    if len({ranking.prompt for ranking in rankings}) > 1:
+        controls[EXCHANGED] = [row[:, count] for row in values]
     groups = {}
     if maker is not None and benchmark.weak:
         name = f"without {', '.join(benchmark.weak)}"
