@@ -2,16 +2,19 @@
 
     python -m dinalrm_jax.train --config configs/agiqa.py:small
     python -m dinalrm_jax.train --config configs/agiqa_ablation.py
-    python -m benchmarks.experiments --run runs/agiqa_small --sweep runs/agiqa_ablation --hpdv2 DIR --taesd3 DIR
+    python -m benchmarks.experiments --run runs/agiqa_small --sweep runs/agiqa_ablation --agiqa DIR --hpdv2 DIR \\
+        --taesd3 DIR
     python -m benchmarks.experiments                      # the document again, from benchmarks/results/agiqa.json
 
-Reads what the runs reported, scores the first run's model on HPDv2's rankings, and the sweep's models, those trained as
-the paper does, by several levels and ensembles; fits the likelihood. DIR of --hpdv2 holds test.json and its images.
+Reads what the runs reported, scores the first run's model on the held-out prompts' images and on HPDv2's rankings, and
+the sweep's models, those trained as the paper does, by several levels and ensembles; fits the likelihood to people's
+shares.
 """
 
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -23,8 +26,9 @@ from absl import app, flags
 
 import dinalrm_jax as dina
 from benchmarks import speed
+from dinalrm_jax.data.config import OpinionConfig
 from dinalrm_jax.data.records import Records
-from dinalrm_jax.data.sources import hpdv2
+from dinalrm_jax.data.sources import agiqa3k, hpdv2
 from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.evaluation.accuracy import strict_pairs
 from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evaluate_records
@@ -57,29 +61,28 @@ ABLATION = (
 )
 
 
-def measure(run: pathlib.Path, sweep: pathlib.Path, rankings: pathlib.Path, taesd3: str) -> dict[str, Any]:
+def measure(run: pathlib.Path, sweep: pathlib.Path, agiqa: pathlib.Path, rankings: pathlib.Path, taesd3: str) -> dict:
     """All that the document shows, as JSON values."""
-    report = json.loads((run / "report" / "results.json").read_text())
     model = dina.RewardModel.from_pretrained(run / "model", taesd3, dtype="float32")
-    draws = [NoiseDraw(seed) for seed in range(4)]
     records = Records(json.loads((run / "config.json").read_text())["data"])
-    zero_shot = evaluate_images(model, hpdv2.benchmark(rankings), [STANDARD, *SINGLES, ENSEMBLES[3]], draws)
-    fitted = calibrate(evaluate_records(model, records, "eval", SINGLES, draws, batch_size=64))
+    held_out = agiqa3k.benchmark(agiqa, OpinionConfig(), records.manifest["source"]["holdout"])
+    draws, levels = [NoiseDraw(seed) for seed in range(4)], [STANDARD, *(each for each in SINGLES if each != STANDARD)]
+    known = evaluate_images(model, held_out, levels, draws, batch_size=64)
+    zero_shot = evaluate_images(model, hpdv2.benchmark(rankings), [*levels, ENSEMBLES[3]], draws, batch_size=64)
+    fitted = calibrate(known)
     accuracies = json.loads((sweep / "results.json").read_text())
     return {
-        "conditions": f"jax {jax.__version__}, {speed_of_machine()}, float32, {datetime.date.today()}",
+        "conditions": f"jax {jax.__version__}, {platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}",
         "seeds": len(next(iter(accuracies.values()))),
-        "report": report,
+        "report": json.loads((run / "report" / "results.json").read_text()),
+        "agiqa": summarize(known),
         "hpdv2": summarize(zero_shot),
+        "hpdv2, fitted likelihood": summarize(dataclasses.replace(zero_shot, likelihood=fitted.likelihood)),
         "calibration": dataclasses.asdict(fitted),
         "accuracies": accuracies,
         "comparisons": json.loads((sweep / "comparisons.json").read_text()),
         "levels": by_levels([path / "paper" / "model" for path in sorted(sweep.glob("seed*"))], records),
     }
-
-
-def speed_of_machine() -> str:
-    return f"{jax.devices()[0].device_kind}, {platform.machine()}"
 
 
 def by_levels(models: Sequence[pathlib.Path], records: Records) -> dict[str, Any]:
@@ -187,6 +190,14 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     sections += ["Controls, %, and by how much the model that trained longest is ahead (95 % interval over prompts):",
                  "\n".join(lines)]  # fmt: skip
 
+    known = result["agiqa"]
+    lines = ["| AGIQA-3K, held-out prompts, the model at | accuracy, % | SRCC | PLCC | KRCC |", "|---|---|---|---|---|"]
+    for level, found in known["levels"].items():
+        cells = [f"{found['strict']['accuracy']:.1f}", *(f"{value:.3f}" for value in found["correlations"].values())]
+        lines.append(f"| {level} | " + " | ".join(cells) + " |")
+    lines.append(f"| one person, beside all of them | {known['people']['all']:.1f} | | | |")
+    sections.append("\n".join(lines))
+
     other = result["hpdv2"]
     lines = [f"| HPDv2, {other['prompts']} prompts, not trained on | all |", "|---|---|"]
     for level, found in other["levels"].items():
@@ -197,15 +208,20 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines.append(f"| one person, beside all of them | {other['people']['all']:.1f} |")
     sections.append("\n".join(lines))
 
-    fitted = result["calibration"]
+    fitted, after = result["calibration"], result["hpdv2, fitted likelihood"]["levels"]
     errors = fitted["errors"]
-    lines = ["| sigma | " + " | ".join(errors) + " |", "|---" * (len(errors) + 1) + "|"]
+    lines = ["| expected calibration error, % | " + " | ".join(errors) + " |", "|---" * (len(errors) + 1) + "|"]
     for place, name in enumerate(("as trained", "fitted")):
-        lines.append(f"| {name} | " + " | ".join(f"{both[place]:.1f}" for both in errors.values()) + " |")
+        cells = [f"{both[place]:.1f}" for both in errors.values()]
+        lines.append(f"| AGIQA-3K, {name} | " + " | ".join(cells) + " |")
+    for name, by_level in (("as trained", other["levels"]), ("fitted to AGIQA-3K", after)):
+        cells = [f"{by_level[level]['calibration_error']:.1f}" for level in errors]
+        lines.append(f"| HPDv2, {name} | " + " | ".join(cells) + " |")
     found = fitted["likelihood"]
     sections += [
-        f"Expected calibration error, %, on {fitted['judged_by']} pairs a level; k = {found['k']:.3g} and sigma_0 = "
-        f"{found['sigma_0']:.3g} were fitted to those of other prompts (`evaluate --calibrate`):",
+        f"Probabilities beside the share of people who prefer the image, by sigma. k = {found['k']:.3g} and sigma_0 = "
+        f"{found['sigma_0']:.3g} were fitted to half of AGIQA-3K's held-out prompts, the others judge "
+        f"({fitted['judged_by']} pairs and noises a level; `evaluate --calibrate`); HPDv2's people are ten a prompt:",
         "\n".join(lines),
         f"({result['conditions']}.)",
     ]
@@ -220,10 +236,10 @@ def _standing(values: Mapping[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if values.run is not None:
-        if None in (values.sweep, values.hpdv2, values.taesd3):
-            raise app.UsageError("--run goes with --sweep, --hpdv2 and --taesd3")
+        if None in (values.sweep, values.agiqa, values.hpdv2, values.taesd3):
+            raise app.UsageError("--run goes with --sweep, --agiqa, --hpdv2 and --taesd3")
         enable_compilation_cache()
-        paths = (pathlib.Path(path) for path in (values.run, values.sweep, values.hpdv2))
+        paths = (pathlib.Path(path) for path in (values.run, values.sweep, values.agiqa, values.hpdv2))
         RESULT.write_text(json.dumps(measure(*paths, values.taesd3), indent=1) + "\n")
     head, rest = DOCUMENT.read_text().split(START)
     text = as_markdown(json.loads(RESULT.read_text()))
@@ -234,6 +250,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("run", None, "Workdir of configs/agiqa.py.")
     flags.DEFINE_string("sweep", None, "Workdir of configs/agiqa_ablation.py.")
+    flags.DEFINE_string("agiqa", None, "Directory of AGIQA-3K.")
     flags.DEFINE_string("hpdv2", None, "Directory of HPDv2's rankings.")
     flags.DEFINE_string("taesd3", None, "Directory of TAESD3.")
     app.run(main)

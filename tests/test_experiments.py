@@ -104,7 +104,8 @@ def test_the_whole_way_on_few_prompts(tmp_path, monkeypatch):
     assert "Points of accuracy more than 'paper'" in run("dinalrm_jax.train", "--config", str(sweep))
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs"
-    found = experiments.measure(runs / "agiqa_small", runs / "agiqa_ablation", rankings, str(SHARED / "taesd3"))
+    sweep, taesd3 = runs / "agiqa_ablation", str(SHARED / "taesd3")
+    found = experiments.measure(runs / "agiqa_small", sweep, source, rankings, taesd3)
     text = experiments.as_markdown(json.loads(json.dumps(found)))
     assert "| the fidelity loss, not the negative log-likelihood | " in text
     assert "| its generator's share of won pairs; the model is ahead by | " in text
