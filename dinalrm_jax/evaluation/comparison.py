@@ -64,7 +64,9 @@ def compare(
     by_prompt = np.stack([np.bincount(group, row) for row in ahead])  # (seeds, prompts)
     rng, seeds = np.random.default_rng(seed), len(first)
     of_prompts = rng.multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), RESAMPLES)
-    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    of_seeds = np.full((RESAMPLES, seeds), 1 / seeds)
+    if seeds > 1:  # resamples of few spread less than what they are drawn from, by (seeds - 1) / seeds
+        of_seeds += (rng.multinomial(seeds, of_seeds[0], RESAMPLES) / seeds - of_seeds) * math.sqrt(seeds / (seeds - 1))
     drawn = np.einsum("bs,sg,bg->b", of_seeds, by_prompt, of_prompts) / (of_prompts @ pairs)
     low, high = np.percentile(drawn, [2.5, 97.5])
     by_seed = ahead.mean(axis=1)

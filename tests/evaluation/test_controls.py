@@ -151,6 +151,17 @@ def test_what_cannot_be_told_says_how_many_seeds_would():
     assert f"cannot tell, {found.seeds_needed} seeds would" in str(found)
 
 
+def test_the_interval_has_the_spread_of_the_seeds():
+    """Of prompts that are all alike only seeds differ: plus and minus two standard errors of their mean."""
+    prompts = np.repeat(np.arange(50), 100)
+    first = [np.arange(5000) % 100 < 50 + ahead for ahead in (0, 2, 5, 9)]
+    found = compare(first, [np.arange(5000) % 100 < 50] * 4, prompts)
+    low, high = found.interval
+    assert found.difference == pytest.approx(0.04)
+    expected = np.std([0, 0.02, 0.05, 0.09], ddof=1) / 2
+    assert (high - low) / 2 == pytest.approx(1.96 * expected, rel=0.08)  # of a thousand resamples of four numbers
+
+
 def test_too_few_prompts_are_not_made_good_by_seeds():
     prompts = np.arange(6)
     first = [np.array([1, 1, 1, 1, 0, 0], bool)] * 3
