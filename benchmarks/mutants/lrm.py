@@ -25,7 +25,7 @@ MUTANTS = [
            "together = preference.pair_loss(chosen, rejected, levels, loss, batch.certainty)", OF_OBJECTIVE),
     Mutant("weights are of another place", LOADER, "prompt_weights(self.counts[batch])[self.rows[place]]",
            "prompt_weights(self.counts[batch])[place]", OF_PAIRS),
-    Mutant("records forget ties", "dinalrm_jax/data/preparation.py", '"human", row.label)', '"human")', OF_PAIRS),
+    Mutant("records forget ties", "dinalrm_jax/data/preparation.py", 'row.kind, row.label)', 'row.kind)', OF_PAIRS),
     Mutant("ties are kept by sign", "dinalrm_jax/data/config.py", "return abs(gap) < self.tie if tied", "return gap < self.tie if tied", OF_PAIRS),
     Mutant("rules let the equal pass", "dinalrm_jax/data/config.py", "else gap > self.win", "else gap >= self.win", OF_PAIRS),
     Mutant("scores are joined by image alone", AGREEMENT, 'key = row.get("prompt") or None, _within', "key = None, _within", OF_PAIRS),

@@ -16,7 +16,7 @@ MUTANTS = [
     Mutant("a seed loses its higher half", NOISE, "[bits >> np.uint64(32), bits", "[bits * np.uint64(0), bits", "tests/test_noise.py"),
     Mutant("images are scored under the next one's prompt", SCORING, "embeddings([prompts[index] for index in rows])",
            "embeddings([prompts[index] for index in rows[::-1]])", f"{OF_SCORING} -k many_sizes"),
-    Mutant("scores of a padded batch are shifted", SCORING, "scores[good] = scored[: len(good)]", "scores[good] = scored[-len(good) :]",
+    Mutant("scores of a padded batch are shifted", SCORING, "scores[good] = scorer(latents, embeds, named)[: len(good)]", "scores[good] = scorer(latents, embeds, named)[-len(good) :]",
            f"{OF_SCORING} -k many_sizes"),
     Mutant("samples are the first one", MODEL, "found.scores[:, 0].mean(axis=1)", "found.scores[:, 0, 0]", f"{OF_SCORING} -k samples"),
     Mutant("the lowest score is first", SCORING, "np.sum(np.asarray(scores) > score)", "np.sum(np.asarray(scores) < score)",

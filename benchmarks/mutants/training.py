@@ -54,7 +54,7 @@ MUTANTS = [
            "NoiseDraw(draw.seed, True).keys([image.name for image in images])", f"{OF_EVALUATION} -k public"),
     Mutant("evaluation ignores its seed", EVALUATION, "draw.keys([image.name for image in images])",
            "NoiseDraw(0, draw.shared).keys([image.name for image in images])", f"{OF_EVALUATION} -k public"),
-    Mutant("equal scores count as right", EVALUATION, "self.chosen[row] > self.rejected[row]", "self.chosen[row] >= self.rejected[row]",
+    Mutant("equal scores count as right", EVALUATION, "return chosen > rejected", "return chosen >= rejected",
            f"{OF_EVALUATION} -k equal"),
     Mutant("a batch that does not fit is evaluated all the same", "dinalrm_jax/devices/compilation.py",
            "return compiled if fits(compiled) else None", "return compiled", f"{OF_EVALUATION} -k memory"),

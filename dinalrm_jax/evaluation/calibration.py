@@ -78,14 +78,8 @@ def calibrate(evaluation: Evaluation) -> Calibration:
     singles = [place for place, level in enumerate(evaluation.levels) if not isinstance(level, tuple)]
     if not singles:
         raise ConfigError("--calibrate fits at single noise levels; give some (--sigma=0.2,0.4)")
-    halves = [
-        [
-            place
-            for place, one in enumerate(evaluation.rankings)
-            if stable_hash("calibration", one.prompt)[0] % 2 == half
-        ]
-        for half in (0, 1)
-    ]
+    half_of = [stable_hash("calibration", ranking.prompt)[0] % 2 for ranking in evaluation.rankings]
+    halves = [[place for place, found in enumerate(half_of) if found == half] for half in (0, 1)]
     fitted, judged = ([level_pairs(evaluation, place, half) for place in singles] for half in halves)
     if min(len(one.margin) for one in (*fitted, *judged)) < FEWEST_PAIRS:
         raise ConfigError(
