@@ -35,6 +35,7 @@ from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evalua
 from dinalrm_jax.evaluation.benchmark_report import summarize
 from dinalrm_jax.evaluation.calibration import calibrate
 from dinalrm_jax.evaluation.comparison import Comparison, compare
+from dinalrm_jax.evaluation.controls import Standing
 from dinalrm_jax.evaluation.scoring import level_name
 from dinalrm_jax.noise import NoiseDraw
 
@@ -185,7 +186,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     cells = [f"{100 * report[f'{STANDARD:g}'][group]:.1f}" for group in groups]
     lines.append(f"| the model at {STANDARD:g} | " + " | ".join(cells) + " |")
     for name, by_group in controls.items():
-        cells = [_standing(by_group[group]) for group in groups]
+        cells = [str(Standing(**by_group[group])) for group in groups]
         lines.append(f"| {name}; the model is ahead by | " + " | ".join(cells) + " |")
     sections += ["Controls, %, and by how much the model that trained longest is ahead (95 % interval over prompts):",
                  "\n".join(lines)]  # fmt: skip
@@ -195,7 +196,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     for level, found in known["levels"].items():
         cells = [f"{found['strict']['accuracy']:.1f}", *(f"{value:.3f}" for value in found["correlations"].values())]
         lines.append(f"| {level} | " + " | ".join(cells) + " |")
-    lines.append(f"| one person, beside all of them | {known['people']['all']:.1f} | | | |")
+    lines.append(f"| share of people who agree with the order | {known['people']['all']:.1f} | | | |")
     sections.append("\n".join(lines))
 
     other = result["hpdv2"]
@@ -204,8 +205,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         low, high = found["strict"]["interval_95"]
         lines.append(f"| the model at {level} | {found['strict']['accuracy']:.1f} ({low:.1f} to {high:.1f}) |")
     for name, by_group in other["controls"].items():
-        lines.append(f"| {name}; the model at {STANDARD:g} is ahead by | {_standing(by_group['all'])} |")
-    lines.append(f"| one person, beside all of them | {other['people']['all']:.1f} |")
+        lines.append(f"| {name}; the model at {STANDARD:g} is ahead by | {Standing(**by_group['all'])} |")
+    lines.append(f"| share of people who agree with the order | {other['people']['all']:.1f} |")
     sections.append("\n".join(lines))
 
     fitted, after = result["calibration"], result["hpdv2, fitted likelihood"]["levels"]
@@ -226,11 +227,6 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         f"({result['conditions']}.)",
     ]
     return "\n\n".join(sections)
-
-
-def _standing(values: Mapping[str, Any]) -> str:
-    low, high = values["interval"]
-    return f"{values['accuracy']:.1f}; {values['ahead']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def main(argv: list[str]) -> None:

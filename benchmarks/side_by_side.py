@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 from absl import app, flags
 
-LEVELS = ("0", "0.2", "0.4", "0.6", "0.8")
+WANTED = ("0", "0.2", "0.4", "0.6", "0.8")  # of these, the ones that the reports have
 
 
 def main(argv: list[str]) -> None:
@@ -21,12 +21,14 @@ def main(argv: list[str]) -> None:
         found[path.parents[1].name].append(json.loads(path.read_text()))
     if not found:
         raise app.UsageError(f"{flags.FLAGS.sweep} holds no runs of a sweep: no seed*/*/report/results.json")
-    columns = [column for column in next(iter(found.values()))[0][LEVELS[0]] if column != "all, shared noise"]
-    print(f"| {len(next(iter(found.values())))} seeds | " + " | ".join(f"sigma {level}" for level in LEVELS) + " |")
-    print("|---" * (len(LEVELS) + 1) + "|")
+    first = next(iter(found.values()))[0]
+    levels = [level for level in WANTED if level in first]
+    columns = [column for column in first[levels[0]] if column != "all, shared noise"]
+    print(f"| {len(next(iter(found.values())))} seeds | " + " | ".join(f"sigma {level}" for level in levels) + " |")
+    print("|---" * (len(levels) + 1) + "|")
     for name, seeds in found.items():
         for column in columns:
-            values = 100 * np.array([[seed[level][column] for level in LEVELS] for seed in seeds])
+            values = 100 * np.array([[seed[level][column] for level in levels] for seed in seeds])
             spread = values.std(axis=0, ddof=min(1, len(seeds) - 1))
             cells = [f"{mean:.1f} ± {s:.1f}" for mean, s in zip(values.mean(axis=0), spread)]
             print(f"| {name}, {column} | " + " | ".join(cells) + " |")

@@ -139,6 +139,8 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
         texts = hashlib.sha256("\n".join(prompts + held_out).encode()).hexdigest()[:16]
         inputs = {"prompts": texts, "base_model": fingerprint(arrays)}
         inputs |= {name: each.digest for name, each in zip(names, opened) if each.digest is not None}
+        if config.lpo is not None:
+            inputs["likelihood"] = str(opened[0].model[0].likelihood)  # which may be fitted meanwhile
         inputs |= {} if records is None else {"records": records.fingerprint}
         name = claim_workdir(workdir, config, inputs)
         first = init_adapters(tuned.shapes, config.lora, config.seed)

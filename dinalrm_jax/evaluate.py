@@ -60,9 +60,9 @@ def main(options: EvaluateOptions) -> None:
         if options.calibrate:
             fitted = calibrate(found)
             beside = {"fitted_to": found.name, "pairs": fitted.fitted_to, "errors": fitted.errors}
-            save_calibration(options.checkpoint, fitted.likelihood, beside)
             table = as_markdown(fitted)
             (output / "calibration.md").write_text(table)
+            save_calibration(options.checkpoint, fitted.likelihood, beside)
             print(f"\n{table}\nwrote the likelihood to {options.checkpoint}")
 
 

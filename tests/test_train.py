@@ -25,7 +25,7 @@ from dinalrm_jax.data import records
 from dinalrm_jax.data.config import MixedConfig
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.disk import Locked, lock
-from dinalrm_jax.evaluation.run_report import sweep_table
+from dinalrm_jax.evaluation.run_report import comparison_table, sweep_table
 from dinalrm_jax.mapping import ConfigError, from_mapping
 from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.model.tables import WeightsError
@@ -36,6 +36,7 @@ from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimize
 from dinalrm_jax.training.profiling import ProfileWindow
 from dinalrm_jax.training.setup import set_up
 from dinalrm_jax.training.step import TrainState
+from dinalrm_jax.training.sweep import against_first
 from dinalrm_jax.training.workdir import claim_workdir
 from tests import tiny_run
 from tests.conftest import ROOT
@@ -627,8 +628,26 @@ def test_a_sweep_shares_its_generator(tmp_path, capsys):
         "tiny": [{"0", "0.4", "ensemble 0.2 0.5 0.7"}],
         "other noise": [{"0", "0.4", "ensemble 0.2 0.5 0.7"}],
     }
+    comparisons = json.loads((tmp_path / "sweep" / "comparisons.json").read_text())
+    for level, found in comparisons["other noise"].items():
+        expected = results["other noise"][0][level] - results["tiny"][0][level]
+        assert found["difference"] == pytest.approx(expected)
+    assert "Points of accuracy more than 'tiny'" in table
     (generator,) = (tmp_path / "sweep").rglob("generator/backbone")
     assert generator.parts[-3] == "generator_run"
+
+
+def test_runs_are_compared_with_the_first():
+    answers = {
+        "a": [{"0": np.array([1, 1, 0, 0], bool), "0.4": np.zeros(4, bool)}] * 2,
+        "b": [{"0": np.array([1, 1, 1, 0], bool)}, {"0": np.array([1, 1, 1, 1], bool)}],
+    }
+    found = against_first(answers, np.array([0, 0, 1, 1]))
+    assert found.keys() == {"b"}
+    assert found["b"].keys() == {"0"}
+    assert (found["b"]["0"].difference, found["b"]["0"].by_seed) == (0.375, (0.25, 0.5))
+    table = comparison_table(found, "a")
+    assert f"| b | {found['b']['0']} |" in table
 
 
 def test_sweep_table_has_mean_and_spread():

@@ -145,6 +145,8 @@ class EvaluateOptions(ModelOptions, JobOptions):
             raise UsageError(f"--quality and --holdout go with agiqa3k, not with {self.benchmark}")
         if not 0 <= (self.quality or 0) <= 1 or (self.holdout or 0) < 0:
             raise UsageError(f"--quality lies in [0, 1], --holdout is not negative; got {self.quality}, {self.holdout}")
+        if self.calibrate and len(set(self.sigma)) < 2:
+            raise UsageError("--calibrate tells k from sigma_0 by two noise levels or more: --sigma=0.2,0.4")
         if self.size is not None and self.benchmark == "records":
             raise UsageError("--size goes with images; records have the sizes they were made with")
 

@@ -98,7 +98,8 @@ class PreparationConfig:
     scores: CSV files of scores by image, each FILE, or NAME=FILE of what judge --csv writes; for agree.
     agree: Keep only training pairs on which scores agree with people (`data.agreement`): rules COLUMN:WIN:TIE, or a
         published set, mpcf1, mpcf2 or mpcf3.
-    views: So many further views of every training pair, crops that may be mirrored (`data.views`).
+    views: So many further views of every training pair, crops that may be mirrored (`data.views`); they count as rows
+        of their prompt.
     max_rows_per_prompt: Keep at most so many training rows of one prompt (8 in the released code); 0 keeps all.
     holdout: Prompts to hold out where the source has no split of its own.
     benchmark_split: Which test set of GenAI-Bench to take.

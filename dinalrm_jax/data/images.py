@@ -15,6 +15,7 @@ import io
 import logging
 import math
 import pathlib
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 SIDEWAYS = {5, 6, 7, 8}
+VIEW = re.compile(r"@(\d+)(m?)/(.*)", re.DOTALL)  # names a view of an image, see `data.views`
 GREY_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
 CHANGED_SIZE = "not a readable image: its size changes while it is decoded"
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF's tags
@@ -92,6 +94,12 @@ def read_rgb(source: ImageSource, size: Size | None = None, *, crop: bool = Fals
     if isinstance(source, np.ndarray | Image.Image):
         return _decoded(source, size, crop)
     return decode(read_bytes(source), size, crop=crop)
+
+
+def original(name: str) -> str:
+    """The image that a view is of; of an image its own name."""
+    found = VIEW.fullmatch(name)
+    return name if found is None else found[3]
 
 
 def read_bytes(source: str | pathlib.Path | Callable[[], BinaryIO]) -> bytes:

@@ -12,7 +12,7 @@ from dinalrm_jax.data import buckets
 from dinalrm_jax.data.buckets import Size
 from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.data.files import ImageProblem
-from dinalrm_jax.data.images import decode, map_ahead, read_bytes, read_header
+from dinalrm_jax.data.images import decode, map_ahead, original, read_bytes, read_header
 from dinalrm_jax.encoders.load import ImageCodec
 
 Known = tuple[int, int, str]  # height, width in pixels, and PIL's name of the colours; "RGB" has none to change
@@ -77,7 +77,7 @@ class EncodedImages:
 
     def size(self, name: str) -> Known | str:
         try:
-            header = read_header(functools.partial(self._open, name))
+            header = read_header(functools.partial(self._open, original(name)))
         except ImageProblem as problem:
             return problem.reason
         return header.height, header.width, header.mode

@@ -54,7 +54,7 @@ class Benchmark:
         open: as `Source.open`.
         opinions: whether ranks are people's mean opinions, negated, which compare across prompts.
         maker: which generator made an image, by its name, where that is known.
-        weak: generators whose images anybody tells.
+        weak: generators that pairs are also counted without.
     """
 
     name: str

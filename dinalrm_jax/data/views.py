@@ -1,7 +1,7 @@
 """Further views of training images: crops, mirrored where the prompt names no side.
 
-A view is named after its image, `@1/NAME` or, mirrored, `@1m/NAME`, and depends on nothing but that name. Both
-images of a pair get a view, and their order is taken to stay.
+A view is named after its image, `@1/NAME` or, mirrored, `@1m/NAME`, and depends on nothing but that name. It goes to
+its image's bucket. Both images of a pair get a view, and their order is taken to stay.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from dinalrm_jax.data.images import read_rgb
+from dinalrm_jax.data.images import VIEW, read_rgb
 from dinalrm_jax.data.preferences import Source, stable_hash
+from dinalrm_jax.data.records import RecordsError
 
-VIEW = re.compile(r"@(\d+)(m?)/(.*)", re.DOTALL)
 LEAST_SIDE = 0.8  # of an image's, that a crop has
 # What a mirror would make wrong: sides, and what is to be read.
 SIDED = re.compile(
@@ -26,8 +26,14 @@ SIDED = re.compile(
 
 
 def with_views(source: Source, count: int) -> Source:
-    """The source with `count` views of every training pair beside it; held-out pairs stay as they are."""
-    pairs = source.preferences.get("train", ())
+    """The source with `count` views of every training pair beside it; held-out pairs stay as they are.
+
+    Raises:
+        RecordsError: no training pairs.
+    """
+    if "train" not in source.preferences:
+        raise RecordsError("views are of training pairs, and the source has none; leave --views out")
+    pairs = source.preferences["train"]
     views = []
     for number in range(1, count + 1):
         for pair in pairs:
@@ -43,8 +49,8 @@ def open_view(open_image: Callable[[str], BinaryIO], name: str) -> BinaryIO:
     found = VIEW.fullmatch(name)
     if found is None:
         return open_image(name)
-    _, mirrored, original = found.groups()
-    pixels = crop(read_rgb(functools.partial(open_image, original)), int.from_bytes(stable_hash(name)[:8]))
+    _, mirrored, whole = found.groups()
+    pixels = crop(read_rgb(functools.partial(open_image, whole)), int.from_bytes(stable_hash(name)[:8]))
     file = io.BytesIO()
     Image.fromarray(pixels[:, ::-1] if mirrored else pixels).save(file, "BMP")
     file.seek(0)

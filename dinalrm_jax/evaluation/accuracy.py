@@ -201,7 +201,7 @@ def strict_pairs(
         first, second = first[kept], second[kept]
         agreeing = np.ones(len(first)) if known is None else np.asarray(known)[first, second]
         found.append((values[first], values[second], agreeing))
-    chosen, rejected, share = (np.concatenate(each) for each in zip(*found))
+    chosen, rejected, share = map(np.concatenate, zip(*found)) if found else np.empty((3, 0))
     return chosen, rejected, share
 
 

@@ -175,7 +175,7 @@ def evaluate_records(
     ]
     controls = {name: list(rows) for name, rows in record_controls(records, scorer.pairs).items()}
     under = {EXCHANGED: scorer.with_prompts_exchanged()}
-    if (blank := no_prompt(params, model.config.encoders, model.base_model)) is not None:
+    if (blank := no_prompt(model.config.encoders, model.base_model)) is not None:
         under[BLANK] = scorer.with_prompt(blank)
     for name, other in under.items():
         if other is not None:
@@ -209,15 +209,17 @@ def _on_every_device(model: EvaluatedModel) -> EvaluatedModel:
 
 def _gathered(model, benchmark: Benchmark, levels, draws, rows, found: ImageScores, problems) -> Evaluation:
     """The evaluation of all processes, from each one's rows."""
-    sizes = np.reshape([_file_bytes(benchmark, image) for _, image in rows], (-1, 1))  # a process may have no rows
-    ours = np.concatenate([found.scores.reshape(len(rows), -1), found.under_others, found.pooled, sizes], axis=1)
+    count = len(levels) * len(draws)
+    sizes = np.array([_file_bytes(benchmark, image) for _, image in rows], float)[:, None]
+    # (a process may have no rows)
+    ours = np.concatenate([found.scores.reshape(len(rows), count), found.under_others, found.pooled, sizes], axis=1)
     by_row, all_problems = {}, {}
     texts, data = processes.gather_bytes(json.dumps([rows, problems]).encode()), processes.gather_bytes(ours.tobytes())
     for text, numbers in zip(texts, data):
         their_rows, their_problems = json.loads(text)
         all_problems |= their_problems
-        by_row |= zip(map(tuple, their_rows), np.frombuffer(numbers).reshape(len(their_rows), -1))
-    count, rankings, maker = len(levels) * len(draws), benchmark.rankings, benchmark.maker
+        by_row |= zip(map(tuple, their_rows), np.frombuffer(numbers).reshape(len(their_rows), ours.shape[1]))
+    rankings, maker = benchmark.rankings, benchmark.maker
     values = [np.stack([by_row[ranking.prompt, image] for image in ranking.images]) for ranking in rankings]
     read = {row: each for row, each in by_row.items() if not np.isnan(each[0])}
     known = {row: KnownImage(each[-1], maker and maker(row[1]), each[count + 2 : -1]) for row, each in read.items()}
@@ -241,5 +243,5 @@ def _file_bytes(benchmark: Benchmark, image: str) -> int:
     try:
         with benchmark.open(image) as file:
             return file.seek(0, io.SEEK_END)
-    except (ImageProblem, OSError):
+    except ImageProblem:
         return 0

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,9 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
             found["correlations"] = _correlations(evaluation, place)
         if not isinstance(level, tuple):
             found["calibration_error"] = _percent(_reliability(evaluation, place).calibration_error)
-    controls, people = _controls(evaluation, prompts), _people(evaluation)
+    counted = {group: int(evaluation.counts(0, 0, group).strict.sum()) for group in evaluation.groups}
+    counted = {group: count for group, count in counted.items() if count}
+    groups = (None, *counted)
     counts = evaluation.counts(0, 0)
     total = sum(len(ranking.images) * (len(ranking.images) - 1) // 2 for ranking in evaluation.rankings)
     return {
@@ -76,37 +79,37 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
         "seeds": [evaluation.draws[place].seed for place in evaluation.draws_of(shared=False)],
         "likelihood": None if evaluation.likelihood is None else to_mapping(evaluation.likelihood),
         "levels": by_level,
-        "groups": {group: int(evaluation.counts(0, 0, group).strict.sum()) for group in evaluation.groups},
-        "controls": controls,
-        "people": people,
+        "groups": counted,
+        "controls": _controls(evaluation, prompts, groups),
+        "people": _people(evaluation, groups),
     }
 
 
-def _controls(evaluation: Evaluation, prompts: list[str]) -> dict[str, dict[str, Any]]:
-    """Each control beside the model at the first level, by group of pairs."""
+def _controls(evaluation: Evaluation, prompts: list[str], groups: Sequence[str | None]) -> dict[str, dict[str, Any]]:
+    """Each control beside the model at the first level, by group of pairs; where it scores all that the model does."""
     draws, found = evaluation.draws_of(shared=False), {}
     for name in evaluation.controls:
         found[name] = {}
-        for group in (None, *evaluation.groups):
+        for group in groups:
             model = [evaluation.counts(0, draw, group) for draw in draws]
-            beside = standing(model, evaluation.counts_of(name, group), prompts)
-            found[name][group or "all"] = dataclasses.asdict(beside)
-    return found
+            control = evaluation.counts_of(name, group)
+            if np.array_equal(control.strict, model[0].strict):
+                found[name][group or "all"] = dataclasses.asdict(standing(model, control, prompts))
+    return {name: by_group for name, by_group in found.items() if by_group}
 
 
-def _people(evaluation: Evaluation) -> dict[str, float] | None:
-    """How often one person orders a pair as all of them together do, by group; None where that is not known."""
+def _people(evaluation: Evaluation, groups: Sequence[str | None]) -> dict[str, float] | None:
+    """The share of people who agree with the order of a pair, by group; None where it is not known."""
     if not all(ranking.shares for ranking in evaluation.rankings):
         return None
     found = {}
-    for group in (None, *evaluation.groups):
-        agreeing = []
-        for place, ranking in enumerate(evaluation.rankings):
-            ranks, kept = np.array(ranking.ranks), np.ones(len(ranking.ranks), bool)
-            kept &= True if group is None else evaluation.groups[group][place]
-            preferred = (ranks[:, None] < ranks[None]) & kept[:, None] & kept[None]
-            agreeing.append(np.array(ranking.shares)[preferred])
-        found[group or "all"] = _percent(np.concatenate(agreeing).mean())
+    for group in groups:
+        scores = [values[:, 0, 0] for values in evaluation.scores]
+        if group is not None:
+            scores = [np.where(mask, row, np.nan) for mask, row in zip(evaluation.groups[group], scores)]
+        rankings = evaluation.rankings
+        _, _, agreeing = strict_pairs([one.ranks for one in rankings], scores, [one.shares for one in rankings])
+        found[group or "all"] = _percent(agreeing.mean())
     return found
 
 

@@ -19,6 +19,7 @@ from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.preference import LossConfig
 
 FEWEST_PAIRS = 100
+MOST_VARIANCE = 1e3  # of the squared margins: probabilities within 2 % of a half
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,14 @@ class Calibration:
 
 
 def fit_likelihood(levels: Sequence[LevelPairs]) -> LossConfig:
-    """Thurstone's likelihood of the levels' pairs, `-mean s log Phi(z) + (1 - s) log Phi(-z)`, at its least."""
+    """Thurstone's likelihood of the levels' pairs, `-mean s log Phi(z) + (1 - s) log Phi(-z)`, at its least.
+
+    Args:
+        levels: two or more, which tell k from sigma_0.
+
+    Raises:
+        ConfigError: scores that order the pairs no better than chance, which no variance fits.
+    """
 
     def loss(logarithms: np.ndarray) -> float:
         k, variance_0 = np.exp(logarithms)
@@ -63,9 +71,12 @@ def fit_likelihood(levels: Sequence[LevelPairs]) -> LossConfig:
             total -= np.mean(one.share * special.log_ndtr(z) + (1 - one.share) * special.log_ndtr(-z))
         return total / len(levels)
 
-    scale = np.log(np.mean([np.mean(np.square(one.margin)) for one in levels]) + 1e-12)  # of the scores
-    found = optimize.minimize(loss, np.array([scale, scale]), method="Nelder-Mead", options={"maxiter": 1000})
+    scale = np.mean([np.mean(np.square(one.margin)) for one in levels]) + 1e-12  # of the scores
+    start = np.log([scale, scale])
+    found = optimize.minimize(loss, start, method="Nelder-Mead", options={"maxiter": 1000})
     k, variance_0 = np.exp(found.x)
+    if min(k * one.sigma**2 + variance_0 for one in levels) > MOST_VARIANCE * scale:
+        raise ConfigError("the scores order these pairs no better than chance: there is no likelihood to fit")
     return LossConfig(k=float(k), sigma_0=float(np.sqrt(variance_0)))
 
 
@@ -73,22 +84,22 @@ def calibrate(evaluation: Evaluation) -> Calibration:
     """Fits to the pairs of half of the prompts, a draw of the noise each, and judges by the others.
 
     Raises:
-        ConfigError: no single noise level, or too few pairs.
+        ConfigError: too few pairs, or as for `fit_likelihood`.
     """
     singles = [place for place, level in enumerate(evaluation.levels) if not isinstance(level, tuple)]
-    if not singles:
-        raise ConfigError("--calibrate fits at single noise levels; give some (--sigma=0.2,0.4)")
     half_of = [stable_hash("calibration", ranking.prompt)[0] % 2 for ranking in evaluation.rankings]
     halves = [[place for place, found in enumerate(half_of) if found == half] for half in (0, 1)]
     fitted, judged = ([level_pairs(evaluation, place, half) for place in singles] for half in halves)
-    if min(len(one.margin) for one in (*fitted, *judged)) < FEWEST_PAIRS:
+    draws = len(evaluation.draws_of(shared=False))
+    counts = [len(half[0].margin) // draws for half in (fitted, judged)]
+    if min(counts) < FEWEST_PAIRS:
         raise ConfigError(
             f"--calibrate fits to half of the prompts and judges by the others, at least {FEWEST_PAIRS} pairs each; "
-            f"{evaluation.name} has {len(fitted[0].margin)} and {len(judged[0].margin)}"
+            f"{evaluation.name} has {counts[0]} and {counts[1]}"
         )
     before, after = evaluation.likelihood or LossConfig(), fit_likelihood(fitted)
     errors = {f"{one.sigma:g}": (_error(one, before), _error(one, after)) for one in judged}
-    return Calibration(after, len(fitted[0].margin), len(judged[0].margin), errors)
+    return Calibration(after, *counts, errors)
 
 
 def level_pairs(evaluation: Evaluation, level: int, rankings: Sequence[int] | None = None) -> LevelPairs:

@@ -24,13 +24,11 @@ from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.data.preferences import Ranking, stable_hash
 from dinalrm_jax.data.records import PairRecord, PromptRecord, to_half
 from dinalrm_jax.data.sources.datasets import maker_of
-from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.encoders.load import load_prompt_encoder
 from dinalrm_jax.evaluation.accuracy import PairCounts, accuracies, resampled
 from dinalrm_jax.evaluation.scoring import pooled
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.encoding import EncodersConfig
-from dinalrm_jax.model.parameters import Params
 
 FILE_SIZE, MAKER, PROBE = "larger file", "its generator's share of won pairs", "linear probe of pooled latents"
 EXCHANGED, BLANK = "this model, prompts exchanged", "this model, no prompt"
@@ -59,6 +57,11 @@ def linear_probe(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     return optimize.minimize(loss, np.zeros(len(scale)), jac=True, method="L-BFGS-B").x / scale
 
 
+def _spread(count: int) -> list[int]:
+    """Of so many pairs those that controls are fitted to."""
+    return np.linspace(0, count - 1, min(count, MOST_PAIRS)).round().astype(int).tolist()
+
+
 class KnownImage(NamedTuple):
     """What controls know of an image."""
 
@@ -70,11 +73,11 @@ class KnownImage(NamedTuple):
 def record_controls(records: AnyRecords, pairs: Sequence[PairRecord]) -> dict[str, np.ndarray]:
     """Scores (P, 2) of pairs' chosen and rejected images, by control: those that the records allow.
 
-    Fitted to the records' training pairs, `MOST_PAIRS` at most, spread evenly.
+    Fitted to the records' training pairs of other prompts, `MOST_PAIRS` at most, spread evenly.
     """
-    rows = records.pairs("train") if records.buckets("train") else ()
-    spread = np.linspace(0, len(rows) - 1, min(len(rows), MOST_PAIRS)).round().astype(int)
-    training = [row for row in (rows[int(place)] for place in spread) if row.label != 0.5]
+    rows, judged = records.pairs("train") if records.buckets("train") else (), {pair.prompt for pair in pairs}
+    training = [row for row in (rows[place] for place in _spread(len(rows))) if row.label != 0.5]
+    training = [row for row in training if row.prompt not in judged]
     maker = maker_of(records)
     images = {}
     for index in sorted({index for pair in (*pairs, *training) for index in (pair.chosen, pair.rejected)}):
@@ -107,13 +110,14 @@ def ranking_controls(
             for (first, one), (second, other) in itertools.permutations(zip(ranking.images, ranking.ranks), 2)
             if one < other and {(ranking.prompt, first), (ranking.prompt, second)} <= images.keys()
         ]
-        controls = _controls(fitted, list(images.values()))
+        controls = _controls([fitted[place] for place in _spread(len(fitted))], list(images.values()))
         for place, ranking in enumerate(rankings):
             if fold_of[ranking.prompt] == fold:
+                known = [images.get((ranking.prompt, image)) for image in ranking.images]
                 for name, score in controls.items():
-                    scores = found.setdefault(name, [np.full(len(each.images), np.nan) for each in rankings])
-                    known = [images.get((ranking.prompt, image)) for image in ranking.images]
-                    scores[place] = np.array([np.nan if image is None else score(image) for image in known])
+                    if name not in found:
+                        found[name] = [np.full(len(each.images), np.nan) for each in rankings]
+                    found[name][place] = np.array([np.nan if image is None else score(image) for image in known])
     return found
 
 
@@ -133,23 +137,19 @@ def _controls(
     return controls
 
 
-def no_prompt(params: Params, encoders: EncodersConfig, base_model: str | pathlib.Path | None) -> PromptRecord | None:
-    """The empty prompt as records hold prompts: what the model keeps of it, or what the text encoders make of it.
+def no_prompt(encoders: EncodersConfig, base_model: str | pathlib.Path | None) -> PromptRecord | None:
+    """The empty prompt as records hold prompts, by the text encoders.
 
     None where these are not at hand, or are SD3's: beside a model there may be no room for 10 GB of encoders.
     """
-    if "head.unconditional_embeds" in params:
-        kept = gather({name: params[f"head.unconditional_{name}"] for name in ("embeds", "pooled")})
-        found = kept["embeds"], kept["pooled"]
-    elif encoders.kind == "sd3":
+    if encoders.kind == "sd3":
         return None
-    else:
-        try:
-            encoded = load_prompt_encoder(encoders, base_model, "float32")([""])
-        except (ConfigError, FileNotFoundError):
-            return None
-        found = np.asarray(encoded.prompt_embeds), np.asarray(encoded.pooled_prompt_embeds)
-    return PromptRecord("", *(to_half("the empty prompt", array[0]) for array in found))
+    try:
+        encoded = load_prompt_encoder(encoders, base_model, "float32")([""])
+    except (ConfigError, FileNotFoundError):
+        return None
+    arrays = (np.asarray(array)[0] for array in (encoded.prompt_embeds, encoded.pooled_prompt_embeds))
+    return PromptRecord("", *(to_half("the empty prompt", array) for array in arrays))
 
 
 def exchanged(prompts: Sequence[T]) -> dict[T, T]:
@@ -193,14 +193,16 @@ def control_table(
     Args:
         standings: by control and group of pairs.
         counts: the pairs of each group.
-        people: how often one person agrees with all, per cent, by group.
+        people: the share who agree with the order of a pair, per cent, by group.
     """
     heads = [f"{group} ({count})" for group, count in counts.items()]
     lines = ["| control | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, by_group in standings.items():
-        lines.append(f"| {name} | " + " | ".join(str(by_group[group]) for group in counts) + " |")
+        lines.append(f"| {name} | " + " | ".join(str(by_group.get(group, "")) for group in counts) + " |")
     if people is not None:
         lines.append(
-            "| one person, beside all of them | " + " | ".join(f"{people[group]:.1f}" for group in counts) + " |"
+            "| share of people who agree with the order | "
+            + " | ".join(f"{people[group]:.1f}" for group in counts)
+            + " |"
         )
     return "\n".join(lines)

@@ -216,7 +216,8 @@ def score_images(
                 by_size[target(found)].append(index)
         order = [(index, target) for target, indices in by_size.items() for index in indices]
         pixels = map_ahead(pool, lambda job: _pixels(images[job[0]], job[1]), order, ahead=4 * batch_size)
-        embeddings = _Embeddings(model, [prompts[index] for index, _ in order], batch_size)
+        asked = [texts[index] for index, _ in order for texts in (prompts, *others)]
+        embeddings = _Embeddings(model, asked, batch_size)
         for indices in by_size.values():
             for start in range(0, len(indices), batch_size):
                 some = indices[start : start + batch_size]

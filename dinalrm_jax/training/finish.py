@@ -40,7 +40,7 @@ def report(setup: Setup, scorer: PairScorer, params: Params, best: BestCheckpoin
     singles = sorted({*config.evaluation.report, config.evaluation.sigma, *config.evaluation.levels})
     levels: tuple[Level, ...] = (*singles, config.evaluation.ensemble)
     scorer.compile(params, levels)
-    control, blank = scorer.with_prompts_exchanged(), no_prompt(params, setup.records.encoders, setup.base_model)
+    control, blank = scorer.with_prompts_exchanged(), no_prompt(setup.records.encoders, setup.base_model)
     total = (2 * len(levels) + (blank is not None)) * scorer.row_count()
     total += 0 if control is None else len(levels) * control.row_count()
     with processes.progress(total=total, desc="held-out pairs", unit="image") as bar:

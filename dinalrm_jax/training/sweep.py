@@ -26,12 +26,14 @@ def sweep_runs(
 
     Args:
         sweep: what to run.
-        workdir: gets a directory a seed, `results.json`, `comparisons.json` and `report.md`.
+        workdir: gets a directory a seed, `results.json`, `report.md` and, of runs that are judged by the same pairs,
+            `comparisons.json`.
         run: a whole run in its directory.
         generate: a run's generator stage alone, in a directory; gives the trained backbone's.
     """
     claim_workdir(workdir, sweep, {})
     accuracies, answers = ({config.name: [] for config in sweep.runs} for _ in range(2))
+    pairs: list[np.ndarray] = []  # that each run is judged by
     for seed in sweep.seeds:
         for config in sweep.runs:
             config = replace(config, seed=seed)
@@ -46,14 +48,15 @@ def sweep_runs(
             levels: list[Level] = [*singles, judged.ensemble]
             accuracies[config.name].append({level_name(level): scores.accuracy(level) for level in levels})
             answers[config.name].append({level_name(level): scores.correct(level) for level in levels})
+            pairs.append(scores.records)
     if processes.is_first():
         table = sweep_table(accuracies)
-        comparisons = against_first(answers, scores.records[:, 2])
-        if comparisons:
-            table += "\n" + comparison_table(comparisons, sweep.runs[0].name)
         (workdir / "results.json").write_text(json.dumps(accuracies, indent=1) + "\n")
-        values = {name: {level: asdict(one) for level, one in row.items()} for name, row in comparisons.items()}
-        (workdir / "comparisons.json").write_text(json.dumps(values, indent=1) + "\n")
+        if len(sweep.runs) > 1 and all(np.array_equal(one, pairs[0]) for one in pairs):
+            comparisons = against_first(answers, pairs[0][:, 2])
+            table += "\n" + comparison_table(comparisons, sweep.runs[0].name)
+            values = {name: {level: asdict(one) for level, one in row.items()} for name, row in comparisons.items()}
+            (workdir / "comparisons.json").write_text(json.dumps(values, indent=1) + "\n")
         (workdir / "report.md").write_text(table)
         print("\n" + table)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dinalrm_jax.devices.placement import place
-from dinalrm_jax.disk import AnyPath, whole_directory, write_json
+from dinalrm_jax.disk import AnyPath, check_writable, whole_directory, write_json
 from dinalrm_jax.mapping import ConfigError, from_mapping, to_mapping
 from dinalrm_jax.model import tables
 from dinalrm_jax.model.backbone.family import (
@@ -214,6 +214,7 @@ def check_native(checkpoint: str | AnyPath) -> pathlib.Path:
             f"{checkpoint} is no native model's directory, which a fitted likelihood is written into; make one with "
             "python -m dinalrm_jax.convert"
         )
+    check_writable(directory / CALIBRATION)
     return directory
 
 

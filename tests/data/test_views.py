@@ -1,6 +1,7 @@
 """Further views of training pairs: crops of the image, mirrored where the prompt names no side."""
 
 import io
+import types
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 from PIL import Image
 
 from dinalrm_jax.data.config import PreparationConfig
+from dinalrm_jax.data.latents import EncodedImages
 from dinalrm_jax.data.preferences import Preference, Source
+from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.data.views import LEAST_SIDE, open_view, with_views
 from dinalrm_jax.mapping import ConfigError
 
@@ -70,6 +73,18 @@ def test_pairs_of_views_stand_beside_their_pairs():
 def test_what_is_to_be_read_is_not_mirrored(prompt):
     views = with_views(source([prompt]), 20).preferences["train"][1:]
     assert not [view for view in views if view.chosen.partition("/")[0].endswith("m")]
+
+
+def test_a_view_goes_to_its_images_bucket():
+    """The size is that of the image's own header: a view of a small one is not too small."""
+    codec = types.SimpleNamespace(downsampling=8, fingerprint="x")
+    images = EncodedImages(lambda name: open_view(open_image, name), codec, PreparationConfig("jsonl"))
+    assert images.size("@1m/a/b.png") == images.size("a/b.png") == (100, 60, "RGB")
+
+
+def test_a_source_without_training_pairs_has_no_views():
+    with pytest.raises(RecordsError, match="the source has none; leave --views out"):
+        with_views(Source({"eval": []}, Counter(), open_image), 1)
 
 
 def test_latents_are_not_cut():

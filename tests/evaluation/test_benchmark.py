@@ -17,12 +17,12 @@ from PIL import Image
 from scipy import stats
 
 from dinalrm_jax.data import files
-from dinalrm_jax.data.preferences import Ranking
+from dinalrm_jax.data.preferences import Benchmark, Ranking
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.data.sources import hpdv2
 from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evaluate_records
 from dinalrm_jax.evaluation.benchmark_report import as_markdown, likelihood_name, summarize, write_scores
-from dinalrm_jax.evaluation.controls import BLANK, EXCHANGED, FILE_SIZE
+from dinalrm_jax.evaluation.controls import BLANK, EXCHANGED, FILE_SIZE, PROBE
 from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.preference import LossConfig
 from dinalrm_jax.reward_model import RewardModel
@@ -198,6 +198,61 @@ def test_controls_score_the_same_images_without_their_prompts(scene_model, sourc
     assert "| this model, no prompt | " in text
 
 
+def test_a_benchmark_that_knows_its_generators(scene_model, source):
+    """Pairs are counted without weak ones too, by hand: of a's, b's and d's images only a and d are left."""
+    images = tuple(f"test/{name}.png" for name in "abd")
+    rankings = [Ranking("p", images, (1, 2, 3)), Ranking("q", images, (3, 2, 1))]
+    benchmark = Benchmark("x", rankings, hpdv2.benchmark(source).open, True, lambda name: name[5], ("b",))
+    found = evaluate_images(scene_model, benchmark, [0.4], [NoiseDraw(0)])
+    (mask,) = {tuple(row.tolist()) for row in found.groups["without b"]}
+    assert mask == (True, False, True)
+    summary = summarize(found)
+    assert summary["groups"] == {"without b": 2}
+    ahead = [scores[0, 0, 0] > scores[2, 0, 0] for scores in found.scores]
+    expected = 50 * (ahead[0] + (not ahead[1]))
+    standings = summary["controls"][FILE_SIZE]["without b"]
+    assert standings["accuracy"] + standings["ahead"] == pytest.approx(expected)
+    empty = evaluate_images(scene_model, dataclasses.replace(benchmark, rankings=[]), [0.4], [NoiseDraw(0)])
+    assert (list(empty.scores), empty.problems) == ([], {}), "the share of a process that has none"
+
+
+def test_groups_and_controls_without_pairs_are_left_out(scene_model, source):
+    """A group whose images cannot be read, and a control that does not score what the model does."""
+    rankings = [Ranking("p", ("a", "b", "c"), (1, 2, 3))]
+    scores = [np.array([2, 1, np.nan], np.float32)[:, None, None]]
+    controls = {"whole": [np.array([1.0, 2.0, 3.0])], "half": [np.array([1.0, np.nan, 3.0])]}
+    groups = {"c and a": [np.array([True, False, True])], "a and b": [np.array([True, True, False])]}
+    found = Evaluation("x", (0.4,), (NoiseDraw(0),), rankings, scores, {}, controls=controls, groups=groups)
+    summary = summarize(found)
+    assert summary["groups"] == {"a and b": 1}
+    assert {name: set(row) for name, row in summary["controls"].items()} == {"whole": {"all", "a and b"}}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_controls_of_records_are_the_models_own_scores(scene_model, tmp_path):
+    """Under no prompt and under exchanged ones the same images score otherwise; kinds are groups."""
+    scenes = ScenesConfig(train_pairs=12, eval_pairs=8, image_size=32)
+    write_scene_records(tmp_path / "data", scenes, scene_model.config.encoders)
+    records = Records(tmp_path / "data")
+    found = evaluate_records(scene_model, records, "eval", [0.4], [NoiseDraw(0)])
+    assert {BLANK, EXCHANGED, PROBE} <= found.controls.keys()
+    own = np.stack(found.scores)[:, :, 0, 0]
+    for name, prompts in (
+        (BLANK, {""}),
+        (EXCHANGED, {row.text for row in map(records.prompts.__getitem__, range(20))}),
+    ):
+        pair = records.pairs("eval")[0]
+        image = records.images[pair.chosen]
+        latents = image.latents[None].astype(np.float32)
+        noise = draw_noise(NoiseDraw(0).keys([image.name]), latents.shape)
+        scored = [scene_model.score_latents(latents, scene_model.encode_prompt([p]), 0.4, noise)[0] for p in prompts]
+        assert np.min(np.abs(np.array(scored) - found.controls[name][0][0])) < 2e-3
+        assert np.abs(np.stack(found.controls[name]) - own).min() > 1e-4
+    kinds = {pair.kind.split("/")[0] for pair in map(records.pairs("eval").__getitem__, range(8))}
+    assert found.groups.keys() == (kinds if len(kinds) > 1 else set())
+    assert sum(int(row.all()) for rows in found.groups.values() for row in rows) in (0, 8)
+
+
 def test_what_people_agree_on_and_groups(scene_model, source):
     """Two rankings of three: shares by hand, and a group without the last image."""
     shares = ((0.5, 0.9, 0.6), (0.1, 0.5, 0.7), (0.4, 0.3, 0.5))
@@ -213,7 +268,7 @@ def test_what_people_agree_on_and_groups(scene_model, source):
     assert summary["controls"]["size"]["all"]["accuracy"] == 40
     assert summary["controls"]["size"]["all"]["ahead"] == 60
     assert summary["controls"]["size"]["first two"]["accuracy"] == 0
-    assert "| one person, beside all of them | 70.0 | 90.0 |" in as_markdown(summary)
+    assert "| share of people who agree with the order | 70.0 | 90.0 |" in as_markdown(summary)
 
 
 def test_spreads_seeds_and_cells_are_those_of_the_scores(scene_model, source, tmp_path):
@@ -310,12 +365,19 @@ def test_evaluate_on_records_and_what_it_refuses(scene_model, checkpoint, source
     assert not (tmp_path / "a").exists(), "nothing is written where the inputs will not do"
 
 
-def test_evaluate_calibrates_the_checkpoint(scene_model, checkpoint, tmp_path):
-    """The fitted likelihood is the model's from then on; of a checkpoint that cannot hold it, nothing is scored."""
-    copy = shutil.copytree(checkpoint, tmp_path / "model")
-    scenes = ScenesConfig(train_pairs=1, eval_pairs=250, image_size=64)
-    write_scene_records(tmp_path / "data", scenes, scene_model.config.encoders)
-    flags = ("--benchmark=records", f"--data={tmp_path / 'data'}", "--dtype=float32", "--sigma=0.2,0.6")
+def test_evaluate_calibrates_the_checkpoint(scene_model, checkpoint, source, tmp_path):
+    """The fitted likelihood is the model's from then on; of a checkpoint that cannot hold it, nothing is scored.
+
+    People are the model itself under other noise, as a random one orders nobody's pictures.
+    """
+    copy, names = shutil.copytree(checkpoint, tmp_path / "model"), [f"{name}.png" for name in "abdefh"]
+    images, prompts = [source / "test" / name for name in names], [f"p {number}" for number in range(30)]
+    people = [-np.array(scene_model.score(prompt, images, 0.2, seed=7)) for prompt in prompts]
+    rows = [ranking(prompt, names, order.tolist()) for prompt, order in zip(prompts, people)]
+    data = write_hpdv2(tmp_path / "data", rows)
+    for name in names:
+        shutil.copy(source / "test" / name, data / "test" / name)
+    flags = ("--benchmark=hpdv2", f"--data={data}", "--dtype=float32", "--sigma=0.2,0.6")
     flags += ("--ensemble=", "--shared-noise=false", "--calibrate", f"--output={tmp_path / 'out'}")
     result = evaluate(f"--checkpoint={copy}", *flags)
     assert result.returncode == 0, result.stderr
@@ -325,6 +387,8 @@ def test_evaluate_calibrates_the_checkpoint(scene_model, checkpoint, tmp_path):
     written = json.loads((copy / "calibration.json").read_text())
     assert written["errors"].keys() == {"0.2", "0.6"}
     assert (tmp_path / "out" / "calibration.md").read_text() in result.stdout
+    result = evaluate(f"--checkpoint={copy}", *flags[:3], "--sigma=0.4", *flags[4:])
+    assert "--calibrate tells k from sigma_0 by two noise levels or more" in result.stderr
     (copy / "config.json").write_text("{}")
     result = evaluate(f"--checkpoint={copy}", *flags[:-1], f"--output={tmp_path / 'other'}")
     assert result.returncode == 2

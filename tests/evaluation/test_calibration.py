@@ -82,6 +82,15 @@ def test_calibration_is_judged_by_other_prompts_and_makes_an_overconfident_likel
 def test_what_cannot_be_fitted():
     with pytest.raises(ConfigError, match="at least 100 pairs each"):
         calibrate(evaluation(np.random.default_rng(0), 150))
-    ensemble = dataclasses.replace(evaluation(np.random.default_rng(0), 300), levels=((0.2,), (0.6,)))
-    with pytest.raises(ConfigError, match="single noise levels"):
-        calibrate(ensemble)
+    one_prompt = evaluation(np.random.default_rng(0), 300)
+    rankings = [dataclasses.replace(row, prompt="the same") for row in one_prompt.rankings]
+    with pytest.raises(ConfigError, match="at least 100 pairs each"):
+        calibrate(dataclasses.replace(one_prompt, rankings=rankings))
+    twice = evaluation(np.random.default_rng(0), 150)
+    scores = [np.repeat(row, 4, axis=2) for row in twice.scores]
+    with pytest.raises(ConfigError, match="has 66 and 84"):  # draws of the noise are no further pairs
+        calibrate(dataclasses.replace(twice, scores=scores, draws=tuple(map(NoiseDraw, range(4)))))
+    rng = np.random.default_rng(0)
+    guesses = [LevelPairs(sigma, rng.standard_normal(4000), np.full(4000, 0.5)) for sigma in (0.2, 0.6)]
+    with pytest.raises(ConfigError, match="no better than chance"):
+        fit_likelihood(guesses)

@@ -1,11 +1,13 @@
 """Controls and comparisons, on scores that can be counted by hand, and against scikit-learn's formula in numpy."""
 
+import dataclasses
 import types
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from dinalrm_jax.data.preferences import Ranking
+from dinalrm_jax.data.preferences import Ranking, stable_hash
 from dinalrm_jax.data.records import ImageRecord, PairRecord
 from dinalrm_jax.evaluation import controls
 from dinalrm_jax.evaluation.accuracy import count_pairs, pair_counts
@@ -31,6 +33,12 @@ def test_a_linear_probe_finds_the_direction_and_ignores_what_says_nothing():
     found = controls.linear_probe(better * [1, 10, 1], worse * [1, 10, 1])
     # Logistic noise of scale 1: the maximum-likelihood weights are those that made the pairs.
     np.testing.assert_allclose(found, [2.0, -0.1, 0.0], atol=0.15)
+
+
+def test_a_probe_of_many_pairs_is_fitted_to_some(monkeypatch):
+    monkeypatch.setattr(controls, "MOST_PAIRS", 3)
+    assert controls._spread(7) == [0, 3, 6]
+    assert controls._spread(2) == [0, 1]
 
 
 def image(name, size, level):
@@ -60,6 +68,8 @@ def test_controls_of_records_are_fitted_to_their_training_pairs():
     # Of four training pairs the generator xl2.2_normal won three; with one won and one lost beside them.
     np.testing.assert_allclose(found[MAKER], [[4 / 6, 2 / 6], [2 / 6, 4 / 6]])
     assert found[PROBE][0, 0] > found[PROBE][0, 1], "what is brighter won in training"
+    of_its_prompt = [dataclasses.replace(pair, prompt=0) for pair in HELD_OUT]
+    assert set(controls.record_controls(records(IMAGES, TRAINING), of_its_prompt)) == {FILE_SIZE}, "other prompts only"
     turned = controls.record_controls(records(IMAGES, [(b, a, label) for a, b, label in TRAINING]), HELD_OUT)
     assert turned[PROBE][0, 0] < turned[PROBE][0, 1]
 
@@ -82,6 +92,11 @@ def test_a_ranking_is_judged_by_controls_of_other_prompts():
             known[ranking.prompt, name] = KnownImage(5, f"maker {number}", np.array([level, 1.0]))
     found = controls.ranking_controls(rankings, known)
     assert all(row[1] > row[0] for row in found[PROBE])
+    parts = [stable_hash(ranking.prompt)[0] % controls.FOLDS for ranking in rankings]
+    turned = [dataclasses.replace(row, ranks=(1, 2)) for row, part in zip(rankings, parts) if part == 0]
+    both = [*turned, *(row for row, part in zip(rankings, parts) if part and len(row.images) == 2)]
+    scores = controls.ranking_controls(both, known)[PROBE]
+    assert all(row[1] > row[0] for row in scores[: len(turned)]), "those of a part are judged by the other parts"
     assert np.isnan(found[PROBE][7][2])
     assert {value for row in found[MAKER] for value in row[:2]} == {0.5}, "its own prompt says nothing of a maker"
 
@@ -152,14 +167,44 @@ def test_what_cannot_be_told_says_how_many_seeds_would():
 
 
 def test_the_interval_has_the_spread_of_the_seeds():
-    """Of prompts that are all alike only seeds differ: plus and minus two standard errors of their mean."""
+    """Of prompts that are all alike only seeds differ: Student's interval of their mean."""
     prompts = np.repeat(np.arange(50), 100)
     first = [np.arange(5000) % 100 < 50 + ahead for ahead in (0, 2, 5, 9)]
     found = compare(first, [np.arange(5000) % 100 < 50] * 4, prompts)
-    low, high = found.interval
-    assert found.difference == pytest.approx(0.04)
-    expected = np.std([0, 0.02, 0.05, 0.09], ddof=1) / 2
-    assert (high - low) / 2 == pytest.approx(1.96 * expected, rel=0.08)  # of a thousand resamples of four numbers
+    half = stats.t.ppf(0.975, 3) * np.std([0, 0.02, 0.05, 0.09], ddof=1) / 2
+    assert found.interval == pytest.approx((0.04 - half, 0.04 + half))
+
+
+def test_the_interval_has_the_spread_of_the_prompts():
+    """Of seeds that are all alike only prompts differ, of ten pairs each."""
+    right = np.array([0, 2, 4, 4, 6, 9])
+    first = [(np.arange(10)[None] < right[:, None]).ravel()] * 3
+    found = compare(first, [np.zeros(60, bool)] * 3, np.repeat(np.arange(6), 10))
+    half = stats.t.ppf(0.975, 5) * np.std(right / 10, ddof=1) / np.sqrt(6)
+    assert found.interval == pytest.approx((right.mean() / 10 - half, right.mean() / 10 + half))
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(5, 0.0), (3, 0.1), (5, 0.1)])
+def test_one_in_twenty_intervals_misses_what_is_there(seeds, spread):
+    """Two ways that are equal but for chance: of seeds, of prompts, of pairs."""
+    rng, missed, times = np.random.default_rng(3), 0, 400
+    prompts = np.repeat(np.arange(40), 10)
+    for _ in range(times):
+        of_prompts = 0.1 * rng.standard_normal(40)[prompts]
+        first, second = (
+            [rng.random(400) < 0.6 + side * of_prompts + spread * rng.standard_normal() for _ in range(seeds)]
+            for side in (1, -1)
+        )
+        low, high = compare(first, second, prompts).interval
+        missed += low > 0 or high < 0
+    assert 0.015 < missed / times < 0.085  # 5 %, three standard errors of 400 draws either way
+
+
+def test_one_seed_says_so():
+    prompts = np.repeat(np.arange(100), 5)
+    found = compare([np.ones(500, bool)], [np.arange(500) % 5 > 0], prompts)
+    assert (found.difference, found.seeds_needed) == (pytest.approx(0.2), None)
+    assert str(found).endswith(": better, of one seed")
 
 
 def test_too_few_prompts_are_not_made_good_by_seeds():

@@ -9,8 +9,10 @@ import pytest
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.devices.placement import place
+from dinalrm_jax.evaluation.controls import no_prompt
 from dinalrm_jax.evaluation.pairs import PairScorer
 from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.reward import reward_functional
 from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.scenes.config import ScenesConfig
@@ -152,3 +154,19 @@ def test_prompts_exchanged(scene_model, records):
     assert len(scorer.run(params, LEVELS, DRAW).kinds) == PAIRS  # which it leaves as it was
     other._take([dataclasses.replace(pair, prompt=0) for pair in other.pairs])
     assert other.with_prompts_exchanged() is None
+
+
+def test_all_pairs_under_one_prompt(scene_model, records):
+    """The empty prompt in the place of each pair's own, by the programs that are there."""
+    scorer, params = make_scorer(scene_model, records, levels=(0.6,))
+    blank = no_prompt(scene_model.config.encoders, None)
+    scores = scorer.with_prompt(blank).run(params, (0.6,), DRAW)
+    for number, pair in enumerate(scorer.pairs):
+        image = records.images[pair.chosen]
+        latents = image.latents[None].astype(np.float32)
+        noise = draw_noise(NoiseDraw(5).keys([image.name]), latents.shape)
+        expected = scene_model.score_latents(latents, scene_model.encode_prompt([""]), 0.6, noise)[0]
+        assert scores.chosen[0, number] == pytest.approx(expected, abs=2e-3)  # the prompt is held in float16
+    own = scorer.run(params, (0.6,), DRAW)
+    assert np.abs(own.chosen - scores.chosen).min() > 1e-3, "which reads its own again"
+    assert no_prompt(EncodersConfig("sd3", 8), None) is None

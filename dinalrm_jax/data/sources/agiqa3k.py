@@ -22,7 +22,7 @@ from dinalrm_jax.data.records import RecordsError
 COLUMNS = ("name", "prompt", "mos_quality", "std_quality", "mos_align", "std_align")
 RANGE = (0.0, 5.0)  # of the opinions
 FAR = 1.0  # apart are opinions of pairs that are easily told
-WEAK = ("AttnGAN_normal", "glide_normal", "sd1.5_lowstep")  # generators whose images anybody tells
+WEAK = ("AttnGAN_normal", "glide_normal", "sd1.5_lowstep")  # generators that pairs are also counted without
 
 Opinion = tuple[float, float]  # mean, standard deviation
 

@@ -141,6 +141,8 @@ def _shares(annotations: Any, images: int) -> tuple[tuple[float, ...], ...] | No
     if not orders or not all(list_of(order, int | float) and len(order) == images for order in orders):
         return None
     ranks = np.array(orders, float)
+    if not np.isfinite(ranks).all():
+        return None
     before = np.sign(ranks[:, None, :] - ranks[:, :, None])  # people, image, other: 1 where the image is before
     return tuple(map(tuple, ((before + 1) / 2).mean(axis=0).tolist()))
 

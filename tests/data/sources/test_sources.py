@@ -60,7 +60,12 @@ def test_hpdv2_rankings_by_single_people_are_shares(tmp_path):
     annotations = [{"rank": [1, 2, 3]}, {"rank": [2, 1, 3]}, {"rank": [1, 2, 2]}]
     row = {"prompt": "p", "image_path": ["a.png", "b.png", "c.png"], "rank": [1, 2, 3], "raw_annotations": annotations}
     directory = write_hpdv2(tmp_path / "HPDv2", [row, {**row, "prompt": "q", "raw_annotations": [{"rank": [1, 2]}]}])
-    known, unknown = hpdv2.benchmark(directory).rankings
+    row = {**row, "prompt": "r", "raw_annotations": [{"rank": [1, 2, 3]}]}
+    more = json.dumps(row).replace('"raw_annotations": [{"rank": [1', '"raw_annotations": [{"rank": [1e999')
+    text = (directory / "test.json").read_text()
+    (directory / "test.json").write_text(f"{text.rstrip()[:-1]}, {more}]")
+    known, unknown, infinite = hpdv2.benchmark(directory).rankings
+    assert infinite.shares is None
     np.testing.assert_allclose(known.shares, [[1 / 2, 2 / 3, 1], [1 / 3, 1 / 2, 5 / 6], [0, 1 / 6, 1 / 2]])
     assert unknown.shares is None
 
