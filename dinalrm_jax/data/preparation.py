@@ -80,6 +80,10 @@ def prepare(
     preferences = dict(source.preferences)
     if "train" in preferences:
         preferences["train"] = select(preferences["train"], config.min_vote_share, config.min_confidence, counts)
+    if "eval" in preferences:
+        strict = [row for row in preferences["eval"] if row.label != 0.5]
+        counts["held-out pair that people tied"] = len(preferences["eval"]) - len(strict)
+        preferences["eval"] = strict
     work = work_directory(output)
     target = work / "records"
     made_by = {"codec": latents.fingerprint, "text": prompt_fingerprint}

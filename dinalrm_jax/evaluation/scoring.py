@@ -1,7 +1,7 @@
 """Scores in bulk: any number of images or latents of any sizes, at several levels and noise draws.
 
 Rows of one shape are put into batches, the last of which is padded, so that a shape compiles once or twice;
-the order stays. Images are read by threads ahead of the VAE, and each prompt is encoded once.
+the order stays. Images are read by threads ahead of the VAE, and a prompt is encoded once while it is kept.
 """
 
 import collections
