@@ -588,7 +588,7 @@ def test_damaged_and_foreign_checkpoints(finished, tmp_path, capsys):
     ("flag", "message"),
     [
         ("--config.reward.batch_size=0", "error: config.reward: batch_size must be at least 1, got 0"),
-        ("--config.evaluation.ensemble=(0.2,1.5)", "levels must lie in [0, 1], got 0.4 and (0.2, 1.5)"),
+        ("--config.evaluation.ensemble=(0.2,1.5)", "levels must lie in [0, 1], got 1.5"),
         ("--config.reward.optimizer.learning_rte=1e-3", "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
         ("--config.reward.learnin_rate=1e-3", "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
         ("--config.reward.steps=abc", "config.reward.steps must be an integer, got 'abc'"),

@@ -134,11 +134,10 @@ class EvaluationConfig:
 
     def __post_init__(self):
         levels = (self.sigma, *self.levels, *self.report, *self.ensemble)
-        if not self.ensemble or not all(0 <= level <= 1 for level in levels):
-            raise ConfigError(
-                f"sigma, levels, report and the ensemble's levels must lie in [0, 1], got {self.sigma}, {self.levels}, "
-                f"{self.report} and {self.ensemble}"
-            )
+        if wrong := [level for level in levels if not 0 <= level <= 1]:
+            raise ConfigError(f"evaluation's noise levels must lie in [0, 1], got {', '.join(map(str, wrong))}")
+        if not self.ensemble:
+            raise ConfigError("evaluation.ensemble is empty; name its levels, for instance (0.2, 0.5, 0.7)")
         if self.batch_size < 1 or self.max_pairs < 0:
             raise ConfigError(
                 f"batch_size must be at least 1 and max_pairs at least 0, got {self.batch_size}, {self.max_pairs}"
