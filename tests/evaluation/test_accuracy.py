@@ -73,7 +73,7 @@ def test_images_without_a_score_have_no_pairs():
     assert whole.pairs.tolist() == [1, 0]
     assert whole.correct.tolist() == [0, 0]
     assert float(accuracies(whole)["strict_by_prompt"]) == 0.0  # of the one ranking that has a pair
-    chosen, rejected = strict_pairs([(1, 2, 3), (1, 2)], [np.array([3.0, np.nan, 4.0]), np.array([np.nan, 1.0])])
+    chosen, rejected, _ = strict_pairs([(1, 2, 3), (1, 2)], [np.array([3.0, np.nan, 4.0]), np.array([np.nan, 1.0])])
     assert (chosen.tolist(), rejected.tolist()) == ([3.0], [4.0])
 
 
