@@ -17,7 +17,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def comparison(difference, low, high, needed=None):
-    return Comparison(difference, (low, high), (difference,), needed)
+    return Comparison(difference, (low, high), (difference, difference), needed)
 
 
 def test_verdicts_say_what_the_interval_says():
