@@ -92,6 +92,7 @@ def runs(tmp_path_factory):
     return local, workdir, outputs
 
 
+@pytest.mark.heavy
 def test_a_run_stopped_and_resumed_in_a_bucket_ends_as_an_undisturbed_local_one(runs):
     local, workdir, ((_, told), (resumed, _)) = runs
     assert "stopped by SIGTERM after reward step" in told

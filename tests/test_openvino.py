@@ -13,6 +13,7 @@ from dinalrm_jax.openvino import CALLS, NOTHING, OpenVINOReward, flattened
 from tests.conftest import GOLDEN
 
 
+@pytest.mark.heavy
 def test_flattening_changes_no_number(golden_model, cases, golden_prompt):
     reward = golden_model.reward_fn((0.2, 0.7))
     rows = jax.tree.map(np.asarray, (cases["latents_chosen"], golden_prompt))

@@ -158,6 +158,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_scored_and_exported(finished, tm
     np.testing.assert_array_equal(again.params["head.ff.0.weight"], model.params["head.ff.0.weight"])
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_is_of_the_base_model_that_its_run_had(config, finished, tmp_path):
     """Wherever that lies now, and not of another one that lies in its place."""
     base = shutil.copytree(finished[0] / "generator" / "backbone", tmp_path / "base")
@@ -440,6 +441,7 @@ def test_a_run_goes_on_from_another_model(config, finished, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.heavy
 def test_a_longer_run_keeps_the_shorter_ones_model(config, tmp_path, capsys):
     """And a run in epochs says how many steps they are."""
     constant = changed(config, schedule="constant", warmup_steps=0)

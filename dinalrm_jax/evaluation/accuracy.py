@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 RULES = {
     "strict": "strict (M1)",
@@ -139,6 +138,8 @@ def rank_correlations(opinions: np.ndarray, scores: np.ndarray) -> dict[str, flo
 
     (PLCC without the logistic fit that some papers put before it: of the scores as they are.)
     """
+    from scipy import stats  # here, as it takes a second
+
     return {
         "SRCC": float(stats.spearmanr(opinions, scores).statistic),
         "PLCC": float(stats.pearsonr(opinions, scores).statistic),

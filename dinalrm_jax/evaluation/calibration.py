@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize, special
 
 from dinalrm_jax import preference
 from dinalrm_jax.data.preferences import stable_hash
@@ -62,6 +61,7 @@ def fit_likelihood(levels: Sequence[LevelPairs]) -> LossConfig:
     Raises:
         ConfigError: scores that order the pairs no better than chance, which no variance fits.
     """
+    from scipy import optimize, special  # here, as it takes a second
 
     def loss(logarithms: np.ndarray) -> float:
         k, variance_0 = np.exp(logarithms)

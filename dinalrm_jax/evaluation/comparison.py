@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 POWER = 1.96 + 0.84  # standard errors that a difference must have, to be told in four of five experiments
 
@@ -55,6 +54,8 @@ def compare(first: Sequence[np.ndarray], second: Sequence[np.ndarray], prompts: 
         first, second: (P,) which pairs each one's model orders as people do, one array a seed; the same seeds.
         prompts: (P,) of the pairs; pairs of a prompt are not independent, prompts are.
     """
+    from scipy import stats  # here, as it takes a second
+
     if len(first) != len(second) or not len(first):
         raise ValueError(f"the same seeds of both are compared, got {len(first)} and {len(second)}")
     _, group = np.unique(np.asarray(prompts), return_inverse=True)

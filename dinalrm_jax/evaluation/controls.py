@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from scipy import optimize
 
 from dinalrm_jax.data.mixture import AnyRecords
 from dinalrm_jax.data.preferences import Ranking, stable_hash
@@ -45,6 +44,8 @@ def linear_probe(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     Args:
         chosen, rejected: (P, F) features of the preferred and of the other images.
     """
+    from scipy import optimize  # here, as it takes a second
+
     scale = np.concatenate([chosen, rejected]).std(axis=0) + 1e-6
     difference = (chosen - rejected) / scale
 

@@ -254,7 +254,7 @@ def metrics_of(workdir):
 
 @pytest.mark.parametrize(
     "algorithm",
-    ["refl", "flow_grpo", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("nft", "dpo", "lpo"))],
+    ["refl", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("flow_grpo", "nft", "dpo", "lpo"))],
 )
 def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
     """The frozen arrays stay; the adapters that are written give the policy that was watched."""
@@ -536,6 +536,7 @@ def test_rules_are_no_reward_of_photographs(config, tiny_pipeline):
         codec_rewards(config, tiny_pipeline, (RewardConfig(judge=JudgeConfig("scenes")),))
 
 
+@pytest.mark.heavy
 def test_the_reference_counts_where_the_reward_is_in_doubt(parts):
     """Several noises: the mean is the reward, its standard error the weight of the reference, image by image."""
     policy, reward, params, batch, keys = parts
