@@ -67,7 +67,7 @@ def measure(run: pathlib.Path, sweep: pathlib.Path, agiqa: pathlib.Path, ranking
     model = dina.RewardModel.from_pretrained(run / "model", taesd3, dtype="float32")
     records = Records(json.loads((run / "config.json").read_text())["data"])
     held_out = agiqa3k.benchmark(agiqa, OpinionConfig(), records.manifest["source"]["holdout"])
-    draws, levels = [NoiseDraw(seed) for seed in range(4)], [STANDARD, *(each for each in SINGLES if each != STANDARD)]
+    draws, levels = [NoiseDraw(seed) for seed in range(2)], [STANDARD, *(each for each in SINGLES if each != STANDARD)]
     known = evaluate_images(model, held_out, levels, draws, batch_size=64)
     zero_shot = evaluate_images(model, hpdv2.benchmark(rankings), [*levels, ENSEMBLES[3]], draws, batch_size=64)
     fitted = calibrate(known)

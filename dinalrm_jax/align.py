@@ -182,6 +182,8 @@ def run(config: AlignConfig, workdir: AnyPath) -> None:
                 remove(workdir / adapter.FOLDER)
             adapter.save_adapter(workdir / adapter.FOLDER, config.lora, named, digest(arrays, lambda name: False))
             rows = [row for row in read_metrics(workdir, "tuning") if watch.headline in row]
+            if config.lpo is not None and not any(row.get("kept") for row in read_metrics(workdir, "tuning")):
+                tell("no pair was kept: lpo.threshold is above what the reward is sure of, and nothing was learned")
             print(report(workdir, held_out, before, after, rows, drawer, config.evaluation.images, judge))
         processes.barrier("policy")
 

@@ -111,8 +111,9 @@ class EvaluateOptions(ModelOptions, JobOptions):
     seed: Seed of the first noise draw.
     seeds: Number of noise draws, with the seeds seed, seed + 1 and so on; the table has their spread.
     shared_noise: Also score with one noise for all images, which takes twice the time.
-    calibrate: Fit k and sigma_0 of the likelihood to half of the prompts' pairs, judge by the others, and write them
-        into the checkpoint, a native one: probabilities of its scores are by them from then on.
+    calibrate: Fit k and sigma_0 of Thurstone's likelihood to half of the prompts' pairs, judge by the others, and write
+        them into the checkpoint, a native one, as calibration.json: probabilities of its scores are by them from then
+        on, in the place of the likelihood that it was trained with, also Bradley and Terry's.
     size: HEIGHTxWIDTH to resize all images to; where it is not given, they keep their own and large ones are
         scaled down.
     batch_size: Images in one program.
@@ -146,7 +147,9 @@ class EvaluateOptions(ModelOptions, JobOptions):
         if not 0 <= (self.quality or 0) <= 1 or (self.holdout or 0) < 0:
             raise UsageError(f"--quality lies in [0, 1], --holdout is not negative; got {self.quality}, {self.holdout}")
         if self.calibrate and len(set(self.sigma)) < 2:
-            raise UsageError("--calibrate tells k from sigma_0 by two noise levels or more: --sigma=0.2,0.4")
+            raise UsageError(
+                "--calibrate needs two noise levels or more to tell k from sigma_0, as in --sigma=0.2,0.4"
+            )
         if self.size is not None and self.benchmark == "records":
             raise UsageError("--size goes with images; records have the sizes they were made with")
 

@@ -6,6 +6,7 @@ judged on the other half by the expected calibration error at each noise level.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,10 +16,10 @@ from dinalrm_jax.data.preferences import stable_hash
 from dinalrm_jax.evaluation.accuracy import reliability, strict_pairs
 from dinalrm_jax.evaluation.benchmark import Evaluation
 from dinalrm_jax.mapping import ConfigError
-from dinalrm_jax.preference import LossConfig
+from dinalrm_jax.preference import LossConfig, score_variance
 
 FEWEST_PAIRS = 100
-MOST_VARIANCE = 1e3  # of the squared margins: probabilities within 2 % of a half
+MOST = 1e3  # times the squared margins is a variance of probabilities within 2 % of a half
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +60,22 @@ def fit_likelihood(levels: Sequence[LevelPairs]) -> LossConfig:
         levels: two or more, which tell k from sigma_0.
 
     Raises:
-        ConfigError: scores that order the pairs no better than chance, which no variance fits.
+        ConfigError: scores that order all pairs right, or none better than chance: no variance fits best.
     """
-    from scipy import optimize, special  # here, as it takes a second
+    from scipy import optimize  # here, as it takes a second
 
     def loss(logarithms: np.ndarray) -> float:
         k, variance_0 = np.exp(logarithms)
-        total = 0.0
-        for one in levels:
-            z = one.margin / np.sqrt(2 * (k * one.sigma**2 + variance_0))
-            total -= np.mean(one.share * special.log_ndtr(z) + (1 - one.share) * special.log_ndtr(-z))
-        return total / len(levels)
+        return float(np.mean([_surprise(one, k * one.sigma**2 + variance_0).mean() for one in levels]))
 
     scale = np.mean([np.mean(np.square(one.margin)) for one in levels]) + 1e-12  # of the scores
     start = np.log([scale, scale])
     found = optimize.minimize(loss, start, method="Nelder-Mead", options={"maxiter": 1000})
     k, variance_0 = np.exp(found.x)
-    if min(k * one.sigma**2 + variance_0 for one in levels) > MOST_VARIANCE * scale:
-        raise ConfigError("the scores order these pairs no better than chance: there is no likelihood to fit")
+    variances = [k * one.sigma**2 + variance_0 for one in levels]
+    if not scale / MOST < min(variances) < MOST * scale:
+        how = "no better than chance" if min(variances) > scale else "all right"
+        raise ConfigError(f"the scores order these pairs {how}: there is no likelihood to fit")
     return LossConfig(k=float(k), sigma_0=float(np.sqrt(variance_0)))
 
 
@@ -87,19 +86,53 @@ def calibrate(evaluation: Evaluation) -> Calibration:
         ConfigError: too few pairs, or as for `fit_likelihood`.
     """
     singles = [place for place, level in enumerate(evaluation.levels) if not isinstance(level, tuple)]
-    half_of = [stable_hash("calibration", ranking.prompt)[0] % 2 for ranking in evaluation.rankings]
-    halves = [[place for place, found in enumerate(half_of) if found == half] for half in (0, 1)]
+    counts = evaluation.counts(singles[0], evaluation.draws_of(shared=False)[0])
+    check_enough([ranking.prompt for ranking in evaluation.rankings], counts.strict.tolist(), evaluation.name)
+    half_of = np.array([_half(ranking.prompt) for ranking in evaluation.rankings])
+    halves = [np.flatnonzero(half_of == half).tolist() for half in (0, 1)]
     fitted, judged = ([level_pairs(evaluation, place, half) for place in singles] for half in halves)
-    draws = len(evaluation.draws_of(shared=False))
-    counts = [len(half[0].margin) // draws for half in (fitted, judged)]
+    counts = [int(counts.strict[half].sum()) for half in halves]
+    before, after = evaluation.likelihood or LossConfig(), fit_likelihood(fitted)
+    gains = np.log(2) - np.concatenate([_surprise(one, score_variance(one.sigma, after)) for one in judged])
+    error = gains.std() / math.sqrt(counts[1])  # levels and draws of a pair are not independent of each other
+    if gains.mean() < 2 * error:
+        raise ConfigError(
+            "on the pairs that it was not fitted to, the likelihood is no better than a coin: the scores order them no "
+            "better than chance. Nothing is written into the checkpoint"
+        )
+    errors = {f"{one.sigma:g}": (_error(one, before), _error(one, after)) for one in judged}
+    return Calibration(after, *counts, errors)
+
+
+def check_enough(prompts: Sequence[str], strict: Sequence[int], name: str) -> None:
+    """Raises ConfigError where the halves of `calibrate` have too few pairs.
+
+    Args:
+        prompts: of the rankings.
+        strict: how many pairs with a winner each has.
+        name: what the error calls them.
+    """
+    counts = [0, 0]
+    for prompt, count in zip(prompts, strict):
+        counts[_half(prompt)] += count
     if min(counts) < FEWEST_PAIRS:
         raise ConfigError(
             f"--calibrate fits to half of the prompts and judges by the others, at least {FEWEST_PAIRS} pairs each; "
-            f"{evaluation.name} has {counts[0]} and {counts[1]}"
+            f"{name} has {counts[0]} and {counts[1]}"
         )
-    before, after = evaluation.likelihood or LossConfig(), fit_likelihood(fitted)
-    errors = {f"{one.sigma:g}": (_error(one, before), _error(one, after)) for one in judged}
-    return Calibration(after, *counts, errors)
+
+
+def _half(prompt: str) -> int:
+    """0: fitted to, 1: judged by."""
+    return stable_hash("calibration", prompt)[0] % 2
+
+
+def _surprise(pairs: LevelPairs, variance: float) -> np.ndarray:
+    """(P,) the negative log-likelihood of people's answers."""
+    from scipy import special  # here, as it takes a second
+
+    z = pairs.margin / np.sqrt(2 * np.asarray(variance))
+    return -(pairs.share * special.log_ndtr(z) + (1 - pairs.share) * special.log_ndtr(-z))
 
 
 def level_pairs(evaluation: Evaluation, level: int, rankings: Sequence[int] | None = None) -> LevelPairs:

@@ -2,7 +2,7 @@
 
 A headline says little beside them. All score images as a model does, so all are counted as it is:
 
-- the file's size: what is rich in detail is large;
+- the file's size: what is rich in detail is large (or what is small wins, where that orders more of other pairs);
 - the generator: the share of other pairs that its pictures won;
 - a linear probe: of the means and deviations of the latents' channels, fitted to other pairs;
 - the model itself under other prompts: another pair's, and none.
@@ -29,7 +29,7 @@ from dinalrm_jax.evaluation.scoring import pooled
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.encoding import EncodersConfig
 
-FILE_SIZE, MAKER, PROBE = "larger file", "its generator's share of won pairs", "linear probe of pooled latents"
+FILE_SIZE, MAKER, PROBE = "file size", "its generator's share of won pairs", "linear probe of pooled latents"
 EXCHANGED, BLANK = "this model, prompts exchanged", "this model, no prompt"
 FOLDS = 5
 MOST_PAIRS = 10_000  # that a control is fitted to
@@ -128,7 +128,8 @@ def _controls(
     """Scores by control, fitted to pairs of the preferred and the other image; those that the images allow."""
     controls: dict[str, Callable[[KnownImage], float]] = {}
     if all(image.file_bytes for image in scored):
-        controls[FILE_SIZE] = lambda image: image.file_bytes
+        larger = sum(np.sign(chosen.file_bytes - rejected.file_bytes) for chosen, rejected in fitted)
+        controls[FILE_SIZE] = lambda image: image.file_bytes if larger >= 0 else -image.file_bytes
     if fitted and all(image.maker is not None for image in scored):
         won, lost = (collections.Counter(image.maker for image in side) for side in zip(*fitted))
         controls[MAKER] = lambda image: (won[image.maker] + 1) / (won[image.maker] + lost[image.maker] + 2)

@@ -211,8 +211,8 @@ def check_native(checkpoint: str | AnyPath) -> pathlib.Path:
     directory = pathlib.Path(checkpoint)
     if not (directory / "config.json").is_file() or "format" not in read_json(directory / "config.json"):
         raise ConfigError(
-            f"{checkpoint} is no native model's directory, which a fitted likelihood is written into; make one with "
-            "python -m dinalrm_jax.convert"
+            f"{checkpoint} is no native model's directory, which a fitted likelihood is written into; make one: "
+            f"python -m dinalrm_jax.convert native --checkpoint {checkpoint} --output DIR"
         )
     check_writable(directory / CALIBRATION)
     return directory

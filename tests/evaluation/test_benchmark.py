@@ -28,7 +28,7 @@ from dinalrm_jax.preference import LossConfig
 from dinalrm_jax.reward_model import RewardModel
 from dinalrm_jax.scenes.config import ScenesConfig
 from dinalrm_jax.scenes.records import write_scene_records
-from tests.conftest import ROOT
+from tests.conftest import GOLDEN, ROOT
 from tests.data.source_files import ranking, write_hpdv2
 
 ROWS = [
@@ -388,9 +388,9 @@ def test_evaluate_calibrates_the_checkpoint(scene_model, checkpoint, source, tmp
     assert written["errors"].keys() == {"0.2", "0.6"}
     assert (tmp_path / "out" / "calibration.md").read_text() in result.stdout
     result = evaluate(f"--checkpoint={copy}", *flags[:3], "--sigma=0.4", *flags[4:])
-    assert "--calibrate tells k from sigma_0 by two noise levels or more" in result.stderr
-    (copy / "config.json").write_text("{}")
-    result = evaluate(f"--checkpoint={copy}", *flags[:-1], f"--output={tmp_path / 'other'}")
+    assert "--calibrate needs two noise levels or more" in result.stderr
+    released = (f"--checkpoint={GOLDEN}", f"--base-model={GOLDEN}")
+    result = evaluate(*released, *flags[:-1], f"--output={tmp_path / 'other'}")
     assert result.returncode == 2
     assert "is no native model's directory" in result.stderr
     assert not (tmp_path / "other").exists()

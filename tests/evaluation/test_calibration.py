@@ -94,3 +94,15 @@ def test_what_cannot_be_fitted():
     guesses = [LevelPairs(sigma, rng.standard_normal(4000), np.full(4000, 0.5)) for sigma in (0.2, 0.6)]
     with pytest.raises(ConfigError, match="no better than chance"):
         fit_likelihood(guesses)
+    with pytest.raises(ConfigError, match="all right"):
+        fit_likelihood([LevelPairs(sigma, 1 + rng.random(400), np.ones(400)) for sigma in (0.2, 0.6)])
+
+
+def test_a_fit_that_is_no_better_than_a_coin_is_refused():
+    """Signs at random: a fit to one half may seem to gain, the other half tells."""
+    for seed in range(12):
+        found = evaluation(np.random.default_rng(seed), 500)
+        signs = np.random.default_rng(100 + seed).choice([-1, 1], 500)
+        scores = [row * sign for row, sign in zip(found.scores, signs)]
+        with pytest.raises(ConfigError, match="no better than"):
+            calibrate(dataclasses.replace(found, scores=scores))

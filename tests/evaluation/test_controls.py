@@ -74,6 +74,13 @@ def test_controls_of_records_are_fitted_to_their_training_pairs():
     assert turned[PROBE][0, 0] < turned[PROBE][0, 1]
 
 
+def test_the_smaller_file_may_be_the_better_one():
+    """Where small files won the training pairs, small is good: no control is beaten for being the wrong way round."""
+    small_wins = [(b, a, label) for a, b, label in TRAINING]
+    found = controls.record_controls(records(IMAGES, small_wins), HELD_OUT)
+    assert found[FILE_SIZE].tolist() == [[-30, -40], [-40, -30]]
+
+
 def test_controls_that_records_do_not_allow_are_not_there():
     assert set(controls.record_controls(records(IMAGES, TRAINING, "hpdv3"), HELD_OUT)) == {FILE_SIZE, PROBE}
     latents_only = [image(one.name, 0, one.latents[0, 0, 0]) for one in IMAGES]
