@@ -65,7 +65,7 @@ ABLATION = (
 def measure(run: pathlib.Path, sweep: pathlib.Path, agiqa: pathlib.Path, rankings: pathlib.Path, taesd3: str) -> dict:
     """All that the document shows, as JSON values."""
     model = dina.RewardModel.from_pretrained(run / "model", taesd3, dtype="float32")
-    records = Records(json.loads((run / "config.json").read_text())["data"])
+    records = Records(json.loads((run / "config.json").read_text())["config"]["data"])
     held_out = agiqa3k.benchmark(agiqa, OpinionConfig(), records.manifest["source"]["holdout"])
     draws, levels = [NoiseDraw(seed) for seed in range(2)], [STANDARD, *(each for each in SINGLES if each != STANDARD)]
     known = evaluate_images(model, held_out, levels, draws, batch_size=64)

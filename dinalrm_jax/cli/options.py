@@ -147,9 +147,7 @@ class EvaluateOptions(ModelOptions, JobOptions):
         if not 0 <= (self.quality or 0) <= 1 or (self.holdout or 0) < 0:
             raise UsageError(f"--quality lies in [0, 1], --holdout is not negative; got {self.quality}, {self.holdout}")
         if self.calibrate and len(set(self.sigma)) < 2:
-            raise UsageError(
-                "--calibrate needs two noise levels or more to tell k from sigma_0, as in --sigma=0.2,0.4"
-            )
+            raise UsageError("--calibrate needs two noise levels or more to tell k from sigma_0, as in --sigma=0.2,0.4")
         if self.size is not None and self.benchmark == "records":
             raise UsageError("--size goes with images; records have the sizes they were made with")
 

@@ -78,6 +78,6 @@ def compare(first: Sequence[np.ndarray], second: Sequence[np.ndarray], prompts: 
     squares = ((of_seeds, seeds - 1), (of_prompts, count - 1))
     half = math.sqrt(sum(each * stats.t.ppf(0.975, freedom) ** 2 for each, freedom in squares if freedom))
     allowed = (difference / POWER) ** 2 - max(of_prompts - left, 0.0)  # of variance, to what more seeds make smaller
-    needed = max(2, math.ceil(seeds * (of_seeds + left) / allowed)) if seeds > 1 and allowed > 0 else None
+    needed = max(seeds + 1, math.ceil(seeds * (of_seeds + left) / allowed)) if seeds > 1 and allowed > 0 else None
     interval = (float(difference - half), float(difference + half))
     return Comparison(difference, interval, tuple(by_seed.tolist()), needed)
