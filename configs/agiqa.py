@@ -7,7 +7,7 @@
 
 First the transformer learns to generate the training prompts' images (flow matching), then LoRA and head the order that
 people gave them. `:small` is for two CPU cores, `:gpu` a larger one for an accelerator and 256 x 256 pixels
-(preprocess with --buckets 256x256). Neither has been run to its end: how well such a model orders is not known.
+(preprocess with --buckets 256x256), which has not been run. What `:small` learns, and what not: docs/experiments.md.
 """
 
 from ml_collections import ConfigDict
