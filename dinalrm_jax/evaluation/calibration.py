@@ -8,6 +8,7 @@ judged on the other half by the expected calibration error at each noise level.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -86,22 +87,22 @@ def calibrate(evaluation: Evaluation) -> Calibration:
         ConfigError: too few pairs, or as for `fit_likelihood`.
     """
     singles = [place for place, level in enumerate(evaluation.levels) if not isinstance(level, tuple)]
-    counts = evaluation.counts(singles[0], evaluation.draws_of(shared=False)[0])
-    check_enough([ranking.prompt for ranking in evaluation.rankings], counts.strict.tolist(), evaluation.name)
+    strict = evaluation.counts(singles[0], evaluation.draws_of(shared=False)[0]).strict
+    check_enough([ranking.prompt for ranking in evaluation.rankings], strict.tolist(), evaluation.name)
     half_of = np.array([_half(ranking.prompt) for ranking in evaluation.rankings])
     halves = [np.flatnonzero(half_of == half).tolist() for half in (0, 1)]
     fitted, judged = ([level_pairs(evaluation, place, half) for place in singles] for half in halves)
-    counts = [int(counts.strict[half].sum()) for half in halves]
+    fitted_to, judged_by = (int(strict[half].sum()) for half in halves)
     before, after = evaluation.likelihood or LossConfig(), fit_likelihood(fitted)
-    gains = np.log(2) - np.concatenate([_surprise(one, score_variance(one.sigma, after)) for one in judged])
-    error = gains.std() / math.sqrt(counts[1])  # levels and draws of a pair are not independent of each other
+    gains = np.log(2) - np.concatenate([_surprise(one, float(score_variance(one.sigma, after))) for one in judged])
+    error = gains.std() / math.sqrt(judged_by)  # levels and draws of a pair are not independent of each other
     if gains.mean() < 2 * error:
         raise ConfigError(
             "on the pairs that it was not fitted to, the likelihood is no better than a coin: the scores order them no "
             "better than chance. Nothing is written into the checkpoint"
         )
     errors = {f"{one.sigma:g}": (_error(one, before), _error(one, after)) for one in judged}
-    return Calibration(after, *counts, errors)
+    return Calibration(after, fitted_to, judged_by, errors)
 
 
 def check_enough(prompts: Sequence[str], strict: Sequence[int], name: str) -> None:
@@ -145,7 +146,7 @@ def level_pairs(evaluation: Evaluation, level: int, rankings: Sequence[int] | No
         for draw in evaluation.draws_of(shared=False)
     ]
     chosen, rejected, share = (np.concatenate(each) for each in zip(*found))
-    return LevelPairs(float(evaluation.levels[level]), chosen - rejected, share)
+    return LevelPairs(cast(float, evaluation.levels[level]), chosen - rejected, share)
 
 
 def _error(pairs: LevelPairs, likelihood: LossConfig) -> float:
