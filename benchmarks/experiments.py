@@ -16,7 +16,6 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,16 +25,17 @@ from absl import app, flags
 
 import dinalrm_jax as dina
 from benchmarks import speed
+from dinalrm_jax.benchmark import processor
 from dinalrm_jax.data.config import OpinionConfig
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.data.sources import agiqa3k, hpdv2
 from dinalrm_jax.devices.compilation import enable_compilation_cache
-from dinalrm_jax.evaluation.accuracy import strict_pairs
-from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evaluate_records
+from dinalrm_jax.evaluation.benchmark import evaluate_images, evaluate_records
 from dinalrm_jax.evaluation.benchmark_report import summarize
 from dinalrm_jax.evaluation.calibration import calibrate
 from dinalrm_jax.evaluation.comparison import Comparison, compare
 from dinalrm_jax.evaluation.controls import Standing
+from dinalrm_jax.evaluation.markdown import table
 from dinalrm_jax.evaluation.scoring import level_name
 from dinalrm_jax.noise import NoiseDraw
 
@@ -61,6 +61,16 @@ ABLATION = (
     ("DiNa-LRM's head and loss, not LRM's", "+9.8 (mean)", "lrm", "0.4"),
 )
 
+# The same of what one model is scored at; the comparisons of `by_levels`.
+LEVELS = (
+    ("the ensemble of 0.2, 0.5 and 0.7, not one level (0.4)", "+1.0 (mean)", "ensemble of 3 beside 0.4"),
+    ("the ensemble's tokens together, not the mean of its scores", "yes", "tokens beside means"),
+    ("more levels: 5, not 3", "", "ensemble of 5 beside 3"),
+    ("more levels: 8, not 3", "", "ensemble of 8 beside 3"),
+    ("a level in the middle (0.4), not clean latents", "yes", "0.4 beside 0"),
+    ("a level in the middle (0.4), not 0.8", "yes", "0.4 beside 0.8"),
+)
+
 
 def measure(run: pathlib.Path, sweep: pathlib.Path, agiqa: pathlib.Path, rankings: pathlib.Path, taesd3: str) -> dict:
     """All that the document shows, as JSON values."""
@@ -73,7 +83,7 @@ def measure(run: pathlib.Path, sweep: pathlib.Path, agiqa: pathlib.Path, ranking
     fitted = calibrate(known)
     accuracies = json.loads((sweep / "results.json").read_text())
     return {
-        "conditions": f"jax {jax.__version__}, {platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}",
+        "conditions": f"jax {jax.__version__}, {processor()}, {os.cpu_count()} cores, float32, {datetime.date.today()}",
         "seeds": len(next(iter(accuracies.values()))),
         "report": json.loads((run / "report" / "results.json").read_text()),
         "agiqa": summarize(known),
@@ -93,7 +103,7 @@ def by_levels(models: Sequence[pathlib.Path], records: Records) -> dict[str, Any
         model = dina.RewardModel.from_pretrained(path, dtype="float32")
         levels = [*SINGLES, *ENSEMBLES.values()]
         found = evaluate_records(model, records, "eval", levels, [NoiseDraw(0)], batch_size=64)
-        scores = {level_name(level): of_pairs(found, place) for place, level in enumerate(levels)}
+        scores = {level_name(level): np.stack(found.pairs(place)[:2], axis=1) for place, level in enumerate(levels)}
         for count, members in ENSEMBLES.items():
             scores[f"mean of {count}"] = np.mean([scores[level_name(level)] for level in members], axis=0)
         for name, row in scores.items():
@@ -115,17 +125,6 @@ def by_levels(models: Sequence[pathlib.Path], records: Records) -> dict[str, Any
     }
 
 
-def of_pairs(evaluation: Evaluation, level: int) -> np.ndarray:
-    """(P, 2) scores of all pairs with a winner at one level, by its place."""
-    ranks = [ranking.ranks for ranking in evaluation.rankings]
-    return np.stack(strict_pairs(ranks, [scores[:, level, 0] for scores in evaluation.scores])[:2], axis=1)
-
-
-def as_comparison(values: Mapping[str, Any]) -> Comparison:
-    low, high = values["interval"]
-    return Comparison(values["difference"], (low, high), tuple(values["by_seed"]), values["seeds_needed"])
-
-
 def verdict(found: Comparison) -> tuple[str, str]:
     """Ours, and whether the paper's claim holds; `found` is the paper's choice beside the other."""
     low, high = (f"{100 * end:+.1f}" for end in found.interval)
@@ -143,90 +142,73 @@ def turned(found: Comparison) -> Comparison:
 
 def as_markdown(result: Mapping[str, Any]) -> str:
     """The section that the document has."""
-    report, levels = result["report"], result["levels"]
-    lines = ["| claim | paper, points | ours, points (95 % interval) | verdict |", "|---|---|---|---|"]
-    for claim, theirs, name, level in ABLATION:
-        if name in result["comparisons"]:
-            ours = verdict(turned(as_comparison(result["comparisons"][name][level])))
-            lines.append(f"| {claim} | {theirs} | {' | '.join(ours)} |")
-    for claim, theirs, name in (
-        ("the ensemble of 0.2, 0.5 and 0.7, not one level (0.4)", "+1.0 (mean)", "ensemble of 3 beside 0.4"),
-        ("the ensemble's tokens together, not the mean of its scores", "yes", "tokens beside means"),
-        ("more levels: 5, not 3", "", "ensemble of 5 beside 3"),
-        ("more levels: 8, not 3", "", "ensemble of 8 beside 3"),
-        ("a level in the middle (0.4), not clean latents", "yes", "0.4 beside 0"),
-        ("a level in the middle (0.4), not 0.8", "yes", "0.4 beside 0.8"),
-    ):
-        lines.append(f"| {claim} | {theirs} | {' | '.join(verdict(as_comparison(levels[name])))} |")
-    seeds = result["seeds"]
-    title = f"The paper's choices beside others, {seeds} seeds on one backbone; levels of the runs trained as it does:"
-    sections = [title, "\n".join(lines)]
+    report, levels, seeds = result["report"], result["levels"], result["seeds"]
+    known, other, fitted = result["agiqa"], result["hpdv2"], result["calibration"]
+    agreeing = "share of people who agree with the order"
 
-    names = list(result["accuracies"])
-    columns = list(result["accuracies"][names[0]][0])
-    lines = [f"| accuracy, % ({seeds} seeds) | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in names:
-        found = 100 * np.array(
-            [[seed.get(column, np.nan) for column in columns] for seed in result["accuracies"][name]]
-        )
-        cells = [
-            f"{mean:.1f} ± {s:.1f}" for mean, s in zip(found.mean(axis=0), found.std(axis=0, ddof=min(1, seeds - 1)))
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    sections.append("\n".join(lines))
+    claims = [
+        [claim, theirs, *verdict(turned(Comparison(**result["comparisons"][name][level])))]
+        for claim, theirs, name, level in ABLATION
+        if name in result["comparisons"]
+    ]
+    claims += [[claim, theirs, *verdict(Comparison(**levels[name]))] for claim, theirs, name in LEVELS]
 
-    lines = ["| scored at | " + " | ".join(levels["accuracy"]) + " |", "|---" * (len(levels["accuracy"]) + 1) + "|"]
-    cells = [f"{100 * np.mean(row):.1f}" for row in levels["accuracy"].values()]
-    lines.append("| accuracy, % | " + " | ".join(cells) + " |")
-    sections.append("\n".join(lines))
+    columns = list(next(iter(result["accuracies"].values()))[0])
+    accuracies = []
+    for name, rows in result["accuracies"].items():
+        found = 100 * np.array([[seed.get(column, np.nan) for column in columns] for seed in rows])
+        spread = found.std(axis=0, ddof=min(1, seeds - 1))
+        accuracies.append([name, *(f"{mean:.1f} ± {s:.1f}" for mean, s in zip(found.mean(axis=0), spread))])
 
-    controls = report["controls, per cent"]
-    groups = list(next(iter(controls.values())))
-    lines = ["| AGIQA-3K, held-out prompts | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
-    cells = [f"{100 * report[f'{STANDARD:g}'][group]:.1f}" for group in groups]
-    lines.append(f"| the model at {STANDARD:g} | " + " | ".join(cells) + " |")
-    for name, by_group in controls.items():
-        cells = [str(Standing(**by_group[group])) for group in groups]
-        lines.append(f"| {name}; the model is ahead by | " + " | ".join(cells) + " |")
-    sections += ["Controls, %, and by how much the model that trained longest is ahead (95 % interval over prompts):",
-                 "\n".join(lines)]  # fmt: skip
+    groups = list(next(iter(report["controls, per cent"].values())))
+    controls = [[f"the model at {STANDARD:g}", *(f"{100 * report[f'{STANDARD:g}'][group]:.1f}" for group in groups)]]
+    for name, by_group in report["controls, per cent"].items():
+        cells = (str(Standing(**by_group[group])) for group in groups)
+        controls.append([f"{name}; the model is ahead by", *cells])
 
-    known = result["agiqa"]
-    lines = ["| AGIQA-3K, held-out prompts, the model at | accuracy, % | SRCC | PLCC | KRCC |", "|---|---|---|---|---|"]
-    for level, found in known["levels"].items():
-        cells = [f"{found['strict']['accuracy']:.1f}", *(f"{value:.3f}" for value in found["correlations"].values())]
-        lines.append(f"| {level} | " + " | ".join(cells) + " |")
-    lines.append(f"| share of people who agree with the order | {known['people']['all']:.1f} | | | |")
-    sections.append("\n".join(lines))
+    correlations = [
+        [level, f"{found['strict']['accuracy']:.1f}", *(f"{value:.3f}" for value in found["correlations"].values())]
+        for level, found in known["levels"].items()
+    ]
+    correlations.append([agreeing, f"{known['people']['all']:.1f}", "", "", ""])
 
-    other = result["hpdv2"]
-    lines = [f"| HPDv2, {other['prompts']} prompts, not trained on | all |", "|---|---|"]
+    zero_shot = []
     for level, found in other["levels"].items():
         low, high = found["strict"]["interval_95"]
-        lines.append(f"| the model at {level} | {found['strict']['accuracy']:.1f} ({low:.1f} to {high:.1f}) |")
+        zero_shot.append([f"the model at {level}", f"{found['strict']['accuracy']:.1f} ({low:.1f} to {high:.1f})"])
     for name, by_group in other["controls"].items():
-        lines.append(f"| {name}; the model at {STANDARD:g} is ahead by | {Standing(**by_group['all'])} |")
-    lines.append(f"| share of people who agree with the order | {other['people']['all']:.1f} |")
-    sections.append("\n".join(lines))
+        zero_shot.append([f"{name}; the model at {STANDARD:g} is ahead by", str(Standing(**by_group["all"]))])
+    zero_shot.append([agreeing, f"{other['people']['all']:.1f}"])
 
-    fitted, after = result["calibration"], result["hpdv2, fitted likelihood"]["levels"]
-    errors = fitted["errors"]
-    lines = ["| expected calibration error, % | " + " | ".join(errors) + " |", "|---" * (len(errors) + 1) + "|"]
-    for place, name in enumerate(("as trained", "fitted")):
-        cells = [f"{both[place]:.1f}" for both in errors.values()]
-        lines.append(f"| AGIQA-3K, {name} | " + " | ".join(cells) + " |")
-    for name, by_level in (("as trained", other["levels"]), ("fitted to AGIQA-3K", after)):
-        cells = [f"{by_level[level]['calibration_error']:.1f}" for level in errors]
-        lines.append(f"| HPDv2, {name} | " + " | ".join(cells) + " |")
-    found = fitted["likelihood"]
-    sections += [
-        f"Probabilities beside the share of people who prefer the image, by sigma. k = {found['k']:.3g} and sigma_0 = "
-        f"{found['sigma_0']:.3g} were fitted to half of AGIQA-3K's held-out prompts, the others judge "
-        f"({fitted['judged_by']} pairs and noises a level; `evaluate --calibrate`); HPDv2's people are ten a prompt:",
-        "\n".join(lines),
-        f"({result['conditions']}.)",
+    errors, after = fitted["errors"], result["hpdv2, fitted likelihood"]["levels"]
+    calibrated = [
+        ["AGIQA-3K, as trained", *(before for before, _ in errors.values())],
+        ["AGIQA-3K, fitted", *(found for _, found in errors.values())],
+        ["HPDv2, as trained", *(other["levels"][level]["calibration_error"] for level in errors)],
+        ["HPDv2, fitted to AGIQA-3K", *(after[level]["calibration_error"] for level in errors)],
     ]
-    return "\n\n".join(sections)
+    likelihood = fitted["likelihood"]
+    return "\n\n".join([
+        f"The paper's choices beside others, {seeds} seeds on one backbone; levels of the runs trained as it does:",
+        table(["claim", "paper, points", "ours, points (95 % interval)", "verdict"], claims),
+        table([f"accuracy, % ({seeds} seeds)", *columns], accuracies),
+        table(
+            ["scored at", *levels["accuracy"]],
+            [["accuracy, %", *(f"{100 * np.mean(row):.1f}" for row in levels["accuracy"].values())]],
+        ),
+        "Controls, %, and by how much the model that trained longest is ahead (95 % interval over prompts):",
+        table(["AGIQA-3K, held-out prompts", *groups], controls),
+        table(["AGIQA-3K, held-out prompts, the model at", "accuracy, %", "SRCC", "PLCC", "KRCC"], correlations),
+        table([f"HPDv2, {other['prompts']} prompts, not trained on", "all"], zero_shot),
+        f"Probabilities beside the share of people who prefer the image, by sigma. k = {likelihood['k']:.3g} and "
+        f"sigma_0 = {likelihood['sigma_0']:.3g} were fitted to half of AGIQA-3K's held-out prompts, the others judge "
+        f"({fitted['judged_by']} pairs a level; `evaluate --calibrate`); HPDv2's people are ten a prompt:",
+        table(
+            ["expected calibration error, %", *errors],
+            [[name, *(f"{error:.1f}" for error in row)] for name, *row in calibrated],
+        ),
+        f"({result['conditions']}.)",
+    ])  # fmt: skip
 
 
 def main(argv: list[str]) -> None:

@@ -205,7 +205,7 @@ def _conditions(setting: Setting) -> dict:
         "machine": {
             "device": jax.devices()[0].device_kind,
             "cores": os.cpu_count(),
-            "processor": _processor(),
+            "processor": processor(),
             "environment": {name: os.environ[name] for name in FROM_ENVIRONMENT if name in os.environ},
         },
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
@@ -274,7 +274,8 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name, as the system has it."""
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:

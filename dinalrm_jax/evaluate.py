@@ -21,8 +21,6 @@ import sys
 from collections.abc import Callable
 from typing import cast
 
-import numpy as np
-
 from dinalrm_jax.data.buckets import parse_bucket
 from dinalrm_jax.data.config import OpinionConfig
 from dinalrm_jax.data.names import BenchmarkName
@@ -31,7 +29,7 @@ from dinalrm_jax.data.sources.datasets import read_benchmark
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.disk import check_writable, whole_directory
-from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evaluate_records
+from dinalrm_jax.evaluation.benchmark import Evaluation, evaluate_images, evaluate_records, rankings_of
 from dinalrm_jax.evaluation.benchmark_report import write_evaluation
 from dinalrm_jax.evaluation.calibration import as_markdown, calibrate, check_enough
 from dinalrm_jax.noise import NoiseDraw
@@ -88,15 +86,8 @@ def opened(options: EvaluateOptions) -> Callable[[], Evaluation]:
     )
     if options.calibrate:
         check_native(options.checkpoint)
-        if benchmark is not None:
-            rankings = benchmark.rankings
-            ranks = [np.array(ranking.ranks) for ranking in rankings]
-            strict = [int((row[:, None] < row).sum()) for row in ranks]
-            check_enough([ranking.prompt for ranking in rankings], strict, benchmark.name)
-        else:
-            rows = records.pairs(split)
-            pairs = [rows[place] for place in range(len(rows))]
-            check_enough([str(p.prompt) for p in pairs], [int(p.label != 0.5) for p in pairs], str(data))
+        rankings = rankings_of(records.pairs(split)) if benchmark is None else benchmark.rankings
+        check_enough(rankings, options.data)
     if on_records:
         check_fit(records, model.config.encoders, model.config.transformer, options.base_model, [split])
         return lambda: evaluate_records(model, records, split, options.levels, draws, batch_size=options.batch_size)

@@ -93,7 +93,8 @@ def test_the_whole_way_on_few_prompts(tmp_path, monkeypatch):
     )  # fmt: skip
     short = ("model.transformer.sample_size=8", "model.transformer.pos_embed_max_size=8")
     train = ("dinalrm_jax.train", "--config", f"{ROOT}/configs/agiqa.py:small", "--config.generator.steps=4")
-    run(*train, "--config.reward.steps=4", *(f"--config.{each}" for each in short))
+    learning = ("reward.steps=120", "reward.optimizer.warmup_steps=5")  # until scores order better than chance
+    run(*train, *(f"--config.{each}" for each in learning), *(f"--config.{each}" for each in short))
     sweep = tmp_path / "agiqa_ablation.py"
     sweep.write_text(
         "import configs.agiqa_ablation as ablation\n\ndef get_config():\n    config = ablation.get_config('2')\n"

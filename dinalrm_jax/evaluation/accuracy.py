@@ -12,6 +12,7 @@ Where people tied nothing, M1 is M4; where the model ties nothing either, M2 is 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -185,15 +186,21 @@ def reliability(probability: np.ndarray, share: np.ndarray | float = 1.0, bins: 
     return Reliability(expected, correct, count)
 
 
+class StrictPairs(NamedTuple):
+    """Pairs that people did not tie, (P,) each: the preferred and the other image's score, and the share of people who
+    prefer it, 1 where only the order is known."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    share: np.ndarray
+
+
 def strict_pairs(
     ranks: Sequence[Sequence[float]],
     scores: Sequence[np.ndarray],
     shares: Sequence[Sequence[Sequence[float]] | None] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every pair that people did not tie the preferred and the other image's score, and the share that prefers it.
-
-    Arguments as for `count_pairs`; a ranking's shares are `data.preferences.Ranking.shares`, 1 where they are None.
-    """
+) -> StrictPairs:
+    """All of them; arguments as for `count_pairs`, and each ranking's `data.preferences.Ranking.shares`."""
     found: list[tuple[np.ndarray, ...]] = []
     for row, values, known in zip(ranks, scores, shares or [None] * len(ranks)):
         places = np.asarray(row)
@@ -202,8 +209,7 @@ def strict_pairs(
         first, second = first[kept], second[kept]
         agreeing = np.ones(len(first)) if known is None else np.asarray(known)[first, second]
         found.append((values[first], values[second], agreeing))
-    chosen, rejected, share = map(np.concatenate, zip(*found)) if found else np.empty((3, 0))
-    return chosen, rejected, share
+    return StrictPairs(*(map(np.concatenate, zip(*found)) if found else np.empty((3, 0))))
 
 
 # What the paper's table has (arXiv 2602.11146), per cent: name -> model -> accuracy. Which rule it took is not known.

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -21,12 +21,12 @@ from jax.sharding import NamedSharding
 from dinalrm_jax.data.buckets import Size
 from dinalrm_jax.data.files import ImageProblem
 from dinalrm_jax.data.preferences import Benchmark, Ranking
-from dinalrm_jax.data.records import Records
+from dinalrm_jax.data.records import PairRecord, Records
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.local import on_every_device
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh, row_devices
 from dinalrm_jax.devices.placement import place
-from dinalrm_jax.evaluation.accuracy import PairCounts, count_pairs
+from dinalrm_jax.evaluation.accuracy import PairCounts, StrictPairs, count_pairs, strict_pairs
 from dinalrm_jax.evaluation.controls import (
     BLANK,
     EXCHANGED,
@@ -97,6 +97,16 @@ class Evaluation:
         read = [~np.isnan(scores[:, 0, 0]) for scores in self.scores]
         return self._count([np.where(*each, np.nan) for each in zip(read, self.controls[control])], group)
 
+    def pairs(self, level: int, rankings: Sequence[int] | None = None) -> StrictPairs:
+        """The pairs of some rankings, or all, at a level, of all draws of images' own noise; all by their places."""
+        places = range(len(self.rankings)) if rankings is None else rankings
+        ranks, shares = zip(*((self.rankings[place].ranks, self.rankings[place].shares) for place in places))
+        draws = self.draws_of(shared=False)
+        found = [
+            strict_pairs(ranks, [self.scores[place][:, level, draw] for place in places], shares) for draw in draws
+        ]
+        return StrictPairs(*map(np.concatenate, zip(*found)))
+
     def _count(self, scores: Sequence[np.ndarray], group: str | None) -> PairCounts:
         if group is not None:
             scores = [np.where(mask, row, np.nan) for mask, row in zip(self.groups[group], scores)]
@@ -163,16 +173,7 @@ def evaluate_records(
         found = [scorer.run(params, levels, draw, bar.update) for draw in draws]
     # (pairs, images of a pair, levels, draws)
     scores = np.stack([np.stack([one.chosen, one.rejected]) for one in found], axis=-1).transpose(2, 0, 1, 3)
-    soft = any(0.5 < pair.label < 1 for pair in scorer.pairs)  # else labels are the order
-    rankings = [
-        Ranking(
-            str(pair.prompt),
-            (str(pair.chosen), str(pair.rejected)),
-            (1, 1) if pair.label == 0.5 else (1, 2),
-            ((0.5, pair.label), (1 - pair.label, 0.5)) if soft else None,
-        )
-        for pair in scorer.pairs
-    ]
+    rankings = rankings_of(scorer.pairs)
     controls = {name: list(rows) for name, rows in record_controls(records, scorer.pairs).items()}
     under = {EXCHANGED: scorer.with_prompts_exchanged()}
     if (blank := no_prompt(model.config.encoders, model.base_model)) is not None:
@@ -186,6 +187,21 @@ def evaluate_records(
         f"{records.directory} {split_name}", tuple(levels), tuple(draws), rankings, list(scores), {}, model.likelihood,
         model.digest, False, controls, groups if len(groups) > 1 else {},
     )  # fmt: skip
+
+
+def rankings_of(pairs: Iterable[PairRecord]) -> list[Ranking]:
+    """Pairs of records as rankings of two, ties too; labels are people's shares where one is between 1/2 and 1."""
+    pairs = list(pairs)
+    soft = any(0.5 < pair.label < 1 for pair in pairs)
+    return [
+        Ranking(
+            str(pair.prompt),
+            (str(pair.chosen), str(pair.rejected)),
+            (1, 1) if pair.label == 0.5 else (1, 2),
+            ((0.5, pair.label), (1 - pair.label, 0.5)) if soft else None,
+        )
+        for pair in pairs
+    ]
 
 
 def _on_mesh(model: EvaluatedModel, shardings: Mapping[str, NamedSharding]) -> Params:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from dinalrm_jax import preference
 from dinalrm_jax.data.records import RecordsError
 from dinalrm_jax.evaluation.accuracy import (
     PAPER,
@@ -18,12 +17,12 @@ from dinalrm_jax.evaluation.accuracy import (
     accuracies,
     intervals,
     rank_correlations,
-    reliability,
     strict_pairs,
 )
 from dinalrm_jax.evaluation.benchmark import Evaluation
-from dinalrm_jax.evaluation.calibration import level_pairs
+from dinalrm_jax.evaluation.calibration import level_pairs, reliability_of
 from dinalrm_jax.evaluation.controls import Standing, control_table, standing
+from dinalrm_jax.evaluation.markdown import table
 from dinalrm_jax.evaluation.plots import (
     AccuracyCurve,
     ReliabilityCurve,
@@ -156,22 +155,21 @@ def as_markdown(summary: dict[str, Any]) -> str:
         "and the 95 % bootstrap interval over prompts. Every image has its own noise"
         + (", but in the last column, where all have the same." if shared else "."),
         "",
-        "| sigma | " + " | ".join([*RULES.values(), *(["strict, shared noise"] if shared else [])]) + " |",
-        "|---" * (1 + len(RULES) + shared) + "|",
     ]
+    rows = []
     for name, by_rule in summary["levels"].items():
         cells = []
         for found in [by_rule[rule] for rule in RULES] + ([by_rule["shared_noise"]["strict"]] if shared else []):
             spread = "" if found["standard_deviation"] is None else f" ± {found['standard_deviation']:.2f}"
             low, high = found["interval_95"]
             cells.append(f"{found['accuracy']:.2f}{spread} ({low:.1f} to {high:.1f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append([name, *cells])
+    lines.append(table(["sigma", *RULES.values(), *(["strict, shared noise"] if shared else [])], rows))
     correlations = {name: found["correlations"] for name, found in summary["levels"].items() if "correlations" in found}
     if correlations:
+        rows = [[name, *(f"{value:.3f}" for value in row.values())] for name, row in correlations.items()]
         lines += ["", "Correlation with people's mean opinions, over all images:", ""]
-        lines += ["| sigma | SRCC | PLCC | KRCC |", "|---|---|---|---|"]
-    for name, row in correlations.items():
-        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
+        lines.append(table(["sigma", "SRCC", "PLCC", "KRCC"], rows))
     if summary["controls"]:
         counts = {"all": summary["pairs"] - summary["pairs_tied_by_people"], **summary["groups"]}
         first = next(iter(summary["levels"]))
@@ -210,7 +208,7 @@ def write_evaluation(directory: pathlib.Path, evaluation: Evaluation) -> str:
         curves = [_reliability_curve(evaluation, place) for place in single]
         plot_reliability(directory / "reliability.png", named, curves, pairs)
     last = level_name(evaluation.levels[-1])
-    plot_scores(directory / "scores.png", f"{title}, sigma {last}", *_pairs(evaluation, len(evaluation.levels) - 1))
+    plot_scores(directory / "scores.png", f"{title}, sigma {last}", *evaluation.pairs(len(evaluation.levels) - 1)[:2])
     return text
 
 
@@ -262,25 +260,9 @@ def _reliability_curve(evaluation: Evaluation, place: int) -> ReliabilityCurve:
     return ReliabilityCurve(label, found.confidence, found.accuracy)
 
 
-def _pairs(evaluation: Evaluation, place: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the preferred and the other image of all strict pairs, of all draws of images' own noise."""
-    ranks = [ranking.ranks for ranking in evaluation.rankings]
-    draws = [
-        strict_pairs(ranks, [scores[:, place, draw] for scores in evaluation.scores])
-        for draw in evaluation.draws_of(shared=False)
-    ]
-    chosen, rejected, _ = map(np.concatenate, zip(*draws))
-    return chosen, rejected
-
-
 def _reliability(evaluation: Evaluation, place: int) -> Reliability:
     """Of the probabilities at a single level, by the likelihood that the model has."""
-    pairs = level_pairs(evaluation, place)
-    likelihood = evaluation.likelihood or LossConfig()
-    return reliability(
-        np.asarray(preference.preferred(pairs.margin, np.zeros_like(pairs.margin), pairs.sigma, likelihood)),
-        pairs.share,
-    )
+    return reliability_of(level_pairs(evaluation, place), evaluation.likelihood or LossConfig())
 
 
 def likelihood_name(config: LossConfig | None) -> str:

@@ -12,12 +12,12 @@ from typing import cast
 
 import numpy as np
 
-from dinalrm_jax import preference
-from dinalrm_jax.data.preferences import stable_hash
-from dinalrm_jax.evaluation.accuracy import reliability, strict_pairs
+from dinalrm_jax.data.preferences import Ranking, stable_hash
+from dinalrm_jax.evaluation.accuracy import Reliability, count_pairs, reliability
 from dinalrm_jax.evaluation.benchmark import Evaluation
+from dinalrm_jax.evaluation.markdown import table
 from dinalrm_jax.mapping import ConfigError
-from dinalrm_jax.preference import LossConfig, score_variance
+from dinalrm_jax.preference import LossConfig, preferred, score_variance
 
 FEWEST_PAIRS = 100
 MOST = 1e3  # times the squared margins is a variance of probabilities within 2 % of a half
@@ -88,7 +88,7 @@ def calibrate(evaluation: Evaluation) -> Calibration:
     """
     singles = [place for place, level in enumerate(evaluation.levels) if not isinstance(level, tuple)]
     strict = evaluation.counts(singles[0], evaluation.draws_of(shared=False)[0]).strict
-    check_enough([ranking.prompt for ranking in evaluation.rankings], strict.tolist(), evaluation.name)
+    check_enough(evaluation.rankings, evaluation.name, strict)
     half_of = np.array([_half(ranking.prompt) for ranking in evaluation.rankings])
     halves = [np.flatnonzero(half_of == half).tolist() for half in (0, 1)]
     fitted, judged = ([level_pairs(evaluation, place, half) for place in singles] for half in halves)
@@ -105,18 +105,18 @@ def calibrate(evaluation: Evaluation) -> Calibration:
     return Calibration(after, fitted_to, judged_by, errors)
 
 
-def check_enough(prompts: Sequence[str], strict: Sequence[int], name: str) -> None:
+def check_enough(rankings: Sequence[Ranking], name: str, strict: np.ndarray | None = None) -> None:
     """Raises ConfigError where the halves of `calibrate` have too few pairs.
 
     Args:
-        prompts: of the rankings.
-        strict: how many pairs with a winner each has.
+        rankings: of people.
         name: what the error calls them.
+        strict: (R,) how many pairs with a winner were scored of each; None: all are.
     """
-    counts = [0, 0]
-    for prompt, count in zip(prompts, strict):
-        counts[_half(prompt)] += count
-    if min(counts) < FEWEST_PAIRS:
+    if strict is None:
+        strict = count_pairs([each.ranks for each in rankings], [np.zeros(len(each.ranks)) for each in rankings]).strict
+    counts = np.bincount([_half(each.prompt) for each in rankings], strict, 2).astype(int)
+    if counts.min() < FEWEST_PAIRS:
         raise ConfigError(
             f"--calibrate fits to half of the prompts and judges by the others, at least {FEWEST_PAIRS} pairs each; "
             f"{name} has {counts[0]} and {counts[1]}"
@@ -137,32 +137,27 @@ def _surprise(pairs: LevelPairs, variance: float) -> np.ndarray:
 
 
 def level_pairs(evaluation: Evaluation, level: int, rankings: Sequence[int] | None = None) -> LevelPairs:
-    """The pairs of some rankings, or all, at a single level, of all draws that are images' own; all by their places."""
-    places = range(len(evaluation.rankings)) if rankings is None else rankings
-    some = [evaluation.rankings[place] for place in places]
-    ranks, shares = [one.ranks for one in some], [one.shares for one in some]
-    found = [
-        strict_pairs(ranks, [evaluation.scores[place][:, level, draw] for place in places], shares)
-        for draw in evaluation.draws_of(shared=False)
-    ]
-    chosen, rejected, share = (np.concatenate(each) for each in zip(*found))
+    """`Evaluation.pairs` at a single level, by its place."""
+    chosen, rejected, share = evaluation.pairs(level, rankings)
     return LevelPairs(cast(float, evaluation.levels[level]), chosen - rejected, share)
 
 
+def reliability_of(pairs: LevelPairs, likelihood: LossConfig) -> Reliability:
+    """How often people agree where the likelihood says how sure it is."""
+    nothing = np.zeros_like(pairs.margin)  # it depends on the scores' difference only
+    return reliability(np.asarray(preferred(pairs.margin, nothing, pairs.sigma, likelihood)), pairs.share)
+
+
 def _error(pairs: LevelPairs, likelihood: LossConfig) -> float:
-    probability = np.asarray(preference.preferred(pairs.margin, np.zeros_like(pairs.margin), pairs.sigma, likelihood))
-    return round(100 * reliability(probability, pairs.share).calibration_error, 4)
+    return round(100 * reliability_of(pairs, likelihood).calibration_error, 4)
 
 
 def as_markdown(calibration: Calibration) -> str:
     """What was fitted, and the errors by level."""
     found = calibration.likelihood
-    lines = [
+    said = (
         f"Fitted to {calibration.fitted_to} pairs of half of the prompts: k {found.k:.4g}, sigma_0 "
-        f"{found.sigma_0:.4g}. Expected calibration error on {calibration.judged_by} pairs of the others, %:",
-        "",
-        "| sigma | before | after |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {level} | {before:.1f} | {after:.1f} |" for level, (before, after) in calibration.errors.items()]
-    return "\n".join(lines) + "\n"
+        f"{found.sigma_0:.4g}. Expected calibration error on {calibration.judged_by} pairs of the others, %:"
+    )
+    rows = [[level, *(f"{error:.1f}" for error in errors)] for level, errors in calibration.errors.items()]
+    return f"{said}\n\n{table(['sigma', 'before', 'after'], rows)}\n"

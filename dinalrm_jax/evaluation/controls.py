@@ -25,6 +25,7 @@ from dinalrm_jax.data.records import PairRecord, PromptRecord, to_half
 from dinalrm_jax.data.sources.datasets import maker_of
 from dinalrm_jax.encoders.load import load_prompt_encoder
 from dinalrm_jax.evaluation.accuracy import PairCounts, accuracies, resampled
+from dinalrm_jax.evaluation.markdown import table
 from dinalrm_jax.evaluation.scoring import pooled
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.encoding import EncodersConfig
@@ -197,14 +198,7 @@ def control_table(
         counts: the pairs of each group.
         people: the share who agree with the order of a pair, per cent, by group.
     """
-    heads = [f"{group} ({count})" for group, count in counts.items()]
-    lines = ["| control | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, by_group in standings.items():
-        lines.append(f"| {name} | " + " | ".join(str(by_group.get(group, "")) for group in counts) + " |")
+    rows = [[name, *(str(by_group.get(group, "")) for group in counts)] for name, by_group in standings.items()]
     if people is not None:
-        lines.append(
-            "| share of people who agree with the order | "
-            + " | ".join(f"{people[group]:.1f}" for group in counts)
-            + " |"
-        )
-    return "\n".join(lines)
+        rows.append(["share of people who agree with the order", *(f"{people[group]:.1f}" for group in counts)])
+    return table(["control", *(f"{group} ({count})" for group, count in counts.items())], rows)

@@ -12,11 +12,12 @@ from dinalrm_jax.encoders.load import ImageCodec
 from dinalrm_jax.evaluation.accuracy import pair_counts
 from dinalrm_jax.evaluation.comparison import Comparison
 from dinalrm_jax.evaluation.controls import Standing, control_table, standing
+from dinalrm_jax.evaluation.markdown import table
 from dinalrm_jax.evaluation.pairs import PairScores
 from dinalrm_jax.evaluation.plots import FEW, AccuracyCurve, plot_accuracy_by_sigma, plot_learning_curve, plot_pairs
 from dinalrm_jax.evaluation.scoring import Level, level_name
 
-SHARED, EXCHANGED = "all, shared noise", "all, prompts exchanged"  # columns of the table
+SHARED_NOISE, EXCHANGED_PROMPTS = "all, shared noise", "all, prompts exchanged"  # columns of the table
 
 
 def groups(scores: PairScores) -> dict[str, np.ndarray]:
@@ -30,22 +31,19 @@ def accuracy_table(scores: PairScores, others: Mapping[str, PairScores]) -> str:
     """A Markdown table, one line a level, one column a group of pairs, and one for each of `others`; per cent."""
     masks = groups(scores)
     names = [f"{name} ({mask.sum()})" for name, mask in masks.items()] + list(others)
-    lines = ["| sigma | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    rows = []
     for level in scores.levels:
         found = [scores.accuracy(level, mask) for mask in masks.values()]
         found += [other.accuracy(level) for other in others.values()]
-        lines.append(f"| {level_name(level)} | " + " | ".join(f"{100 * accuracy:.1f}" for accuracy in found) + " |")
-    return "\n".join(lines)
+        rows.append([level_name(level), *(f"{100 * accuracy:.1f}" for accuracy in found)])
+    return table(["sigma", *names], rows)
 
 
 def kind_table(scores: PairScores, level: Level) -> str:
     """A Markdown table of one level's accuracy by kind of pair."""
-    kinds = sorted(set(scores.kinds))
-    lines = [f"| kind, at {level_name(level)} | pairs | accuracy |", "|---|---|---|"]
-    for kind in kinds:
-        mask = scores.kinds == kind
-        lines.append(f"| {kind} | {mask.sum()} | {100 * scores.accuracy(level, mask):.1f} |")
-    return "\n".join(lines)
+    masks = {kind: scores.kinds == kind for kind in sorted(set(scores.kinds))}
+    rows = [[kind, str(mask.sum()), f"{100 * scores.accuracy(level, mask):.1f}"] for kind, mask in masks.items()]
+    return table([f"kind, at {level_name(level)}", "pairs", "accuracy"], rows)
 
 
 def standings(scores: PairScores, level: Level, controls: Mapping[str, np.ndarray]) -> dict[str, dict[str, Standing]]:
@@ -93,7 +91,7 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     ensemble = scores.levels[-1]
     title = f"Held-out pair accuracy, % (chance 50, {len(scores.kinds)} pairs)"
-    others = {SHARED: shared} | ({} if exchanged is None else {EXCHANGED: exchanged})
+    others = {SHARED_NOISE: shared} | ({} if exchanged is None else {EXCHANGED_PROMPTS: exchanged})
     sections = [
         f"{title}; every image has its own noise, but where all share one. With prompts exchanged, every pair stands "
         "under another pair's prompt: what is still right is right by the images alone",
@@ -153,28 +151,18 @@ def _curve(label: str, scores: PairScores, mask: np.ndarray) -> AccuracyCurve:
 def sweep_table(accuracies: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """A Markdown table of run -> one {level: accuracy} a seed: mean and standard deviation, in per cent."""
     levels, seeds = list(next(iter(accuracies.values()))[0]), len(next(iter(accuracies.values())))
-    lines = [
-        f"Held-out pair accuracy, %, mean ± standard deviation over {seeds} seeds",
-        "",
-        "| trained | " + " | ".join(f"at {level}" for level in levels) + " |",
-        "|---" * (len(levels) + 1) + "|",
-    ]
+    lines = []
     for name, rows in accuracies.items():
         columns = [100 * np.array([row[level] for row in rows]) for level in levels]
         cells = [f"{column.mean():.1f} ± {column.std(ddof=min(1, seeds - 1)):.1f}" for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *cells])
+    title = f"Held-out pair accuracy, %, mean ± standard deviation over {seeds} seeds"
+    return f"{title}\n\n{table(['trained', *(f'at {level}' for level in levels)], lines)}\n"
 
 
 def comparison_table(comparisons: Mapping[str, Mapping[str, Comparison]], reference: str) -> str:
     """A Markdown table of runs beside the reference: by how many points they differ, and whether that is told."""
     levels = list(dict.fromkeys(level for row in comparisons.values() for level in row))
-    lines = [
-        f"Points of accuracy more than {reference!r}, and their 95 % interval over seeds and prompts",
-        "",
-        "| trained | " + " | ".join(f"at {level}" for level in levels) + " |",
-        "|---" * (len(levels) + 1) + "|",
-    ]
-    for name, row in comparisons.items():
-        lines.append(f"| {name} | " + " | ".join(str(row[level]) if level in row else "" for level in levels) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [[name, *(str(row.get(level, "")) for level in levels)] for name, row in comparisons.items()]
+    title = f"Points of accuracy more than {reference!r}, and their 95 % interval over seeds and prompts"
+    return f"{title}\n\n{table(['trained', *(f'at {level}' for level in levels)], rows)}\n"

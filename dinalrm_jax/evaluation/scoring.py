@@ -190,11 +190,8 @@ def score_images(
             return trained_size(found, model.image_sizes, longest, unit)
         return scoring_size(found, spec.downsampling * spec.trained_side, longest, unit)
 
-    scorer, once, codec = (
-        LatentScorer(model, levels, draws),
-        LatentScorer(model, levels[:1], draws[:1]),
-        model.image_codec,
-    )
+    scorer, codec = LatentScorer(model, levels, draws), model.image_codec
+    once = LatentScorer(model, levels[:1], draws[:1])  # under the other prompts
     names = list(map(str, range(len(images)))) if names is None else names
     scores = np.full((len(images), len(levels), len(draws)), np.nan, np.float32)
     under_others = np.full((len(images), len(others)), np.nan, np.float32)

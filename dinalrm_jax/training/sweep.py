@@ -44,7 +44,7 @@ def sweep_runs(
                 config = replace(config, generator=None, base_model=str(backbone))
             scores = run(config, workdir / f"seed{seed}" / config.name)
             judged = config.evaluation
-            singles = sorted({judged.sigma, *judged.levels} | {0.0} & {*judged.report})
+            singles = sorted({judged.sigma, *judged.levels} | ({0.0} & {*judged.report}))
             levels: list[Level] = [*singles, judged.ensemble]
             accuracies[config.name].append({level_name(level): scores.accuracy(level) for level in levels})
             answers[config.name].append({level_name(level): scores.correct(level) for level in levels})

@@ -117,9 +117,4 @@ def read_benchmark(
 
 def maker_of(records: AnyRecords) -> Callable[[str], str] | None:
     """What tells, by its name, which generator made an image of the records; None where names do not say it."""
-    return makers(records.manifest.get("source", {}).get("dataset"))
-
-
-def makers(dataset: str | None) -> Callable[[str], str] | None:
-    """The same of a dataset."""
-    return agiqa3k.maker if dataset == "agiqa3k" else None
+    return agiqa3k.maker if records.manifest.get("source", {}).get("dataset") == "agiqa3k" else None
