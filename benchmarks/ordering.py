@@ -1,6 +1,6 @@
 """How well a reward orders a generator's pictures of ONE caption, by the rules for drawn scenes.
 
-    python -m benchmarks.ordering --run runs/quickstart_align_reward [--captions 128] [--count 8] [--steps 12]
+    python -m benchmarks.ordering --run runs/quickstart_align_reward [--captions 70] [--count 8] [--steps 12]
 
 The generator of the run draws `count` pictures of each held-out caption; the run's reward model scores them at single
 levels and as an ensemble, and `scenes.verify` says what they are worth. Prints, for each level, the mean over captions
@@ -17,6 +17,7 @@ import dinalrm_jax as dina
 from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.scenes.draw import draw_captions
 from dinalrm_jax.scenes.samples import worth
+from dinalrm_jax.weights.files import read_json
 
 LEVELS: tuple[float | tuple[float, ...], ...] = (0.0, 0.2, 0.4, 0.6, 0.8, (0.2, 0.5, 0.7))
 
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> None:
     run = pathlib.Path(values.run)
     generator = dina.Generator.from_pretrained(run / "generator" / "backbone", dtype="float32")
     model = dina.RewardModel.from_pretrained(run / "model", dtype="float32")
-    captions = draw_captions(values.captions, values.seed, held_out=not values.seen)
+    world = read_json(run / "config.json")["config"]["scenes"]
+    captions = draw_captions(values.captions, values.seed, held_out=not values.seen, two_groups=world["two_groups"])
     texts = [caption for caption in captions for _ in range(values.count)]
     latents = generator.sample(texts, (64, 64), values.steps, 1.0, seed=1000 + values.seed, batch_size=64)
     shape = (len(captions), values.count)
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("run", "runs/quickstart_align_reward", "Workdir of the training run.")
-    flags.DEFINE_integer("captions", 128, "Held-out captions.", lower_bound=1)
+    flags.DEFINE_integer("captions", 70, "Held-out captions.", lower_bound=1)
     flags.DEFINE_integer("count", 8, "Pictures of each.", lower_bound=2)
     flags.DEFINE_integer("steps", 12, "Of the sampler.", lower_bound=1)
     flags.DEFINE_integer("seed", 7, "Of captions and pictures.")

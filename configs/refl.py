@@ -45,7 +45,7 @@ def smoke(values: dict, **changed: dict) -> dict:
         "base_model": "runs/hpdv3_smoke/base_model",
         "reward": {"checkpoint": "runs/hpdv3_smoke/model"},
         "prompts": None,
-        "scene_captions": 16,
+        "scenes": {"count": 16},
         "tuning": values["tuning"] | {"steps": 2, "batch_size": 8, "checkpoint_every": 1, "evaluate_every": 2},
         "height": 64,
         "width": 64,

@@ -156,7 +156,7 @@ def with_samples(setup: Setup, config: SamplesConfig) -> Setup:
         def sample(captions, numbers, steps):
             return generator.sample(captions, size, steps, 1.0, config.seed, numbers=numbers, batch_size=64)
 
-        write_sample_records(directory, config, setup.config.model.encoders, sample)
+        write_sample_records(directory, config, setup.config.model.encoders, sample, setup.config.scenes.two_groups)
     processes.barrier("samples")
     if not config.drawn:
         return dataclasses.replace(setup, records=Records(directory))

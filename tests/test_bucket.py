@@ -28,6 +28,7 @@ from dinalrm_jax.devices.mesh import MeshConfig
 from dinalrm_jax.disk import Locked, as_path, bucket, is_whole, local_copy, lock, move, whole_directory, write_json
 from dinalrm_jax.mapping import ConfigError, from_mapping
 from dinalrm_jax.model.config import LoRAConfig
+from dinalrm_jax.scenes.config import SceneCaptionsConfig
 from dinalrm_jax.training.checkpoint import Checkpoints
 from dinalrm_jax.training.metrics import MetricsLog, read_metrics
 from dinalrm_jax.training.optimizer import make_optimizer
@@ -131,8 +132,8 @@ def test_an_alignment_in_a_bucket(runs):
     """On the bucket's own backbone and reward model; a longer run takes the place of the shorter one's policy."""
     config = AlignConfig(
         "tiny", str(runs[1] / "generator" / "backbone"), RewardConfig(str(runs[1] / "model")),
-        StageConfig(8, 1, evaluate_every=1),
-        scene_captions=8, flow_grpo=FlowGRPOConfig(steps=2, window=1, last=1, group=4), lora=LoRAConfig(2, 4.0),
+        StageConfig(8, 1, evaluate_every=1), scenes=SceneCaptionsConfig(8),
+        flow_grpo=FlowGRPOConfig(steps=2, window=1, last=1, group=4), lora=LoRAConfig(2, 4.0),
         height=32, width=32, evaluation=PolicyEvaluationConfig(prompts=2, steps=2), mesh=MeshConfig(data=1),
     )  # fmt: skip
     workdir = as_path("gs://bucket/runs/aligned")

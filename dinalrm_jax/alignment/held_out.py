@@ -37,7 +37,8 @@ class PolicySamples:
     """Images of the held-out prompts.
 
     Attributes:
-        latents: (N, H, W, C).
+        latents: (N, H, W, C); a prompt's images lie `prompts` apart.
+        prompts: how many.
         watched: (noises, N) raw scores at the levels that do not train.
         trained: (N,) by what does.
         distance, ratio: (N,) of the velocities from the reference's, at noise.
@@ -45,6 +46,7 @@ class PolicySamples:
     """
 
     latents: np.ndarray
+    prompts: int
     watched: np.ndarray
     trained: np.ndarray
     distance: np.ndarray
@@ -56,19 +58,20 @@ class PolicySamples:
         mean = self.watched.mean(axis=0)
         values = {
             "held_out_reward": mean.mean(),
-            "held_out_reward_error": _standard_error(mean),
+            "held_out_reward_error": self._standard_error(mean),
             "held_out_reward_noise": self.watched.std(axis=0, ddof=1).mean(),
             "held_out_trained_reward": self.trained.mean(),
             "held_out_distance": self.distance.mean(),
             "held_out_velocity_ratio": self.ratio.mean(),
         }
         for name, scores in self.judged.items():
-            values |= {f"judge_{name}": scores.mean(), f"judge_{name}_error": _standard_error(scores)}
+            values |= {f"judge_{name}": scores.mean(), f"judge_{name}_error": self._standard_error(scores)}
         return {name: float(value) for name, value in values.items()}
 
-
-def _standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    def _standard_error(self, values: np.ndarray) -> float:
+        """Over prompts: images of one are no independent draws."""
+        means = values.reshape(-1, self.prompts).mean(axis=0)
+        return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
 
 
 def judge_of_images(config: JudgeConfig) -> JudgeImages:
@@ -119,14 +122,15 @@ class HeldOutPrompts:
         mesh: Mesh,
         pictures: AnyPath,
     ):
-        self.prompts, self._frozen, self._mesh = list(prompts), frozen, mesh
+        self.prompts, self._frozen, self._mesh = config.evaluation.each * list(prompts), frozen, mesh
+        self._distinct = len(prompts)
         self._judges: dict[str, JudgeImages] = {
             judge.kind: judge_of_images(judge) for judge in config.evaluation.judges
         }
         self._codec, self._drawer, self._pictures, self._config = codec, drawer, pictures, config.evaluation
         self.headline = f"judge_{next(iter(self._judges))}" if self._judges else "held_out_reward"
-        self._size = -(-len(prompts) // row_devices(mesh)) * row_devices(mesh)
-        rows = np.resize(np.arange(len(prompts)), self._size)[local_rows(self._size, mesh)]
+        self._size = -(-len(self.prompts) // row_devices(mesh)) * row_devices(mesh)
+        rows = np.resize(np.arange(len(self.prompts)), self._size)[local_rows(self._size, mesh)]
         texts = [self.prompts[row] for row in rows]
         # The reward's noise is not that which the image was made of: that one would lie on the image's own path.
         names = [f"{row}\0{self.prompts[row]}" for row in rows]
@@ -136,7 +140,7 @@ class HeldOutPrompts:
             encode(texts),
             encode(len(texts) * [""]),
             encode_for_reward(texts),
-            np.asarray(first_number + rows, np.int32),
+            np.asarray(first_number + rows % self._distinct, np.int32),
         )
         self._inputs = put_rows(jax.tree.map(np.asarray, (batch, keys, noises)), self._size, mesh)
         sigmas = jnp.asarray(policy.schedule(config.evaluation.steps))
@@ -175,7 +179,7 @@ class HeldOutPrompts:
         watched, trained_on, away, ratio = (np.asarray(array)[..., : len(self.prompts)] for array in found[1:])
         images = self._codec.decode(latents) if self._judges else None
         judged = {name: judge(self.prompts, images) for name, judge in self._judges.items()}
-        return PolicySamples(latents, watched, trained_on, away, ratio, judged)
+        return PolicySamples(latents, self._distinct, watched, trained_on, away, ratio, judged)
 
     def __call__(self, trained: Params, step: int) -> dict[str, float]:
         """`PolicySamples.summary`; draws the first images to `pictures`."""

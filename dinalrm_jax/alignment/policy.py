@@ -77,17 +77,17 @@ def _velocity(transformer: Functional, params: Params):
 
 
 def read_prompts(config: AlignConfig) -> tuple[list[str], list[str]]:
-    """The prompts to train on and those held out, the file's last ones.
+    """The prompts to train on and those held out: the file's last ones, or captions of scenes that are held out.
 
     Raises:
         ConfigError: an empty line, or too few prompts.
         FileNotFoundError: no such file.
     """
     held_out = config.evaluation.prompts
-    if config.prompts is None:  # captions of the scenes that the generator was trained on, and of those it was not
+    if config.scenes is not None:  # captions of the scenes that the generator was trained on, and of those it was not
         train, judged = (
-            draw.draw_captions(count, config.seed, held_out=kept)
-            for count, kept in ((config.scene_captions, False), (held_out, True))
+            draw.draw_captions(count, config.seed, held_out=kept, two_groups=config.scenes.two_groups)
+            for count, kept in ((config.scenes.count, False), (held_out, True))
         )
         return train, judged
     prompts = pathlib.Path(config.prompts).read_text().splitlines()

@@ -8,6 +8,7 @@ from dinalrm_jax.devices.mesh import MeshConfig
 from dinalrm_jax.mapping import ConfigError, at_least, refuse_ignored
 from dinalrm_jax.model.config import LoRAConfig
 from dinalrm_jax.model.execution import ExecutionConfig
+from dinalrm_jax.scenes.config import SceneCaptionsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +238,8 @@ class RewardConfig:
 class PolicyEvaluationConfig:
     """How a policy is watched: images of held-out prompts with the same noise every time, without noise on the way.
 
-    prompts: how many of the file's last prompts are held out.
+    prompts: how many prompts are held out, the file's last ones.
+    each: images of every one of them.
     steps, guidance: of the sampler.
     sigma: levels that the reward scores at here, not those that it trains with: what rises at one level only is no
         better picture.
@@ -249,6 +251,7 @@ class PolicyEvaluationConfig:
     """
 
     prompts: int = 16
+    each: int = 1
     steps: int = 28
     guidance: float = 4.5
     sigma: tuple[float, ...] = (0.2, 0.5, 0.7)
@@ -259,7 +262,7 @@ class PolicyEvaluationConfig:
     patience: int = 0
 
     def __post_init__(self):
-        at_least(self, 1, ("prompts", "steps", "images"))
+        at_least(self, 1, ("prompts", "each", "steps", "images"))
         at_least(self, 2, ("noises",))
         kinds = [judge.kind for judge in self.judges]
         if len(set(kinds)) < len(kinds):
@@ -276,8 +279,8 @@ class AlignConfig:
     """A generator tuned with a reward model.
 
     base_model: the generator: a diffusers pipeline or a native backbone.
-    prompts: a text file with a prompt a line; None: captions of drawn scenes,
-    scene_captions: so many of them to train on, and others that are held out.
+    prompts: a text file with a prompt a line; or
+    scenes: captions of drawn scenes, with others that are held out.
     reward: what is made larger.
     mixed: further rewards, each normalised apart where advantages are compared.
     tuning: the stage; its batch_size counts images (of `dpo.records` pairs), its sigma is drawn from by DPO and NFT.
@@ -297,7 +300,7 @@ class AlignConfig:
     reward: RewardConfig
     tuning: StageConfig
     prompts: str | None = None
-    scene_captions: int = 0
+    scenes: SceneCaptionsConfig | None = None
     refl: ReFLConfig | None = None
     flow_grpo: FlowGRPOConfig | None = None
     dpo: DPOConfig | None = None
@@ -319,10 +322,8 @@ class AlignConfig:
     profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self):
-        if (self.prompts is None) == (self.scene_captions == 0):
-            raise ConfigError(
-                "name the prompts: a file (prompts=...), or a number of drawn scenes (scene_captions=...)"
-            )
+        if (self.prompts is None) == (self.scenes is None):
+            raise ConfigError("name the prompts: a file (prompts=...), or captions of drawn scenes (scenes=...)")
         chosen = [name for name in ALGORITHMS if getattr(self, name) is not None]
         if len(chosen) != 1:
             raise ConfigError(

@@ -5,6 +5,7 @@ from typing import Literal
 
 from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.mapping import ConfigError, at_least
+from dinalrm_jax.scenes.draw import TWO_GROUPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,12 +13,14 @@ class ScenesConfig:
     """The generated scenes of `dinalrm_jax.scenes.draw` (written to `data` when it is not there).
 
     held_out: what training never sees: some combinations of colour and shape, or a fifth of all captions.
+    two_groups: share of scenes with two groups of objects; the others have one, and there are 360 captions of those.
     """
 
     train_pairs: int = 12000
     eval_pairs: int = 400
     image_size: int = 64
     held_out: Literal["combinations", "captions"] = "combinations"
+    two_groups: float = TWO_GROUPS
     seed: int = 0
 
     def __post_init__(self):
@@ -27,6 +30,28 @@ class ScenesConfig:
             )
         if self.image_size < 16 or self.image_size % 16:
             raise ConfigError(f"image_size must be a positive multiple of 16 pixels, got {self.image_size}")
+        _check_share(self.two_groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneCaptionsConfig:
+    """Captions of drawn scenes, where a fifth of all captions is held out, as prompts to tune a generator with.
+
+    count: of captions, all different.
+    two_groups: share of captions with two groups of objects.
+    """
+
+    count: int
+    two_groups: float = TWO_GROUPS
+
+    def __post_init__(self):
+        at_least(self, 1, ("count",))
+        _check_share(self.two_groups)
+
+
+def _check_share(two_groups: float) -> None:
+    if not 0 <= two_groups <= 1:
+        raise ConfigError(f"two_groups is a share of scenes, from 0 to 1, got {two_groups}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +61,16 @@ class SamplesConfig:
     They are ordered by what `dinalrm_jax.scenes.verify` says of them, as people would: with errors.
 
     train_captions, eval_captions: of the captions that training sees, and of those held out.
-    steps: of the sampler, for each of a caption's samples; few give worse pictures.
-    pairs: of every caption.
+    rounds: how often a caption is sampled,
+    steps: by so many steps of the sampler for each of a round's samples; few give worse pictures.
+    pairs: of every caption's round, among its pictures.
     error: standard deviation of what is added to a picture's worth, of 0 to 5, whenever it is compared.
     drawn: how often the pairs of drawn scenes come beside them in an epoch; 0: not at all.
     """
 
     train_captions: int = 2400
     eval_captions: int = 100
+    rounds: int = 1
     steps: tuple[int, ...] = (12, 12, 12, 6)
     pairs: int = 6
     error: float = 0.3
@@ -51,7 +78,7 @@ class SamplesConfig:
     seed: int = 0
 
     def __post_init__(self):
-        at_least(self, 1, ("train_captions", "eval_captions", "pairs"))
+        at_least(self, 1, ("train_captions", "eval_captions", "rounds", "pairs"))
         if len(self.steps) < 2 or min(self.steps) < 1 or self.error < 0 or self.drawn < 0:
             raise ConfigError(
                 "a caption has at least 2 samples of at least one step, and neither error nor drawn is negative, got "

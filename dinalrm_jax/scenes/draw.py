@@ -50,7 +50,7 @@ HELD_OUT = tuple(
 TRAINED = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
 EXAMPLE = "two red circles on the left and one blue star on the right"
-TWO_GROUPS = 0.3  # share of scenes with two groups
+TWO_GROUPS = 0.3  # share of scenes with two groups, where none is given
 
 VIOLATIONS = ("color", "shape", "count", "position", "exchange")
 DEGRADATIONS = ("blur", "noise", "jpeg", "occlusion")
@@ -87,9 +87,15 @@ class ScenePair:
 
 
 def scene_pairs(
-    count: int, size: int, seed: int, *, held_out: bool, by: Literal["combinations", "captions"] = "combinations"
+    count: int,
+    size: int,
+    seed: int,
+    *,
+    held_out: bool,
+    by: Literal["combinations", "captions"] = "combinations",
+    two_groups: float = TWO_GROUPS,
 ) -> Iterator[ScenePair]:
-    """`count` pairs, half violations and half degradations; pair i depends on (seed, held_out, by, i) only.
+    """`count` pairs, half violations and half degradations; pair i depends on i and the arguments after `count` only.
 
     Args:
         count: number of pairs.
@@ -97,13 +103,14 @@ def scene_pairs(
         seed: of everything random.
         held_out: whether the scenes are those held out.
         by: what is held out: scenes of HELD_OUT combinations, or all scenes whose caption `is_held_out`.
+        two_groups: share of scenes with two groups.
     """
     combinations = COMBINATIONS if by == "captions" else HELD_OUT if held_out else TRAINED
     for index in range(count):
         rng = np.random.Generator(np.random.Philox(key=[seed, 2 * index + held_out]))
-        scene = draw_scene(rng, combinations)
+        scene = draw_scene(rng, combinations, two_groups)
         while by == "captions" and is_held_out(caption(scene)) != held_out:
-            scene = draw_scene(rng, combinations)
+            scene = draw_scene(rng, combinations, two_groups)
         if index % 2:
             defect = str(rng.choice(DEGRADATIONS))
             kind, rejected = f"degraded/{defect}", degrade(render(scene, size, rng), defect, rng)
@@ -148,7 +155,7 @@ def is_held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % 5 == 0
 
 
-def draw_captions(count: int, seed: int, *, held_out: bool) -> list[str]:
+def draw_captions(count: int, seed: int, *, held_out: bool, two_groups: float = TWO_GROUPS) -> list[str]:
     """`count` captions of all combinations, different ones, of those held out or of the others.
 
     Raises:
@@ -160,16 +167,18 @@ def draw_captions(count: int, seed: int, *, held_out: bool) -> list[str]:
             break
         if drawn > 100 * count + 10_000:
             raise ConfigError(f"there are hardly {count} captions of scenes, {len(found)} were found; ask for fewer")
-        text = caption(draw_scene(rng, COMBINATIONS))
+        text = caption(draw_scene(rng, COMBINATIONS, two_groups))
         if is_held_out(text) == held_out:
             found[text] = None
     return list(found)
 
 
-def draw_scene(rng: np.random.Generator, combinations: tuple[tuple[str, str], ...]) -> tuple[Group, ...]:
+def draw_scene(
+    rng: np.random.Generator, combinations: tuple[tuple[str, str], ...], two_groups: float = TWO_GROUPS
+) -> tuple[Group, ...]:
     """One group, or two different ones in opposite halves."""
     side = str(rng.choice(list(SIDES)))
-    chosen = rng.choice(len(combinations), size=1 + int(rng.random() < TWO_GROUPS), replace=False)
+    chosen = rng.choice(len(combinations), size=1 + int(rng.random() < two_groups), replace=False)
     sides = (side, SIDES[side])
     groups = []
     for index, place in zip(chosen, sides):

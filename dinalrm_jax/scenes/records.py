@@ -27,7 +27,12 @@ def write_scene_records(directory: str | pathlib.Path, config: ScenesConfig, enc
         for split, count in (("train", config.train_pairs), ("eval", config.eval_pairs)):
             pairs[split] = []
             for pair in draw.scene_pairs(
-                count, config.image_size, config.seed, held_out=split == "eval", by=config.held_out
+                count,
+                config.image_size,
+                config.seed,
+                held_out=split == "eval",
+                by=config.held_out,
+                two_groups=config.two_groups,
             ):
                 for role in ("chosen", "rejected"):
                     name = f"{split}/{len(pairs[split])}/{role}"

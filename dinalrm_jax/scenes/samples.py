@@ -6,7 +6,7 @@ speckled, which a reward model that never saw them may well like, and a policy t
 
 import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -45,34 +45,43 @@ def broken(latents: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarr
 
 
 def write_sample_records(
-    directory: str | pathlib.Path, config: SamplesConfig, encoders: EncodersConfig, sample: Sample
+    directory: str | pathlib.Path,
+    config: SamplesConfig,
+    encoders: EncodersConfig,
+    sample: Sample,
+    two_groups: float = draw.TWO_GROUPS,
 ) -> None:
     """Samples, judges and writes the pairs; whole or not at all.
 
-    Pairs are drawn evenly among those of a caption whose pictures differ in worth.
+    Pairs are drawn evenly among those of a caption's round whose pictures differ in worth.
+
+    Args:
+        directory: of the records.
+        config: how many of what.
+        encoders: of the captions, the tiny ones.
+        sample: the generator.
+        two_groups: share of captions with two groups of objects.
     """
     images: list[records.ImageRecord] = []
     prompts: list[str] = []
     pairs: dict[str, list[records.PairRecord]] = {"train": [], "eval": []}
-    with tqdm(total=config.train_captions + config.eval_captions, desc="judging samples", unit="caption") as bar:
+    total = config.rounds * (config.train_captions + config.eval_captions)
+    with tqdm(total=total, desc="judging samples", unit="round") as bar:
         for split, count in (("train", config.train_captions), ("eval", config.eval_captions)):
-            captions = draw.draw_captions(count, config.seed, held_out=split == "eval")
-            for start in range(0, count, CAPTIONS):
-                some = captions[start : start + CAPTIONS]
-                drawn = _sampled(some, config.steps, sample)
-                for caption, samples in zip(some, drawn):
-                    rng = np.random.default_rng([config.seed, len(prompts)])
-                    members = _members(caption, samples, rng)
-                    for number, (kind, latents, _) in enumerate(members):
-                        name = f"{split}/{len(prompts)}/{number}-{kind}"
-                        images.append(records.ImageRecord(latents.astype(np.float32), name))
-                    first = len(images) - len(members)
-                    for chosen, rejected in _compared(members, config, rng):
-                        kind = f"{members[chosen][0]}/{members[rejected][0]}"
-                        pair = records.PairRecord(first + chosen, first + rejected, len(prompts), kind)
-                        pairs[split].append(pair)
-                    prompts.append(caption)
-                    bar.update()
+            captions = draw.draw_captions(count, config.seed, held_out=split == "eval", two_groups=two_groups)
+            for place, number, samples in _rounds(captions, config, sample):
+                prompt = len(prompts) + place
+                rng = np.random.default_rng([config.seed, prompt, number])
+                members = _members(captions[place], samples, rng)
+                first = len(images)
+                for kind, latents, _ in members:
+                    name = f"{split}/{prompt}/{number}/{len(images) - first}-{kind}"
+                    images.append(records.ImageRecord(latents.astype(np.float32), name))
+                for chosen, rejected in _compared(members, config, rng):
+                    kind = f"{members[chosen][0]}/{members[rejected][0]}"
+                    pairs[split].append(records.PairRecord(first + chosen, first + rejected, prompt, kind))
+                bar.update()
+            prompts += captions
     embeds, pooled = tiny.encode_prompts(prompts, encoders.text_length, tiny.TEXT_WIDTH)
     records.write(
         directory,
@@ -90,13 +99,22 @@ def _side(latents: np.ndarray) -> int:
     return tiny.BLOCK * len(latents)
 
 
-def _sampled(captions: Sequence[str], steps: Sequence[int], sample: Sample) -> np.ndarray:
-    """(captions, samples, h, w, C), as many steps each as asked for."""
+def _rounds(captions: Sequence[str], config: SamplesConfig, sample: Sample) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(place of a caption, number of a round, its samples), of all captions and rounds."""
+    for number, start in itertools.product(range(config.rounds), range(0, len(captions), CAPTIONS)):
+        drawn = _sampled(captions[start : start + CAPTIONS], number, config.steps, sample)
+        for place, samples in enumerate(drawn, start):
+            yield place, number, samples
+
+
+def _sampled(captions: Sequence[str], round_number: int, steps: Sequence[int], sample: Sample) -> np.ndarray:
+    """(captions, samples, h, w, C) of a round, as many steps each as asked for."""
     by_number = {}
     for wanted in dict.fromkeys(steps):
         numbers = [number for number, each in enumerate(steps) if each == wanted]
         rows = list(itertools.product(captions, numbers))
-        found = sample([caption for caption, _ in rows], [number for _, number in rows], wanted)
+        first = round_number * len(steps)
+        found = sample([caption for caption, _ in rows], [first + number for _, number in rows], wanted)
         by_number |= dict(zip(numbers, found.reshape(len(captions), len(numbers), *found.shape[1:]).swapaxes(0, 1)))
     return np.stack([by_number[number] for number in range(len(steps))], axis=1)
 

@@ -46,6 +46,7 @@ from dinalrm_jax.model.batch import PreferenceBatch
 from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.noise import NoiseDraw, SigmaConfig, draw_noise
 from dinalrm_jax.scenes import draw
+from dinalrm_jax.scenes.config import SceneCaptionsConfig
 from dinalrm_jax.training.metrics import NonFiniteLoss
 from dinalrm_jax.weights.pretrained import load_backbone
 from tests.alignment.conftest import PROMPTS, REFL
@@ -257,8 +258,10 @@ def metrics_of(workdir):
     ["refl", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("flow_grpo", "nft", "dpo", "lpo"))],
 )
 def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
-    """The frozen arrays stay; the adapters that are written give the policy that was watched."""
-    config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))  # whose loops must agree on their steps
+    """The frozen arrays stay; the adapters that are written give the policy that was watched, by two images each."""
+    evaluation = dataclasses.replace(config.evaluation, each=2)
+    # Whose loops must agree on their steps.
+    config = dataclasses.replace(config, evaluation=evaluation, mesh=MeshConfig(data=2, fsdp=2))
     if algorithm != "refl":
         known = {
             "flow_grpo": dataclasses.replace(GRPO, group=2, updates=2),
@@ -281,9 +284,9 @@ def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
     assert (tmp_path / "run" / "before_after.png").stat().st_size > 0
     policy = dina.Generator.from_pretrained(tiny_pipeline, tmp_path / "run" / "policy")
     # The same images by the written adapters, and their scores under noise that they were not made of.
-    held_out = PROMPTS[-2:]
+    held_out = 2 * PROMPTS[-2:]
     drawn = [
-        np.asarray(draw_noise(NoiseDraw(seed).keys([f"{n}\0{text}" for n, text in enumerate(held_out)]), (2, 4, 6, 16)))
+        np.asarray(draw_noise(NoiseDraw(seed).keys([f"{n}\0{text}" for n, text in enumerate(held_out)]), (4, 4, 6, 16)))
         for seed in (1, 2, 3)
     ]
     latents = policy.sample(held_out, steps=3, guidance=1.5, noise=drawn[0], text_length=16)
@@ -295,7 +298,11 @@ def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
         ],
         axis=0,
     )
-    assert told["after"]["held_out_reward"] == pytest.approx(scores.mean(), abs=1e-3 * float(np.abs(scores).max()))
+    exact = 1e-3 * float(np.abs(scores).max())
+    assert told["after"]["held_out_reward"] == pytest.approx(scores.mean(), abs=exact)
+    # Two prompts: the error of their mean is half of the difference of their images' means.
+    apart = (scores[0] + scores[2] - scores[1] - scores[3]) / 2
+    assert told["after"]["held_out_reward_error"] == pytest.approx(abs(apart) / 2, abs=exact)
     base = dina.Generator.from_pretrained(tiny_pipeline)
     changed = {name for name, array in base.params.items() if not np.array_equal(array, policy.params[name])}
     assert changed
@@ -472,7 +479,7 @@ def test_what_is_refused_before_the_first_step(config, reward_checkpoint, tmp_pa
         dataclasses.replace(config, reference_scale="error", reference_weight=1.0)
     with pytest.raises(ConfigError, match="pretraining names the images and pretraining_weight"):
         ReFLConfig(pretraining_weight=0.1)
-    captions = dataclasses.replace(config, prompts=None, scene_captions=20)
+    captions = dataclasses.replace(config, prompts=None, scenes=SceneCaptionsConfig(20, 0.0))
     train, held_out = read_prompts(captions)
     assert (len(train), len(held_out)) == (20, 2)
     assert not set(train) & set(held_out)

@@ -69,6 +69,32 @@ def test_people_err_where_pictures_are_alike(tmp_path):
     assert gap[wrong].mean() < gap[~wrong].mean()
 
 
+def test_every_round_has_pictures_of_its_own(tmp_path):
+    """Samples of other numbers, a scene and a broken picture of its own; pairs compare pictures of one round."""
+    asked = []
+
+    def noted(captions, numbers, steps):
+        asked.extend((caption, number, steps) for caption, number in zip(captions, numbers))
+        return sample(captions, numbers, steps)
+
+    config = SamplesConfig(train_captions=5, eval_captions=2, rounds=3, steps=(8, 3), pairs=4)
+    write_sample_records(tmp_path / "data", config, EncodersConfig("tiny", 16), noted, two_groups=0.0)
+    assert len(asked) == len(set(asked)) == 7 * 3 * 2
+    assert {number: steps for _, number, steps in asked} == {0: 8, 1: 3, 2: 8, 3: 3, 4: 8, 5: 3}
+    records = Records(tmp_path / "data")
+    assert len(records.prompts) == 7
+    assert all(" and " not in records.prompts[number].text for number in range(7))
+    names = [records.images[number].name for number in range(len(records.images))]
+    assert len(set(names)) == 7 * 3 * 4
+    for split in ("train", "eval"):
+        pairs = [records.pairs(split)[number] for number in range(len(records.pairs(split)))]
+        assert pairs
+        for pair in pairs:
+            of_chosen, of_rejected = (names[image].split("/") for image in (pair.chosen, pair.rejected))
+            assert of_chosen[:3] == of_rejected[:3] == [split, str(pair.prompt), of_chosen[2]]
+        assert {names[pair.chosen].split("/")[2] for pair in pairs} == {"0", "1", "2"}
+
+
 @pytest.mark.heavy
 def test_a_reward_learns_from_samples_beside_drawn_scenes(tmp_path):
     """A run trains its generator, samples it once, and reports on both kinds of pairs."""

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from dinalrm_jax.encoders import tiny
+from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.scenes import draw
+from dinalrm_jax.scenes.config import ScenesConfig
 from dinalrm_jax.scenes.draw import COUNTS, Group
 
 
@@ -18,6 +20,20 @@ def test_held_out_combinations_are_never_seen_in_training():
             for part in pair.caption.split(" and "):
                 _, color, shape, *_ = part.split()
                 assert (color, shape.removesuffix("s")) in allowed
+
+
+def test_scenes_of_one_group_are_360():
+    """A world without scenes of two groups has 360 captions; a fifth of them, 77, is held out."""
+    found = [draw.draw_captions(count, 0, held_out=kept, two_groups=0.0) for count, kept in ((283, False), (77, True))]
+    assert len({*found[0], *found[1]}) == 360
+    assert all(len(draw.parse(caption)) == 1 for captions in found for caption in captions)
+    with pytest.raises(ConfigError, match="there are hardly 78 captions of scenes, 77 were found"):
+        draw.draw_captions(78, 0, held_out=True, two_groups=0.0)
+    pairs = list(draw.scene_pairs(40, 16, 0, held_out=False, by="captions", two_groups=1.0))
+    assert all(len(draw.parse(pair.caption)) == 2 for pair in pairs)
+    for share in (-0.1, 1.5):
+        with pytest.raises(ConfigError, match="two_groups is a share of scenes, from 0 to 1"):
+            ScenesConfig(two_groups=share)
 
 
 @pytest.mark.parametrize("combinations", [draw.TRAINED, draw.HELD_OUT], ids=["trained", "held out"])
