@@ -17,7 +17,7 @@ import dinalrm_jax as dina
 from dinalrm_jax.devices.compilation import enable_compilation_cache
 from dinalrm_jax.scenes.draw import draw_captions
 from dinalrm_jax.scenes.samples import worth
-from dinalrm_jax.weights.files import read_json
+from dinalrm_jax.training.workdir import read_claim
 
 LEVELS: tuple[float | tuple[float, ...], ...] = (0.0, 0.2, 0.4, 0.6, 0.8, (0.2, 0.5, 0.7))
 
@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
     run = pathlib.Path(values.run)
     generator = dina.Generator.from_pretrained(run / "generator" / "backbone", dtype="float32")
     model = dina.RewardModel.from_pretrained(run / "model", dtype="float32")
-    world = read_json(run / "config.json")["config"]["scenes"]
-    captions = draw_captions(values.captions, values.seed, held_out=not values.seen, two_groups=world["two_groups"])
+    scenes = read_claim(run).config.scenes
+    captions = draw_captions(values.captions, values.seed, held_out=not values.seen, two_groups=scenes.two_groups)
     texts = [caption for caption in captions for _ in range(values.count)]
     latents = generator.sample(texts, (64, 64), values.steps, 1.0, seed=1000 + values.seed, batch_size=64)
     shape = (len(captions), values.count)

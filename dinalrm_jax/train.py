@@ -15,7 +15,7 @@ from dinalrm_jax.cli.options import TrainOptions
 answer_help(__name__, __doc__, TrainOptions)  # before the imports that take a second
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ from dinalrm_jax.model.reward import is_trainable, reward_functional
 from dinalrm_jax.model.tables import WeightsError
 from dinalrm_jax.noise import NoiseDraw
 from dinalrm_jax.scenes.config import SamplesConfig
-from dinalrm_jax.scenes.samples import write_sample_records
+from dinalrm_jax.scenes.samples import sample_captions, write_sample_records
 from dinalrm_jax.timing.forecast import check_memory
 from dinalrm_jax.training.checkpoint import BestCheckpoint, CheckpointError
 from dinalrm_jax.training.finish import report, save_model
@@ -69,6 +69,8 @@ def run(config: TrainConfig, workdir: AnyPath) -> PairScores:
         CheckpointError, OSError: a full disk, above all; the last whole checkpoint is kept.
     """
     with alone(workdir):
+        if config.samples is not None:  # there may not be so many
+            captions = sample_captions(config.samples, config.scenes.two_groups)
         setup = set_up(config, workdir)
         config, mesh = setup.config, setup.mesh
         unconditional = empty_prompt(config, setup.base_model, workdir)  # before anything else is on the devices
@@ -78,7 +80,7 @@ def run(config: TrainConfig, workdir: AnyPath) -> PairScores:
         if config.generator is not None and not is_whole(workdir / "generator" / "backbone"):
             train_generator(setup)
         if config.samples is not None:
-            setup = with_samples(setup, config.samples)
+            setup = with_samples(setup, config.samples, captions)
         judged = config.evaluation
         scorer = PairScorer(
             module, setup.records, "eval", mesh, batch_size=judged.batch_size, max_pairs=judged.max_pairs
@@ -143,7 +145,7 @@ def train_generator(setup: Setup) -> None:
     processes.barrier("generator")
 
 
-def with_samples(setup: Setup, config: SamplesConfig) -> Setup:
+def with_samples(setup: Setup, config: SamplesConfig, captions: Mapping[str, Sequence[str]]) -> Setup:
     """The run on pairs of its generator's own pictures, WORKDIR/samples, which are drawn where they are not there.
 
     The pairs of drawn scenes, that the generator learned from, may stand beside them.
@@ -156,7 +158,7 @@ def with_samples(setup: Setup, config: SamplesConfig) -> Setup:
         def sample(captions, numbers, steps):
             return generator.sample(captions, size, steps, 1.0, config.seed, numbers=numbers, batch_size=64)
 
-        write_sample_records(directory, config, setup.config.model.encoders, sample, setup.config.scenes.two_groups)
+        write_sample_records(directory, config, captions, setup.config.model.encoders, sample)
     processes.barrier("samples")
     if not config.drawn:
         return dataclasses.replace(setup, records=Records(directory))

@@ -33,6 +33,7 @@ from dinalrm_jax.noise import NoiseDraw, draw_noise
 from dinalrm_jax.training.checkpoint import BestCheckpoint, CheckpointError, Checkpoints
 from dinalrm_jax.training.metrics import NonFiniteLoss, read_metrics
 from dinalrm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dinalrm_jax.training.preflight import check_records
 from dinalrm_jax.training.profiling import ProfileWindow
 from dinalrm_jax.training.setup import set_up
 from dinalrm_jax.training.step import TrainState
@@ -506,6 +507,19 @@ def test_records_of_other_encoders_are_refused(config, finished, tmp_path):
     scenes = dataclasses.replace(config.scenes, seed=9)
     with pytest.raises(RecordsError, match="holds other scenes than the config asks for"):
         train.run(dataclasses.replace(config, scenes=scenes), tmp_path / "run")
+
+
+def test_records_of_an_earlier_version_are_the_same_scenes(config, tmp_path):
+    """Their manifest lacks what has been added since; what was not said was as it is by default."""
+    shutil.copytree(config.data, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["source"]["scenes"].pop("two_groups") == 0.3
+    path.write_text(json.dumps(manifest))
+    check_records(Records(tmp_path / "data"), config, None)
+    scenes = dataclasses.replace(config.scenes, two_groups=0.0)
+    with pytest.raises(RecordsError, match="holds other scenes than the config asks for"):
+        check_records(Records(tmp_path / "data"), dataclasses.replace(config, scenes=scenes), None)
 
 
 def test_latents_of_another_vae_are_refused(config, finished, tiny_pipeline, tmp_path):

@@ -8,6 +8,8 @@ OF_LOSSES, OF_RUNS = "tests/alignment/test_losses.py", "tests/alignment/test_ali
 OF_GENERATOR, OF_PLANS = "tests/test_generator.py", "tests/timing/test_plan.py"
 SAMPLING, GRPO = "dinalrm_jax/sampling.py", "dinalrm_jax/alignment/flow_grpo.py"
 REWARDS = "dinalrm_jax/alignment/rewards.py"
+SAMPLES, OF_SAMPLES = "dinalrm_jax/scenes/samples.py", "tests/scenes/test_samples.py"
+HELD_OUT = "dinalrm_jax/alignment/held_out.py"
 ADAPTER, POLICY = "dinalrm_jax/weights/adapter.py", "dinalrm_jax/alignment/policy.py"
 
 MUTANTS = [
@@ -84,6 +86,14 @@ MUTANTS = [
            "tests/training/test_loop.py -k told"),
     Mutant("the rules count nothing", "dinalrm_jax/scenes/verify.py", "abs(len(found) - group.count)", "abs(0)", "tests/scenes/test_verify.py"),
     Mutant("everything is on its side", "dinalrm_jax/scenes/verify.py", "[side] < EDGE", "[side] < 1", "tests/scenes/test_verify.py"),
+    Mutant("rounds have one scene", SAMPLES, "[config.seed, prompt, number]", "[config.seed, prompt]", OF_SAMPLES),
+    Mutant("rounds have the same samples", SAMPLES, "first + number for number in numbers", "number for number in numbers", OF_SAMPLES),
+    Mutant("every chunk's captions are the first", SAMPLES, "enumerate(drawn, start)", "enumerate(drawn)", OF_SAMPLES),
+    Mutant("prompts of another world", POLICY, "two_groups=config.scenes.two_groups", "two_groups=0.5", f"{OF_RUNS} -k refused_before"),
+    Mutant("the second image is of no prompt", HELD_OUT, "rows % self._prompt_count", "rows", f"{OF_RUNS} -k judged_as_its_own"),
+    Mutant("an error over images", HELD_OUT, "values.reshape(-1, self.prompt_count).mean(axis=0)", "values", f"{OF_RUNS} -k judged_as_its_own"),
+    Mutant("captions that are cut short", "dinalrm_jax/scenes/records.py", "encoders.text_length < longest", "encoders.text_length < 0",
+           "tests/scenes/test_scenes.py"),
     Mutant("people prefer the worse", "dinalrm_jax/scenes/samples.py", "(one, other) if gap > 0 else (other, one)",
            "(other, one) if gap > 0 else (one, other)", "tests/scenes/test_samples.py"),
     Mutant("a judge's fall is no hacking", "dinalrm_jax/alignment/held_out.py", "fell > max(0.0, ALARM * error)", "fell < ALARM * error",

@@ -37,8 +37,8 @@ class PolicySamples:
     """Images of the held-out prompts.
 
     Attributes:
-        latents: (N, H, W, C); a prompt's images lie `prompts` apart.
-        prompts: how many.
+        latents: (N, H, W, C); a prompt's images lie `prompt_count` apart.
+        prompt_count: how many prompts.
         watched: (noises, N) raw scores at the levels that do not train.
         trained: (N,) by what does.
         distance, ratio: (N,) of the velocities from the reference's, at noise.
@@ -46,7 +46,7 @@ class PolicySamples:
     """
 
     latents: np.ndarray
-    prompts: int
+    prompt_count: int
     watched: np.ndarray
     trained: np.ndarray
     distance: np.ndarray
@@ -70,7 +70,7 @@ class PolicySamples:
 
     def _standard_error(self, values: np.ndarray) -> float:
         """Over prompts: images of one are no independent draws."""
-        means = values.reshape(-1, self.prompts).mean(axis=0)
+        means = values.reshape(-1, self.prompt_count).mean(axis=0)
         return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
 
 
@@ -122,25 +122,25 @@ class HeldOutPrompts:
         mesh: Mesh,
         pictures: AnyPath,
     ):
-        self.prompts, self._frozen, self._mesh = config.evaluation.each * list(prompts), frozen, mesh
-        self._distinct = len(prompts)
+        self._texts, self._frozen, self._mesh = config.evaluation.each * list(prompts), frozen, mesh
+        self._prompt_count = len(prompts)
         self._judges: dict[str, JudgeImages] = {
             judge.kind: judge_of_images(judge) for judge in config.evaluation.judges
         }
         self._codec, self._drawer, self._pictures, self._config = codec, drawer, pictures, config.evaluation
         self.headline = f"judge_{next(iter(self._judges))}" if self._judges else "held_out_reward"
-        self._size = -(-len(self.prompts) // row_devices(mesh)) * row_devices(mesh)
-        rows = np.resize(np.arange(len(self.prompts)), self._size)[local_rows(self._size, mesh)]
-        texts = [self.prompts[row] for row in rows]
+        self._size = -(-len(self._texts) // row_devices(mesh)) * row_devices(mesh)
+        rows = np.resize(np.arange(len(self._texts)), self._size)[local_rows(self._size, mesh)]
+        texts = [self._texts[row] for row in rows]
         # The reward's noise is not that which the image was made of: that one would lie on the image's own path.
-        names = [f"{row}\0{self.prompts[row]}" for row in rows]
+        names = [f"{row}\0{self._texts[row]}" for row in rows]
         keys = NoiseDraw(EVALUATION_SEED).keys(names)
         noises = [NoiseDraw(EVALUATION_SEED + 1 + number).keys(names) for number in range(config.evaluation.noises)]
         batch = PromptBatch(
             encode(texts),
             encode(len(texts) * [""]),
             encode_for_reward(texts),
-            np.asarray(first_number + rows % self._distinct, np.int32),
+            np.asarray(first_number + rows % self._prompt_count, np.int32),
         )
         self._inputs = put_rows(jax.tree.map(np.asarray, (batch, keys, noises)), self._size, mesh)
         sigmas = jnp.asarray(policy.schedule(config.evaluation.steps))
@@ -175,11 +175,11 @@ class HeldOutPrompts:
         self.compile(trained)
         with jax.set_mesh(self._mesh):
             found = self._program({**self._frozen, **trained}, *self._inputs)
-        latents = np.asarray(found[0])[: len(self.prompts)]
-        watched, trained_on, away, ratio = (np.asarray(array)[..., : len(self.prompts)] for array in found[1:])
+        latents = np.asarray(found[0])[: len(self._texts)]
+        watched, trained_on, away, ratio = (np.asarray(array)[..., : len(self._texts)] for array in found[1:])
         images = self._codec.decode(latents) if self._judges else None
-        judged = {name: judge(self.prompts, images) for name, judge in self._judges.items()}
-        return PolicySamples(latents, self._distinct, watched, trained_on, away, ratio, judged)
+        judged = {name: judge(self._texts, images) for name, judge in self._judges.items()}
+        return PolicySamples(latents, self._prompt_count, watched, trained_on, away, ratio, judged)
 
     def __call__(self, trained: Params, step: int) -> dict[str, float]:
         """`PolicySamples.summary`; draws the first images to `pictures`."""
@@ -252,7 +252,7 @@ def report(
 
 
 def _draw_before_after(path, prompts, before: PolicySamples, after: PolicySamples, drawer: Decoder, images: int):
-    count = min(images, len(prompts))
+    count = min(images, len(before.latents))
     figure = new_figure(1.6 * count, 3.8)
     axes = figure.subplots(2, count, squeeze=False)
     for row, (name, found) in enumerate((("before", before), ("after", after))):
@@ -265,7 +265,7 @@ def _draw_before_after(path, prompts, before: PolicySamples, after: PolicySample
             if not place:
                 axis.set_ylabel(name)
             if row:
-                axis.set_xlabel(shortened(prompts[place], 24), fontsize=7, parse_math=False)
+                axis.set_xlabel(shortened(prompts[place % len(prompts)], 24), fontsize=7, parse_math=False)
     figure.suptitle("The same noise before and after; the reward at the levels of evaluation.sigma", fontsize=10)
     save(figure, path)
 

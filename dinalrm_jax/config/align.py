@@ -238,12 +238,12 @@ class RewardConfig:
 class PolicyEvaluationConfig:
     """How a policy is watched: images of held-out prompts with the same noise every time, without noise on the way.
 
-    prompts: how many prompts are held out, the file's last ones.
+    prompts: how many prompts are held out: the file's last ones, or captions of scenes of their own.
     each: images of every one of them.
     steps, guidance: of the sampler.
     sigma: levels that the reward scores at here, not those that it trains with: what rises at one level only is no
         better picture.
-    images: how many of them are drawn at every evaluation,
+    images: how many of these are drawn at every evaluation,
     preview: by TAESD3 in the VAE's place, faster and a little off: a directory or the hub id madebyollin/taesd3.
     noises: the reward scores every image under so many noises; their spread is the reward's own error.
     judges: of the decoded images; the first one says which state is the best, where there is one.
@@ -323,7 +323,10 @@ class AlignConfig:
 
     def __post_init__(self):
         if (self.prompts is None) == (self.scenes is None):
-            raise ConfigError("name the prompts: a file (prompts=...), or captions of drawn scenes (scenes=...)")
+            raise ConfigError(
+                "the prompts are those of a file (prompts=...) or captions of drawn scenes (scenes=...): give one of "
+                "them, and the other as None"
+            )
         chosen = [name for name in ALGORITHMS if getattr(self, name) is not None]
         if len(chosen) != 1:
             raise ConfigError(

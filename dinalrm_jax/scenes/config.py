@@ -5,7 +5,8 @@ from typing import Literal
 
 from dinalrm_jax.data.config import PreparationConfig
 from dinalrm_jax.mapping import ConfigError, at_least
-from dinalrm_jax.scenes.draw import TWO_GROUPS
+
+TWO_GROUPS = 0.3  # share of scenes with two groups of objects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +62,9 @@ class SamplesConfig:
     They are ordered by what `dinalrm_jax.scenes.verify` says of them, as people would: with errors.
 
     train_captions, eval_captions: of the captions that training sees, and of those held out.
-    rounds: how often a caption is sampled,
-    steps: by so many steps of the sampler for each of a round's samples; few give worse pictures.
-    pairs: of every caption's round, among its pictures.
+    rounds: how often a caption is sampled, each time beside a scene and a broken picture of their own;
+    steps: of the sampler, for each of a round's samples; few give worse pictures.
+    pairs: of a round, at most: those whose pictures differ in worth.
     error: standard deviation of what is added to a picture's worth, of 0 to 5, whenever it is compared.
     drawn: how often the pairs of drawn scenes come beside them in an epoch; 0: not at all.
     """
@@ -81,8 +82,14 @@ class SamplesConfig:
         at_least(self, 1, ("train_captions", "eval_captions", "rounds", "pairs"))
         if len(self.steps) < 2 or min(self.steps) < 1 or self.error < 0 or self.drawn < 0:
             raise ConfigError(
-                "a caption has at least 2 samples of at least one step, and neither error nor drawn is negative, got "
+                "a round has at least 2 samples of at least one step, and neither error nor drawn is negative, got "
                 f"{self.steps}, {self.error} and {self.drawn}"
+            )
+        pictures = len(self.steps) + 2
+        if self.pairs > pictures * (pictures - 1) // 2:
+            raise ConfigError(
+                f"a round's {pictures} pictures (samples, a scene and a broken one) make "
+                f"{pictures * (pictures - 1) // 2} pairs, got pairs {self.pairs}"
             )
 
 

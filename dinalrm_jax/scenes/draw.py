@@ -30,6 +30,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring")
 COUNTS = ("one", "two", "three")
+WORDS = 6  # of a group's description: "one red circle on the left"; "and" stands between two
 SIDES = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 COMBINATIONS = tuple(itertools.product(COLORS, SHAPES))
@@ -50,7 +51,6 @@ HELD_OUT = tuple(
 TRAINED = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
 EXAMPLE = "two red circles on the left and one blue star on the right"
-TWO_GROUPS = 0.3  # share of scenes with two groups, where none is given
 
 VIOLATIONS = ("color", "shape", "count", "position", "exchange")
 DEGRADATIONS = ("blur", "noise", "jpeg", "occlusion")
@@ -92,8 +92,8 @@ def scene_pairs(
     seed: int,
     *,
     held_out: bool,
-    by: Literal["combinations", "captions"] = "combinations",
-    two_groups: float = TWO_GROUPS,
+    by: Literal["combinations", "captions"],
+    two_groups: float,
 ) -> Iterator[ScenePair]:
     """`count` pairs, half violations and half degradations; pair i depends on i and the arguments after `count` only.
 
@@ -155,7 +155,7 @@ def is_held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % 5 == 0
 
 
-def draw_captions(count: int, seed: int, *, held_out: bool, two_groups: float = TWO_GROUPS) -> list[str]:
+def draw_captions(count: int, seed: int, *, held_out: bool, two_groups: float) -> list[str]:
     """`count` captions of all combinations, different ones, of those held out or of the others.
 
     Raises:
@@ -166,7 +166,10 @@ def draw_captions(count: int, seed: int, *, held_out: bool, two_groups: float = 
         if len(found) == count:
             break
         if drawn > 100 * count + 10_000:
-            raise ConfigError(f"there are hardly {count} captions of scenes, {len(found)} were found; ask for fewer")
+            raise ConfigError(
+                f"there are hardly {count} captions of scenes {'held out' if held_out else 'to train on'}, with a "
+                f"share of {two_groups} of two groups: {len(found)} were found; ask for fewer"
+            )
         text = caption(draw_scene(rng, COMBINATIONS, two_groups))
         if is_held_out(text) == held_out:
             found[text] = None
@@ -174,7 +177,7 @@ def draw_captions(count: int, seed: int, *, held_out: bool, two_groups: float = 
 
 
 def draw_scene(
-    rng: np.random.Generator, combinations: tuple[tuple[str, str], ...], two_groups: float = TWO_GROUPS
+    rng: np.random.Generator, combinations: tuple[tuple[str, str], ...], two_groups: float
 ) -> tuple[Group, ...]:
     """One group, or two different ones in opposite halves."""
     side = str(rng.choice(list(SIDES)))

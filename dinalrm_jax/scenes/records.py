@@ -16,10 +16,16 @@ def write_scene_records(directory: str | pathlib.Path, config: ScenesConfig, enc
     """Draws, encodes and writes the training and held-out pairs; whole or not at all.
 
     Raises:
-        ConfigError: encoders other than the tiny ones.
+        ConfigError: encoders other than the tiny ones, or such as cut the captions short.
     """
     if encoders.kind != "tiny":
         raise ConfigError(f"scenes are encoded by the tiny encoders; model.encoders.kind is {encoders.kind!r}")
+    longest = draw.WORDS if config.two_groups == 0 else 2 * draw.WORDS + 1
+    if encoders.text_length < longest:
+        raise ConfigError(
+            f"these scenes' captions have up to {longest} words, of which the encoders read {encoders.text_length}; "
+            "set model.encoders.text_length"
+        )
     images: list[records.ImageRecord] = []
     prompts: dict[str, int] = {}
     pairs: dict[str, list[records.PairRecord]] = {}

@@ -25,6 +25,7 @@ from dinalrm_jax.model.backbone.sd3.transformer import SD3Transformer
 from dinalrm_jax.model.backbone.sd3.weights import table
 from dinalrm_jax.model.parameters import functional
 from dinalrm_jax.scenes import draw
+from dinalrm_jax.scenes.config import TWO_GROUPS
 from dinalrm_jax.weights.files import save_safetensors
 
 SHAPES = ((64, 64), (96, 64), (64, 96))  # height, width of the images, in turn
@@ -160,7 +161,9 @@ def write_hpdv3(directory: str | pathlib.Path, train_pairs: int, eval_pairs: int
         (partial / "images").mkdir()
         for split, file, count in (("train", "train.json", train_pairs), ("eval", "test.json", eval_pairs)):
             rows = []
-            for number, pair in enumerate(draw.scene_pairs(count, 64, seed, held_out=split == "eval")):
+            for number, pair in enumerate(
+                draw.scene_pairs(count, 64, seed, held_out=split == "eval", by="combinations", two_groups=TWO_GROUPS)
+            ):
                 height, width = SHAPES[number % len(SHAPES)]
                 names = [f"images/{split}-{number:06d}-{role}.jpg" for role in ("chosen", "rejected")]
                 for name, pixels in zip(names, (pair.chosen, pair.rejected)):

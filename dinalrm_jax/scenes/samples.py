@@ -6,7 +6,7 @@ speckled, which a reward model that never saw them may well like, and a policy t
 
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -44,12 +44,25 @@ def broken(latents: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarr
     return latents + rng.uniform(0.25, 0.6) * rng.standard_normal(latents.shape)
 
 
+def sample_captions(config: SamplesConfig, two_groups: float) -> dict[str, list[str]]:
+    """What the generator draws, by split; `two_groups` as of its scenes.
+
+    Raises:
+        ConfigError: there are hardly so many.
+    """
+    counts = {"train": config.train_captions, "eval": config.eval_captions}
+    return {
+        split: draw.draw_captions(count, config.seed, held_out=split == "eval", two_groups=two_groups)
+        for split, count in counts.items()
+    }
+
+
 def write_sample_records(
     directory: str | pathlib.Path,
     config: SamplesConfig,
+    captions: Mapping[str, Sequence[str]],
     encoders: EncodersConfig,
     sample: Sample,
-    two_groups: float = draw.TWO_GROUPS,
 ) -> None:
     """Samples, judges and writes the pairs; whole or not at all.
 
@@ -58,21 +71,20 @@ def write_sample_records(
     Args:
         directory: of the records.
         config: how many of what.
+        captions: of `sample_captions`.
         encoders: of the captions, the tiny ones.
         sample: the generator.
-        two_groups: share of captions with two groups of objects.
     """
     images: list[records.ImageRecord] = []
     prompts: list[str] = []
     pairs: dict[str, list[records.PairRecord]] = {"train": [], "eval": []}
-    total = config.rounds * (config.train_captions + config.eval_captions)
+    total = config.rounds * sum(map(len, captions.values()))
     with tqdm(total=total, desc="judging samples", unit="round") as bar:
-        for split, count in (("train", config.train_captions), ("eval", config.eval_captions)):
-            captions = draw.draw_captions(count, config.seed, held_out=split == "eval", two_groups=two_groups)
-            for place, number, samples in _rounds(captions, config, sample):
+        for split, texts in captions.items():
+            for place, number, samples in _rounds(texts, config, sample):
                 prompt = len(prompts) + place
                 rng = np.random.default_rng([config.seed, prompt, number])
-                members = _members(captions[place], samples, rng)
+                members = _members(texts[place], samples, rng)
                 first = len(images)
                 for kind, latents, _ in members:
                     name = f"{split}/{prompt}/{number}/{len(images) - first}-{kind}"
@@ -81,7 +93,7 @@ def write_sample_records(
                     kind = f"{members[chosen][0]}/{members[rejected][0]}"
                     pairs[split].append(records.PairRecord(first + chosen, first + rejected, prompt, kind))
                 bar.update()
-            prompts += captions
+            prompts += texts
     embeds, pooled = tiny.encode_prompts(prompts, encoders.text_length, tiny.TEXT_WIDTH)
     records.write(
         directory,
@@ -120,7 +132,7 @@ def _sampled(captions: Sequence[str], round_number: int, steps: Sequence[int], s
 
 
 def _members(caption: str, samples: np.ndarray, rng: np.random.Generator) -> list[tuple[str, np.ndarray, float]]:
-    """(kind, latents, worth) of a caption's pictures."""
+    """(kind, latents, worth) of a round's pictures."""
     scene = tiny.encode_image(draw.render(draw.parse(caption), _side(samples[0]), rng))
     spoiled = broken(scene if rng.random() < 0.5 else samples[0], str(rng.choice(BROKEN)), rng)
     judged = [("sample", latents, worth(caption, latents)) for latents in samples]
@@ -128,7 +140,7 @@ def _members(caption: str, samples: np.ndarray, rng: np.random.Generator) -> lis
 
 
 def _compared(members, config: SamplesConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(chosen, rejected) of a caption's pairs, whose order errs where worths lie near each other."""
+    """(chosen, rejected) of a round's pairs, whose order errs where worths lie near each other."""
     differ = [
         pair for pair in itertools.combinations(range(len(members)), 2) if members[pair[0]][2] != members[pair[1]][2]
     ]

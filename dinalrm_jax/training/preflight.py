@@ -12,10 +12,11 @@ from dinalrm_jax.devices.mesh import check_batch_size
 from dinalrm_jax.disk import as_path, local_copy
 from dinalrm_jax.encoders.pipeline import vae_fingerprint
 from dinalrm_jax.encoders.taesd3 import directory_of, taesd3_fingerprint
-from dinalrm_jax.mapping import to_mapping
+from dinalrm_jax.mapping import from_mapping, to_mapping
 from dinalrm_jax.model.backbone.family import BackboneConfig
 from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.model.reward import reward_functional
+from dinalrm_jax.scenes.config import ScenesConfig
 
 
 def check_stages(config: TrainConfig, mesh: Mesh) -> None:
@@ -31,7 +32,7 @@ def check_stages(config: TrainConfig, mesh: Mesh) -> None:
 def check_records(records: AnyRecords, config: TrainConfig, base_model: str | None) -> None:
     """Raises RecordsError unless a run can train on these records; see `check_fit`."""
     scenes = records.manifest.get("source", {}).get("scenes")
-    if config.scenes is not None and scenes != to_mapping(config.scenes):
+    if config.scenes is not None and (scenes is None or from_mapping(ScenesConfig, scenes) != config.scenes):
         raise RecordsError(
             f"{records.directory} holds other scenes than the config asks for: {scenes} there, "
             f"{to_mapping(config.scenes)} here; remove it, or choose another `data`"

@@ -39,7 +39,7 @@ from dinalrm_jax.config import (
 )
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.encoders import tiny
-from dinalrm_jax.encoders.load import image_codec
+from dinalrm_jax.encoders.load import image_codec, prompt_encoder
 from dinalrm_jax.evaluation.judges.clip import Judge
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.batch import PreferenceBatch
@@ -311,6 +311,28 @@ def test_a_policy_is_tuned_and_used(config, tiny_pipeline, tmp_path, algorithm):
     )
 
 
+def test_every_image_of_a_held_out_prompt_is_judged_as_its_own(config, parts, tiny_pipeline, tmp_path):
+    """By the prompt's number among all prompts, which rules and judges find it by; the images differ."""
+    policy, _, params, *_ = parts
+    adapters = trained(params)
+    frozen = {name: array for name, array in params.items() if name not in adapters}
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, each=3))
+    encode = prompt_encoder(EncodersConfig("sd3", 16), tiny_pipeline, "float32")
+    codec = image_codec(EncodersConfig("sd3", 16), tiny_pipeline)
+
+    def number(params, latents, batch, keys):
+        return batch.number.astype(jnp.float32)
+
+    watch = HeldOutPrompts(
+        config, policy, frozen, number, number, PROMPTS[-2:], 7, encode, encode, codec, codec,
+        make_mesh(MeshConfig(data=1)), tmp_path,
+    )  # fmt: skip
+    found = watch.samples(adapters)
+    np.testing.assert_array_equal(found.trained, [7, 8, 7, 8, 7, 8])
+    assert len({latents.tobytes() for latents in found.latents}) == 6
+    assert found.summary()["held_out_reward_error"] == pytest.approx(0.5)  # of the means 7 and 8
+
+
 def command(config, algorithm, workdir, launcher=(sys.executable, "-m"), *more):
     values = {"base_model": config.base_model, "prompts": config.prompts, "reward.checkpoint": config.reward.checkpoint}
     lines = [f"--config.{key}={value}" for key, value in values.items()]
@@ -479,10 +501,13 @@ def test_what_is_refused_before_the_first_step(config, reward_checkpoint, tmp_pa
         dataclasses.replace(config, reference_scale="error", reference_weight=1.0)
     with pytest.raises(ConfigError, match="pretraining names the images and pretraining_weight"):
         ReFLConfig(pretraining_weight=0.1)
+    with pytest.raises(ConfigError, match="those of a file .* or captions of drawn scenes .* give one of them"):
+        dataclasses.replace(config, scenes=SceneCaptionsConfig(20))
     captions = dataclasses.replace(config, prompts=None, scenes=SceneCaptionsConfig(20, 0.0))
     train, held_out = read_prompts(captions)
     assert (len(train), len(held_out)) == (20, 2)
     assert not set(train) & set(held_out)
+    assert all(len(draw.parse(caption)) == 1 for caption in (*train, *held_out))
 
 
 def codec_rewards(config, tiny_pipeline, judges):

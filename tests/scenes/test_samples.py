@@ -10,11 +10,11 @@ from dinalrm_jax import train
 from dinalrm_jax.config import TrainConfig
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.encoders import tiny
-from dinalrm_jax.mapping import from_mapping
+from dinalrm_jax.mapping import ConfigError, from_mapping
 from dinalrm_jax.model.encoding import EncodersConfig
-from dinalrm_jax.scenes import draw
+from dinalrm_jax.scenes import draw, samples
 from dinalrm_jax.scenes.config import SamplesConfig
-from dinalrm_jax.scenes.samples import BROKEN_WORTH, broken, worth, write_sample_records
+from dinalrm_jax.scenes.samples import BROKEN_WORTH, broken, sample_captions, worth, write_sample_records
 
 
 def sample(captions, numbers, steps):
@@ -33,7 +33,7 @@ def sample(captions, numbers, steps):
 
 def written(tmp_path, error):
     config = SamplesConfig(train_captions=12, eval_captions=4, steps=(8, 8, 3), pairs=5, error=error)
-    write_sample_records(tmp_path, config, EncodersConfig("tiny", 16), sample)
+    write_sample_records(tmp_path, config, sample_captions(config, 0.3), EncodersConfig("tiny", 16), sample)
     return Records(tmp_path)
 
 
@@ -69,30 +69,44 @@ def test_people_err_where_pictures_are_alike(tmp_path):
     assert gap[wrong].mean() < gap[~wrong].mean()
 
 
-def test_every_round_has_pictures_of_its_own(tmp_path):
+def test_every_round_has_pictures_of_its_own(tmp_path, monkeypatch):
     """Samples of other numbers, a scene and a broken picture of its own; pairs compare pictures of one round."""
-    asked = []
+    monkeypatch.setattr(samples, "CAPTIONS", 2)  # at once, fewer than there are
+    asked = {}
 
     def noted(captions, numbers, steps):
-        asked.extend((caption, number, steps) for caption, number in zip(captions, numbers))
-        return sample(captions, numbers, steps)
+        found = sample(captions, numbers, steps)
+        asked.update({(steps, number, caption): latents for caption, number, latents in zip(captions, numbers, found)})
+        return found
 
-    config = SamplesConfig(train_captions=5, eval_captions=2, rounds=3, steps=(8, 3), pairs=4)
-    write_sample_records(tmp_path / "data", config, EncodersConfig("tiny", 16), noted, two_groups=0.0)
-    assert len(asked) == len(set(asked)) == 7 * 3 * 2
-    assert {number: steps for _, number, steps in asked} == {0: 8, 1: 3, 2: 8, 3: 3, 4: 8, 5: 3}
+    config = SamplesConfig(train_captions=5, eval_captions=3, rounds=3, steps=(8, 3), pairs=4)
+    captions = sample_captions(config, 0.0)
+    write_sample_records(tmp_path / "data", config, captions, EncodersConfig("tiny", 16), noted)
+    assert len(asked) == 8 * 3 * 2
+    assert {(steps, number) for steps, number, _ in asked} == {(8, 0), (3, 1), (8, 2), (3, 3), (8, 4), (3, 5)}
     records = Records(tmp_path / "data")
-    assert len(records.prompts) == 7
-    assert all(" and " not in records.prompts[number].text for number in range(7))
-    names = [records.images[number].name for number in range(len(records.images))]
-    assert len(set(names)) == 7 * 3 * 4
+    texts = [records.prompts[number].text for number in range(len(records.prompts))]
+    assert texts == [*captions["train"], *captions["eval"]]
+    assert all(" and " not in text for text in texts)
+    images = [records.images[number] for number in range(len(records.images))]
+    assert len({image.name for image in images}) == len(images) == 8 * 3 * 4
+    assert len({image.latents.tobytes() for image in images}) == len(images)
+    for image in images:
+        split, prompt, number, member = image.name.split("/")
+        if member in ("0-sample", "1-sample"):
+            known = asked[(8, 3)[int(member[0])], 2 * int(number) + int(member[0]), texts[int(prompt)]]
+            np.testing.assert_array_equal(image.latents, known.astype(np.float16))
     for split in ("train", "eval"):
         pairs = [records.pairs(split)[number] for number in range(len(records.pairs(split)))]
-        assert pairs
         for pair in pairs:
-            of_chosen, of_rejected = (names[image].split("/") for image in (pair.chosen, pair.rejected))
+            of_chosen, of_rejected = (images[image].name.split("/") for image in (pair.chosen, pair.rejected))
             assert of_chosen[:3] == of_rejected[:3] == [split, str(pair.prompt), of_chosen[2]]
-        assert {names[pair.chosen].split("/")[2] for pair in pairs} == {"0", "1", "2"}
+        assert {images[pair.chosen].name.split("/")[2] for pair in pairs} == {"0", "1", "2"}
+
+
+def test_more_pairs_than_a_round_has_are_refused():
+    with pytest.raises(ConfigError, match="a round's 5 pictures .* make 10 pairs, got pairs 11"):
+        SamplesConfig(steps=(8, 8, 3), pairs=11)
 
 
 @pytest.mark.heavy

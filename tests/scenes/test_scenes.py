@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import numpy as np
@@ -5,9 +6,13 @@ import pytest
 
 from dinalrm_jax.encoders import tiny
 from dinalrm_jax.mapping import ConfigError
+from dinalrm_jax.model.encoding import EncodersConfig
 from dinalrm_jax.scenes import draw
-from dinalrm_jax.scenes.config import ScenesConfig
+from dinalrm_jax.scenes.config import SceneCaptionsConfig, ScenesConfig
 from dinalrm_jax.scenes.draw import COUNTS, Group
+from dinalrm_jax.scenes.records import write_scene_records
+
+scene_pairs = functools.partial(draw.scene_pairs, by="combinations", two_groups=0.3)
 
 
 def test_held_out_combinations_are_never_seen_in_training():
@@ -16,7 +21,7 @@ def test_held_out_combinations_are_never_seen_in_training():
     assert {shape for _, shape in draw.TRAINED} == set(draw.SHAPES)
     for held_out in (False, True):
         allowed = draw.HELD_OUT if held_out else draw.TRAINED
-        for pair in draw.scene_pairs(200, 16, 0, held_out=held_out):
+        for pair in scene_pairs(200, 16, 0, held_out=held_out):
             for part in pair.caption.split(" and "):
                 _, color, shape, *_ = part.split()
                 assert (color, shape.removesuffix("s")) in allowed
@@ -27,13 +32,26 @@ def test_scenes_of_one_group_are_360():
     found = [draw.draw_captions(count, 0, held_out=kept, two_groups=0.0) for count, kept in ((283, False), (77, True))]
     assert len({*found[0], *found[1]}) == 360
     assert all(len(draw.parse(caption)) == 1 for captions in found for caption in captions)
-    with pytest.raises(ConfigError, match="there are hardly 78 captions of scenes, 77 were found"):
+    with pytest.raises(ConfigError, match="there are hardly 78 captions of scenes held out, .* 77 were found"):
         draw.draw_captions(78, 0, held_out=True, two_groups=0.0)
     pairs = list(draw.scene_pairs(40, 16, 0, held_out=False, by="captions", two_groups=1.0))
     assert all(len(draw.parse(pair.caption)) == 2 for pair in pairs)
-    for share in (-0.1, 1.5):
+    for share, config in itertools.product((-0.1, 1.5), (ScenesConfig, functools.partial(SceneCaptionsConfig, 5))):
         with pytest.raises(ConfigError, match="two_groups is a share of scenes, from 0 to 1"):
-            ScenesConfig(two_groups=share)
+            config(two_groups=share)
+
+
+def test_encoders_that_cut_captions_short_are_refused(tmp_path):
+    """At as many words as the longest of them has, neither sooner nor later."""
+    for two_groups, words in ((0.0, 6), (0.5, 13)):
+        config = ScenesConfig(train_pairs=8, eval_pairs=4, image_size=32, two_groups=two_groups)
+        captions = [pair.caption for pair in scene_pairs(40, 16, 0, held_out=False, two_groups=two_groups)]
+        assert max(len(caption.split()) for caption in captions) == words
+        with pytest.raises(
+            ConfigError, match=f"captions have up to {words} words, of which the encoders read {words - 1}"
+        ):
+            write_scene_records(tmp_path / "cut", config, EncodersConfig("tiny", words - 1))
+        write_scene_records(tmp_path / f"{words}", config, EncodersConfig("tiny", words))
 
 
 @pytest.mark.parametrize("combinations", [draw.TRAINED, draw.HELD_OUT], ids=["trained", "held out"])
@@ -41,7 +59,7 @@ def test_violations_stay_within_their_combinations(combinations):
     """Else an unseen look would give the chosen or the rejected image away."""
     rng = np.random.default_rng(0)
     for _ in range(300):
-        scene = draw.draw_scene(rng, combinations)
+        scene = draw.draw_scene(rng, combinations, 0.3)
         kinds = draw.VIOLATIONS if len(scene) == 2 else draw.VIOLATIONS[:-1]
         for kind in kinds:
             broken = draw.violate(scene, kind, rng, combinations)
@@ -95,12 +113,12 @@ def _islands(mask: np.ndarray) -> int:
 
 
 def test_pairs_depend_on_seed_and_index_only():
-    first = list(draw.scene_pairs(6, 32, 5, held_out=False))
-    longer = list(draw.scene_pairs(9, 32, 5, held_out=False))
+    first = list(scene_pairs(6, 32, 5, held_out=False))
+    longer = list(scene_pairs(9, 32, 5, held_out=False))
     for a, b in zip(first, longer):
         assert (a.caption, a.kind) == (b.caption, b.kind)
         np.testing.assert_array_equal(a.rejected, b.rejected)
-    other = next(draw.scene_pairs(1, 32, 6, held_out=False))
+    other = next(scene_pairs(1, 32, 6, held_out=False))
     assert np.abs(other.chosen.astype(int) - first[0].chosen).max() > 0
 
 

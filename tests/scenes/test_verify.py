@@ -18,7 +18,11 @@ def seen(image):
 
 @pytest.fixture(scope="module")
 def pairs():
-    return [pair for held_out in (False, True) for pair in draw.scene_pairs(PAIRS, 64, 21, held_out=held_out)]
+    return [
+        pair
+        for held_out in (False, True)
+        for pair in draw.scene_pairs(PAIRS, 64, 21, held_out=held_out, by="combinations", two_groups=0.3)
+    ]
 
 
 def test_true_scenes_are_accepted_and_broken_ones_are_not(pairs):
@@ -33,7 +37,7 @@ def test_it_says_which_respect_is_broken(respect):
     rng = np.random.default_rng(3)
     right = 0
     for _ in range(40):
-        scene = draw.draw_scene(rng, draw.COMBINATIONS)[:1]
+        scene = draw.draw_scene(rng, draw.COMBINATIONS, 0.0)
         image = seen(draw.render(draw.violate(scene, respect, rng, draw.COMBINATIONS), 64, rng))
         found = dataclasses.asdict(verify(draw.caption(scene), image))
         right += {name for name, share in found.items() if share < 1} == {respect}
@@ -62,7 +66,7 @@ def test_an_empty_picture_shows_nothing_and_a_spot_too_many_is_counted():
 
 
 def test_captions_are_read_back():
-    for caption in draw.draw_captions(50, 1, held_out=False):
+    for caption in draw.draw_captions(50, 1, held_out=False, two_groups=0.3):
         assert draw.caption(draw.parse(caption)) == caption
         assert not draw.is_held_out(caption)
     for text in ("a red fox", "two red circle on the left", "one pink star on the top", ""):
@@ -71,8 +75,8 @@ def test_captions_are_read_back():
 
 
 def test_held_out_captions_are_not_trained_on():
-    train = {pair.caption for pair in draw.scene_pairs(200, 16, 0, held_out=False, by="captions")}
-    kept = {pair.caption for pair in draw.scene_pairs(60, 16, 0, held_out=True, by="captions")}
+    train = {pair.caption for pair in draw.scene_pairs(200, 16, 0, held_out=False, by="captions", two_groups=0.3)}
+    kept = {pair.caption for pair in draw.scene_pairs(60, 16, 0, held_out=True, by="captions", two_groups=0.3)}
     assert not train & kept
     looks = {(group.color, group.shape) for caption in train for group in draw.parse(caption)}
     assert looks & set(draw.HELD_OUT)  # all combinations are trained on
