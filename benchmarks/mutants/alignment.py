@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant("the rules count nothing", "dinalrm_jax/scenes/verify.py", "abs(len(found) - group.count)", "abs(0)", "tests/scenes/test_verify.py"),
     Mutant("everything is on its side", "dinalrm_jax/scenes/verify.py", "[side] < EDGE", "[side] < 1", "tests/scenes/test_verify.py"),
     Mutant("rounds have one scene", SAMPLES, "[config.seed, prompt, number]", "[config.seed, prompt]", OF_SAMPLES),
-    Mutant("rounds have the same samples", SAMPLES, "first + number for number in numbers", "number for number in numbers", OF_SAMPLES),
+    Mutant("rounds have the same samples", SAMPLES, "first + number for _, number in rows", "number for _, number in rows", OF_SAMPLES),
     Mutant("every chunk's captions are the first", SAMPLES, "enumerate(drawn, start)", "enumerate(drawn)", OF_SAMPLES),
     Mutant("prompts of another world", POLICY, "two_groups=config.scenes.two_groups", "two_groups=0.5", f"{OF_RUNS} -k refused_before"),
     Mutant("the second image is of no prompt", HELD_OUT, "rows % self._prompt_count", "rows", f"{OF_RUNS} -k judged_as_its_own"),
