@@ -115,9 +115,15 @@ def get_config(variant: str = "nft") -> ConfigDict:
         values |= {"dpo": {"group": 12}}
     elif variant in ("lpo", "lpo_dinalrm"):
         values["reward"] = {"checkpoint": f"runs/quickstart_align_{'lrm' if variant == 'lpo' else 'dinalrm'}/model"}
-        lpo = {"steps": 12, "guidance": 1.0, "threshold": (0.2, 0.35), "pairs": 6, "updates": 2}
+        # Both rewards are surest where they order worst, at high noise; so the threshold rises steeply.
+        lpo = {
+            "steps": 12, "guidance": 1.0, "threshold": (0.2, 0.9), "pairs": 6, "updates": 2, "beta": 200.0,
+            "epsilon": 0.3,
+        }  # fmt: skip
         values |= {"lpo": lpo}
-        values["tuning"] = tuning | {"batch_size": 32}
+        values["tuning"] = tuning | {
+            "batch_size": 32, "optimizer": tuning["optimizer"] | {"learning_rate": 5e-4},
+        }  # fmt: skip
         values["evaluation"] = values["evaluation"] | {"sigma": (0.1, 0.2, 0.6)}
     else:
         known = "reward, lrm, dinalrm, nft, flow_grpo, refl, dpo, lpo, lpo_dinalrm, hacked, control"
