@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -253,7 +254,7 @@ def report(
 
 def _draw_before_after(path, prompts, before: PolicySamples, after: PolicySamples, drawer: Decoder, images: int):
     count = min(images, len(before.latents))
-    figure = new_figure(1.6 * count, 3.8)
+    figure = new_figure(1.6 * count, 4)
     axes = figure.subplots(2, count, squeeze=False)
     for row, (name, found) in enumerate((("before", before), ("after", after))):
         for place, image in enumerate(drawer.decode(found.latents[:count])):
@@ -265,7 +266,8 @@ def _draw_before_after(path, prompts, before: PolicySamples, after: PolicySample
             if not place:
                 axis.set_ylabel(name)
             if row:
-                axis.set_xlabel(shortened(prompts[place % len(prompts)], 24), fontsize=7, parse_math=False)
+                prompt = shortened(prompts[place % len(prompts)], 60)
+                axis.set_xlabel(textwrap.fill(prompt, 24), fontsize=7, parse_math=False)
     figure.suptitle("The same noise before and after; the reward at the levels of evaluation.sigma", fontsize=10)
     save(figure, path)
 
