@@ -103,7 +103,7 @@ def train(inputs: pathlib.Path) -> Part:
 
 def evaluate(inputs: pathlib.Path) -> Part:
     """A small model on 400 drawn pairs, at two levels and their ensemble."""
-    encoders = EncodersConfig("tiny", 8)
+    encoders = EncodersConfig("tiny", 16)
     transformer = SD3Config(
         sample_size=16, num_layers=2, num_attention_heads=2, attention_head_dim=8, joint_attention_dim=64,
         caption_projection_dim=16, pooled_projection_dim=64, pos_embed_max_size=12, dual_attention_layers=(0,),

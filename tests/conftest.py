@@ -129,7 +129,7 @@ def scene_model() -> dina.RewardModel:
     """Of the quickstart's kind, with the built-in encoders, so that it scores images and prompts without files."""
     transformer = dataclasses.replace(TINY_SD3, num_layers=2, joint_attention_dim=64, pooled_projection_dim=64)
     taps = {"num_blocks": 1, "visual_taps": (1,), "text_taps": (1,)}
-    config = dataclasses.replace(TINY, transformer=transformer, **taps, encoders=EncodersConfig("tiny", 8))
+    config = dataclasses.replace(TINY, transformer=transformer, **taps, encoders=EncodersConfig("tiny", 16))
     return dina.RewardModel(config, randomized(dina.RewardModel.init(config).params))
 
 

@@ -110,7 +110,7 @@ def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
 
 
 def test_scene_records(tmp_path):
-    write_scene_records(tmp_path / "scenes", ScenesConfig(train_pairs=8, eval_pairs=4, image_size=32, seed=1), TINY)
+    write_scene_records(tmp_path / "scenes", ScenesConfig(8, 4, 32, seed=1, two_groups=0.0), TINY)
     data = Records(tmp_path / "scenes")
     assert (len(data.pairs("train")), len(data.pairs("eval"))) == (8, 4)
     assert data.encoders == TINY

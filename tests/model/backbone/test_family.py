@@ -107,7 +107,7 @@ TOY = RewardModelConfig(
     text_taps=(),
     lora=LoRAConfig(rank=2, alpha=4.0),
     head=HeadConfig(num_attn_heads=2),
-    encoders=EncodersConfig("tiny", 8),
+    encoders=EncodersConfig("tiny", 16),
 )
 
 
