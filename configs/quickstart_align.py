@@ -37,7 +37,7 @@ def reward_run() -> dict:
         "name": "quickstart_align_reward",
         "model": values["model"] | {"encoders": {"kind": "tiny", "text_length": TEXT_LENGTH}},
         "scenes": {"train_pairs": 16_000, "image_size": 64, "held_out": "captions", **WORLD},
-        # Many pictures: a reward that sees each of them often learns them by heart. Drawn scenes teach it no more.
+        # Many pictures: a reward that sees each of them often learns them by heart.
         "samples": {
             "train_captions": CAPTIONS, "eval_captions": HELD_OUT, "drawn": 0.0,
             "rounds": 6, "steps": 16 * (12,) + 2 * (6,), "pairs": 36,
@@ -115,7 +115,7 @@ def get_config(variant: str = "nft") -> ConfigDict:
         values |= {"dpo": {"group": 12}}
     elif variant in ("lpo", "lpo_dinalrm"):
         values["reward"] = {"checkpoint": f"runs/quickstart_align_{'lrm' if variant == 'lpo' else 'dinalrm'}/model"}
-        # Both rewards are surest where they order worst, at high noise; so the threshold rises steeply.
+        # LRM is surest where it orders worst, at high noise; so the threshold rises steeply.
         lpo = {
             "steps": 12, "guidance": 1.0, "threshold": (0.2, 0.9), "pairs": 6, "updates": 2, "beta": 200.0,
             "epsilon": 0.3,
