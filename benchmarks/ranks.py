@@ -8,6 +8,7 @@ float32 beside the scores' standard deviation, Spearman's rank correlation, and 
 prompt (of records: the held-out pairs) whose order is the same.
 """
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -19,6 +20,8 @@ from scipy import stats
 import dinalrm_jax as dina
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.devices.compilation import enable_compilation_cache
+from dinalrm_jax.model.quantization import quantized
+from dinalrm_jax.model.reward import is_trainable
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "released-tiny"
 LEVELS: tuple[float | tuple[float, ...], ...] = (0.0, 0.2, 0.4, 0.6, (0.2, 0.5, 0.7))
@@ -62,11 +65,12 @@ def main(argv: list[str]) -> None:
         return np.concatenate([model.score_latents(latents[rows], prompt[rows], level) for rows in parts])
 
     expected = {level: scores(exact, level) for level in LEVELS}
-    rounded = dina.RewardModel.from_pretrained(*arguments, dtype="int8")
-    models = {
-        "bfloat16": dina.RewardModel.from_pretrained(*arguments, dtype="bfloat16"),
-        f"int8, computed in {rounded.execution.dtype}": rounded,
-    }
+    # As `from_pretrained(dtype="int8")` loads it, on a CPU and elsewhere.
+    models = {"bfloat16": dina.RewardModel.from_pretrained(*arguments, dtype="bfloat16")}
+    for dtype in ("float32", "bfloat16"):
+        model = dina.RewardModel.from_pretrained(*arguments, dtype=dtype)
+        rounded = quantized(dict(model.params), lambda name: not is_trainable(name))
+        models[f"int8, computed in {dtype}"] = dataclasses.replace(model, params=rounded)
     for name, model in models.items():
         for level in LEVELS:
             found, wanted = scores(model, level), expected[level]
