@@ -48,7 +48,7 @@ def reward_run() -> dict:
             # Where it orders one caption's pictures best. Trained at all levels it orders them worse at each of them.
             "sigma": {"distribution": "constant", "parameters": (0.2,)},
         },
-        "evaluation": {"sigma": 0.2, "max_pairs": 3000},
+        "evaluation": {"sigma": 0.2, "max_pairs": 1000},
     }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def all_levels(variant: str) -> dict:
         "base_model": f"{REWARD_RUN}/generator/backbone",
         "data": f"{REWARD_RUN}/samples",
         "reward": values["reward"] | {"steps": 1500, "evaluate_every": 1500, "sigma": {}},
-        "evaluation": {"levels": (0.2, 0.6, 0.8), "max_pairs": 3000},
+        "evaluation": {"levels": (0.2, 0.6, 0.8), "max_pairs": 1000},
     }
     if variant == "lrm":
         head = {"kind": "lrm", "width": 96}
