@@ -9,8 +9,9 @@ reward by DiffusionNFT; `:flow_grpo`, `:refl` and `:dpo` take other algorithms, 
 holds it back, and `:control` has the rules themselves as reward. A fifth of all captions is held out from all of it,
 and the rules judge every run by pictures of those.
 
-LPO needs a reward of every noise level. `:lrm` trains LRM on the same pairs, and `:dinalrm` DiNa-LRM at all levels;
-`:lpo` tunes with the one, and `:lpo_dinalrm` with the other.
+`:lpo` compares the outcomes of single steps, by their jumps to clean latents. To compare them as they are, noisy, takes
+a reward of every level: `:lrm` trains LRM on the same pairs, `:dinalrm` DiNa-LRM; `:lpo_lrm` tunes with the one,
+`:lpo_dinalrm` with the other.
 """
 
 from ml_collections import ConfigDict
@@ -113,8 +114,18 @@ def get_config(variant: str = "nft") -> ConfigDict:
             values["reward"] = {"judge": {"kind": "scenes"}}
     elif variant == "dpo":
         values |= {"dpo": {"group": 12}}
-    elif variant in ("lpo", "lpo_dinalrm"):
-        values["reward"] = {"checkpoint": f"runs/quickstart_align_{'lrm' if variant == 'lpo' else 'dinalrm'}/model"}
+    elif variant == "lpo":
+        lpo = {
+            "steps": 12, "guidance": 1.0, "candidates": 6, "scored_at": "clean", "threshold": (0.5, 0.5), "pairs": 6,
+            "updates": 2, "beta": 500.0, "epsilon": 0.3,
+        }  # fmt: skip
+        values |= {"lpo": lpo}
+        values["tuning"] = tuning | {
+            "batch_size": 32, "steps": 40,
+            "optimizer": tuning["optimizer"] | {"learning_rate": 2e-3, "ema_decay": 0.5},
+        }  # fmt: skip
+    elif variant in ("lpo_lrm", "lpo_dinalrm"):
+        values["reward"] = {"checkpoint": f"runs/quickstart_align_{variant.removeprefix('lpo_')}/model"}
         # LRM is surest where it orders worst, at high noise; so the threshold rises steeply.
         lpo = {
             "steps": 12, "guidance": 1.0, "threshold": (0.2, 0.9), "pairs": 6, "updates": 2, "beta": 200.0,
@@ -126,6 +137,6 @@ def get_config(variant: str = "nft") -> ConfigDict:
         }  # fmt: skip
         values["evaluation"] = values["evaluation"] | {"sigma": (0.1, 0.2, 0.6)}
     else:
-        known = "reward, lrm, dinalrm, nft, flow_grpo, refl, dpo, lpo, lpo_dinalrm, hacked, control"
+        known = "reward, lrm, dinalrm, nft, flow_grpo, refl, dpo, lpo, lpo_lrm, lpo_dinalrm, hacked, control"
         raise ValueError(f"this config knows the variants {known}, not :{variant}")
     return with_defaults(AlignConfig, values)

@@ -20,7 +20,7 @@ jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST
 if jax.__version__.startswith("0.10."):  # XLA ends a process that names a flag it does not know
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")  # a sixth less time in the compiler
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_default_matmul_precision", "highest")
 

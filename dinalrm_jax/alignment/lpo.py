@@ -96,8 +96,9 @@ def lpo(policy: Policy, rewards: Rewards, config: LPOConfig) -> tuple[Collection
     """Pairs of outcomes of single steps, and the clipped loss of their log-ratios against the reference.
 
     At every step but the last, which has no noise, `candidates` outcomes are drawn of one state and scored as they
-    are, noisy. The reward's own likelihood says how sure it is that the best one beats the worst: a pair is kept where
-    twice that probability less 1 exceeds the step's threshold. The trajectory goes on from any of the candidates.
+    are, noisy, or by their jumps to clean latents. The reward's own likelihood says how sure it is that the best one
+    beats the worst: a pair is kept where twice that probability less 1 exceeds the step's threshold. The trajectory
+    goes on from any of the candidates.
 
     A row is a trajectory, `config.pairs` of whose pairs, kept ones first, are learned from: the shapes do not depend on
     how many were kept.
@@ -120,7 +121,19 @@ def lpo(policy: Policy, rewards: Rewards, config: LPOConfig) -> tuple[Collection
         guided = sampling.guided(policy.velocity(params), batch.prompt, batch.negative, config.guidance)
         count = config.candidates
         repeated = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), batch)
+        onward = sampling.guided(policy.velocity(params), repeated.prompt, repeated.negative, config.guidance)
         places = jnp.arange(len(keys))
+
+        def scored(outcomes: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Scores of outcomes (B K, H, W, C) of one step, and the level that the reward is told."""
+            reached = jnp.repeat(sigmas[step + 1], len(outcomes))
+            if config.scored_at != "clean":
+                level = sigmas[step + (config.scored_at == "next")]
+                return reward.at_level(params, outcomes, repeated, jnp.repeat(level, len(outcomes))), level
+            jumped = sampling.clean(outcomes, onward(outcomes, reached), reached)
+            # One noise for a state's outcomes: what differs is what they show.
+            own = jax.vmap(jax.random.fold_in, (0, None))(reward_keys, step)
+            return reward(params, jumped, repeated, jnp.repeat(own, count)), jnp.mean(jnp.asarray(reward.sigma))
 
         def advance(x: jax.Array, step: jax.Array):
             here = jnp.full(len(keys), step)
@@ -128,9 +141,8 @@ def lpo(policy: Policy, rewards: Rewards, config: LPOConfig) -> tuple[Collection
             z_keys, next_keys = row_randomness(jax.vmap(jax.random.fold_in, (0, None))(step_keys, step), 2)
             z = jax.vmap(lambda key: jax.random.normal(key, (count, *policy.shape)))(z_keys)
             found = t.mean[:, None] + like(t.std, z) * z  # (B, K, H, W, C)
-            level = sigmas[here + (config.scored_at == "next")]
-            flat = found.reshape(-1, *policy.shape)
-            scores = reward.at_level(params, flat, repeated, jnp.repeat(level, count)).reshape(-1, count)
+            scores, level = scored(found.reshape(-1, *policy.shape), step)
+            scores = scores.reshape(-1, count)
             best, worst = scores.argmax(axis=1), scores.argmin(axis=1)
             sure = 2 * reward.preferred(scores[places, best], scores[places, worst], level) - 1
             chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(next_keys)
@@ -151,7 +163,7 @@ def lpo(policy: Policy, rewards: Rewards, config: LPOConfig) -> tuple[Collection
         step, latents, winner, loser, weight = jax.tree.map(
             lambda array: jax.vmap(lambda row, places: row[places])(array, taken), (*pairs, kept.astype(jnp.float32))
         )
-        in_bin = sigma_bins(sigmas[1:-1] if config.scored_at == "next" else sigmas[:-2])
+        in_bin = sigma_bins(sigmas[:-2] if config.scored_at == "current" else sigmas[1:-1])
         metrics = rewards.metrics(raw, batch) | {
             "kept": kept.mean(axis=1),
             "share_by_sigma": jnp.broadcast_to(in_bin.mean(axis=0), (len(keys), in_bin.shape[1])),

@@ -143,13 +143,15 @@ class NFTConfig:
 class LPOConfig:
     """LPO (docs/lrm_lpo.md): at every sampling step the best of several outcomes against the worst.
 
-    The reward scores each step at its own level; its `sigma` is what it is watched at.
+    The reward scores noisy outcomes at their own levels, and its `sigma` is what it is watched at; or, "clean", it
+    scores the jumps to clean latents at `sigma`.
 
     steps, guidance: of the sampler, and of the steps that train.
     kind, noise_level: of its steps; see `sampling.transition`.
     candidates: outcomes of a step that are compared.
     scored_at: which level the reward is told of an outcome: that which the step reaches ("next") or, as the published
-        code has it, that which it comes from ("current").
+        code has it, that which it comes from ("current"). "clean": an outcome's jump to clean latents is scored in its
+        place, for a reward that orders noisy latents badly; a pass of the policy more for every candidate.
     threshold: (low, high): by how much the probabilities of best and worst must differ to be a pair, at the step of the
         least noise and at that of the most; between these it rises with the noise.
     pairs: of a trajectory's pairs at most so many are learned from.
@@ -163,7 +165,7 @@ class LPOConfig:
     kind: Literal["ddim", "sde", "dance"] = "ddim"
     noise_level: float = 1.0
     candidates: int = 4
-    scored_at: Literal["next", "current"] = "next"
+    scored_at: Literal["next", "current", "clean"] = "next"
     threshold: tuple[float, ...] = (0.45, 0.6)
     pairs: int = 19
     beta: float = 500.0
@@ -362,7 +364,8 @@ class AlignConfig:
             )
         training = {level for reward in (self.reward, *self.mixed) if reward.judge is None for level in reward.sigma}
         if self.lpo is not None:
-            training = set()  # it is every step's own level
+            if self.lpo.scored_at != "clean":
+                training = set()  # it is every step's own level
             refuse_ignored(self.reward, ("weight",), "lpo has one reward, whose order alone counts")
         if training & set(self.evaluation.sigma):
             raise ConfigError(

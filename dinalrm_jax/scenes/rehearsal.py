@@ -7,6 +7,7 @@ runs on the published ones. Nothing here is trained: the pipeline's weights are 
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -105,13 +106,21 @@ def write_pipeline(directory: str | pathlib.Path, seed: int = 0, transformer: Ba
 
 def _write_module(directory, stem, build, config, extra, seed, table=tables.IDENTITY) -> None:
     _write_json(directory / "config.json", {**extra, **to_mapping(config)})
-    params = functional(lambda rngs: build(rngs=rngs)).init(seed)
-    # Norms start as the identity and biases of norms at zero; drawn, nothing can hide behind them.
+    module = functional(lambda rngs: build(rngs=rngs))
+    params: dict[str, Any] = module.init(seed, lambda name: name.endswith(".pos_embed"))  # a table, no weights
+    # All others are drawn, so that nothing can hide behind an identity or a zero; by NumPy, which compiles nothing.
     rng = np.random.default_rng(seed)
-    for name, array in params.items():
-        if array.ndim == 1:
-            params[name] = array + 0.2 * rng.standard_normal(array.shape).astype(np.float32)
+    for name, shape in module.shapes.items():
+        if name not in params:
+            drawn = rng.standard_normal(shape.shape).astype(np.float32)
+            is_scale = len(shape.shape) == 1 and name.endswith("weight")
+            params[name] = 1 + 0.2 * drawn if is_scale else drawn * np.float32(_spread(shape.shape))
     save_safetensors(directory / f"{stem}.safetensors", tables.dump(params, table))
+
+
+def _spread(shape: tuple[int, ...]) -> float:
+    """Of the weights (out, in, ...) that keep the size of what they multiply; of biases a fifth."""
+    return 0.2 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5
 
 
 def _write_clip_tokenizer(directory: pathlib.Path, pad: str) -> None:

@@ -21,7 +21,7 @@ from dinalrm_jax.preference import LossConfig
 from tests.alignment.helpers import collected, trained, velocities
 
 LPO = LPOConfig(steps=5, guidance=1.5, candidates=3, threshold=(0.02, 0.04), pairs=4, beta=30.0)
-LIKELIHOOD = LossConfig(variance="constant", constant_variance=30.0)  # of scores as far apart as a random model's
+LIKELIHOOD = LossConfig(k=60.0, sigma_0=2.5)  # of scores as far apart as a random model's
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def by_hand(config, likely):
     score = jax.jit(lambda noisy, prompt, level: model.score_noisy(noisy, prompt, level))
     tuned, _ = velocities(policy, params)
     sigmas = policy.schedule(config.steps)
-    noise_keys, step_keys, _, _ = row_randomness(keys, 4)
+    noise_keys, step_keys, _, reward_keys = row_randomness(keys, 4)
+    clean = jax.jit(lambda latents, keys: reward(params, latents, batch, keys))
     x, found = draw_noise(noise_keys, (8, *policy.shape)), []
     stds = np.array(
         [
@@ -51,17 +52,25 @@ def by_hand(config, likely):
         ]
     )
     low, high = config.threshold
-    for step in range(config.steps - 1):
-        sigma, following = sigmas[step : step + 2]
+
+    def guided(x, sigma):
         level = jnp.full(8, sigma)
         without = tuned(x, level, batch.negative)
-        velocity = without + config.guidance * (tuned(x, level, batch.prompt) - without)
+        return without + config.guidance * (tuned(x, level, batch.prompt) - without)
+
+    for step in range(config.steps - 1):
+        sigma, following = sigmas[step : step + 2]
+        velocity = guided(x, sigma)
         t = sampling.transition(config.kind, x, velocity, sigma, following, config.noise_level, sigmas[1])
         z_keys, next_keys = row_randomness(jax.vmap(jax.random.fold_in, (0, None))(step_keys, step), 2)
         z = jnp.stack([jax.random.normal(key, (config.candidates, *policy.shape)) for key in z_keys])
         outcomes = [t.mean + float(t.std) * z[:, k] for k in range(config.candidates)]
-        told = jnp.full(8, following if config.scored_at == "next" else sigma)
-        scores = np.stack([score(outcome, batch.reward_prompt, told) for outcome in outcomes])
+        told = jnp.full(8, {"next": following, "current": sigma, "clean": 0.4}[config.scored_at])
+        if config.scored_at == "clean":
+            once = jax.vmap(jax.random.fold_in, (0, None))(reward_keys, step)  # one noise for all outcomes of a state
+            scores = np.stack([clean(outcome - following * guided(outcome, following), once) for outcome in outcomes])
+        else:
+            scores = np.stack([score(outcome, batch.reward_prompt, told) for outcome in outcomes])
         rows = np.arange(8)
         best, worst = scores.argmax(axis=0), scores.argmin(axis=0)
         sure = 2 * preference.preferred(scores[best, rows], scores[worst, rows], told, LIKELIHOOD) - 1
@@ -75,7 +84,11 @@ def by_hand(config, likely):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, pytest.param({"kind": "sde", "noise_level": 0.7, "scored_at": "current"}, marks=pytest.mark.heavy)],
+    [
+        {},
+        {"scored_at": "clean"},
+        pytest.param({"kind": "sde", "noise_level": 0.7, "scored_at": "current"}, marks=pytest.mark.heavy),
+    ],
 )
 def test_pairs_are_the_best_and_the_worst_outcome_of_a_step(likely, changes):
     config = dataclasses.replace(LPO, **changes)
@@ -232,6 +245,15 @@ def test_without_pairs_nothing_is_learned(likely):
 def test_bad_configs_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         LPOConfig(**values)
+
+
+def test_clean_outcomes_train_at_the_rewards_level(config):
+    """Which is then no level to watch at; noisy ones train at every step's own."""
+    watched = dataclasses.replace(config.evaluation, sigma=config.reward.sigma)
+    changed = {"refl": None, "lora": LoRAConfig(2, 4.0), "evaluation": watched}
+    dataclasses.replace(config, lpo=LPOConfig(pairs=4), **changed)
+    with pytest.raises(ConfigError, match="must be other levels than those that train, 0.4"):
+        dataclasses.replace(config, lpo=LPOConfig(pairs=4, scored_at="clean"), **changed)
 
 
 def test_rewards_that_know_no_level_are_refused(config):
