@@ -10,6 +10,8 @@ at `sigma`. Prints, for each of these, the mean correlation within a state (Pear
 in worth), and by how much the picture of the outcome that the reward puts first is worth more than that of the last.
 """
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> None:
     generator = dina.Generator.from_pretrained(f"{values.run}/generator/backbone", dtype="float32")
     module = transformer_functional(generator.config, generator.execution)
     models = {path: dina.RewardModel.from_pretrained(path, dtype="float32") for path in values.rewards}
-    scenes = read_claim(values.run).config.scenes
+    scenes = read_claim(pathlib.Path(values.run)).config.scenes
     captions = draw_captions(values.captions, values.seed, held_out=False, two_groups=scenes.two_groups)
     count, rng = values.candidates, np.random.default_rng(values.seed)
     texts = [caption for caption in captions for _ in range(count)]
