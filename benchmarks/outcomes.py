@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     captions = draw_captions(values.captions, values.seed, held_out=False, two_groups=scenes.two_groups)
     count, rng = values.candidates, np.random.default_rng(values.seed)
     texts = [caption for caption in captions for _ in range(count)]
-    sigmas = sampling.schedule(values.steps)
+    sigmas = sampling.schedule(values.steps, generator.origin.shift)
 
     @jax.jit
     def velocity(latents, level, prompt):
@@ -72,6 +72,10 @@ def main(argv: list[str]) -> None:
             final = final + (sigmas[place + 1] - sigmas[place]) * np.asarray(velocity(final, sigmas[place], prompts))
         worths = np.reshape([worth(text, row) for text, row in zip(texts, final)], (-1, count))
         differ = np.ptp(worths, axis=1) > 0
+        x = outcomes[np.arange(len(captions)), rng.integers(0, count, len(captions))]
+        if not differ.any():
+            print(f"{here:.2f} to {following:.2f}: no pictures differ")
+            continue
         spread = worths.std(axis=1).mean()
         print(f"{here:.2f} to {following:.2f}: {100 * differ.mean():.0f} % of states differ, by {spread:.2f}")
         shared = np.repeat(rng.standard_normal((len(captions), 1, *SHAPE)), count, axis=1).reshape(noisy.shape)
@@ -88,15 +92,14 @@ def main(argv: list[str]) -> None:
                 rows = np.arange(len(captions))
                 gain = worths[rows, scores.argmax(axis=1)] - worths[rows, scores.argmin(axis=1)]
                 error = gain.std() / np.sqrt(len(gain))
-                said.append(f"{name} {np.mean(related):.2f}, {gain.mean():+.2f} (error {error:.2f})")
+                said.append(f"{name} {np.nanmean(related):.2f}, {gain.mean():+.2f} (error {error:.2f})")
             print(f"    {path}: {'; '.join(said)}", flush=True)
-        x = outcomes[np.arange(len(captions)), rng.integers(0, count, len(captions))]
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("run", "runs/quickstart_align_reward", "Workdir of the run that trained the generator.")
     flags.DEFINE_list("rewards", ["runs/quickstart_align_reward/model"], "Reward models on that generator.")
-    flags.DEFINE_integer("captions", 100, "Of scenes that training drew.", lower_bound=1)
+    flags.DEFINE_integer("captions", 100, "Not those held out.", lower_bound=1)
     flags.DEFINE_integer("candidates", 6, "Outcomes of a state.", lower_bound=2)
     flags.DEFINE_integer("steps", 12, "Of the sampler.", lower_bound=3)
     flags.DEFINE_float("sigma", 0.2, "The level that clean latents are scored at.")

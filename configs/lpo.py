@@ -6,7 +6,8 @@
 The published recipe of SDXL, mapped to a flow: 20 steps of DDIM with eta 1 and guidance 5, four outcomes a step,
 threshold 0.45 to 0.6, beta 500, clip 0.1, LoRA of rank 64, learning rate 1e-5; 16 prompts a rollout. Its pairs make
 four updates here, of up to 76 pairs each; the published code makes one of every 16 pairs.
-Any reward that knows noise levels serves: LRM (configs/lrm.py), or DiNa-LRM at each step's own level.
+Any reward that knows noise levels serves: LRM (configs/lrm.py), or DiNa-LRM at each step's own level; with
+`--config.lpo.scored_at=clean` one that knows a single level.
 
     python -m dinalrm_jax.train --config configs/lrm.py:smoke
     python -m dinalrm_jax.align --config configs/lpo.py:smoke

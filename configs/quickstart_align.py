@@ -9,9 +9,8 @@ reward by DiffusionNFT; `:flow_grpo`, `:refl` and `:dpo` take other algorithms, 
 holds it back, and `:control` has the rules themselves as reward. A fifth of all captions is held out from all of it,
 and the rules judge every run by pictures of those.
 
-`:lpo` compares the outcomes of single steps, by their jumps to clean latents. To compare them as they are, noisy, takes
-a reward of every level: `:lrm` trains LRM on the same pairs, `:dinalrm` DiNa-LRM; `:lpo_lrm` tunes with the one,
-`:lpo_dinalrm` with the other.
+`:lpo` compares the outcomes of single steps by their jumps to clean latents. `:lpo_lrm` and `:lpo_dinalrm` compare them
+noisy, by rewards of all levels that `:lrm` and `:dinalrm` train on the same pairs.
 """
 
 from ml_collections import ConfigDict

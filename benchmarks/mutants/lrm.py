@@ -38,7 +38,7 @@ MUTANTS = [
     Mutant("outcomes are scored at the level before", LPO, 'config.scored_at == "next")]', 'config.scored_at == "current")]', OF_LPO),
     Mutant("a jump along the step before", LPO, "reached = jnp.repeat(sigmas[step + 1]", "reached = jnp.repeat(sigmas[step]", OF_LPO),
     Mutant("every step's jumps have one noise", LPO, "own = jax.vmap(jax.random.fold_in, (0, None))(reward_keys, step)", "own = reward_keys", OF_LPO),
-    Mutant("clean outcomes are as sure as noisy ones", LPO, "jnp.mean(jnp.asarray(reward.sigma))", "sigmas[step + 1]", OF_LPO),
+    Mutant("clean outcomes are as sure as noisy ones", LPO, "level = jnp.sqrt(jnp.mean(jnp.square(jnp.asarray(reward.sigma))))", "level = sigmas[step + 1]", OF_LPO),
     Mutant("clean outcomes train at no level", "dinalrm_jax/config/align.py", 'if self.lpo.scored_at != "clean":', "if True:", OF_LPO),
     Mutant("losers are the worst kept", LPO, "best, worst = scores.argmax(axis=1), scores.argmin(axis=1)",
            "worst, best = scores.argmax(axis=1), scores.argmin(axis=1)", OF_LPO),

@@ -1,4 +1,4 @@
-"""LPO (arXiv 2502.01051): outcomes of one sampling step are compared by a reward of noisy latents; docs/lrm_lpo.md."""
+"""LPO (arXiv 2502.01051): outcomes of one sampling step are compared by a reward, noisy or not; docs/lrm_lpo.md."""
 
 import dataclasses
 import math
@@ -133,7 +133,8 @@ def lpo(policy: Policy, rewards: Rewards, config: LPOConfig) -> tuple[Collection
             jumped = sampling.clean(outcomes, onward(outcomes, reached), reached)
             # One noise for a state's outcomes: what differs is what they show.
             own = jax.vmap(jax.random.fold_in, (0, None))(reward_keys, step)
-            return reward(params, jumped, repeated, jnp.repeat(own, count)), jnp.mean(jnp.asarray(reward.sigma))
+            level = jnp.sqrt(jnp.mean(jnp.square(jnp.asarray(reward.sigma))))  # whose variance is the levels' mean
+            return reward(params, jumped, repeated, jnp.repeat(own, count)), level
 
         def advance(x: jax.Array, step: jax.Array):
             here = jnp.full(len(keys), step)

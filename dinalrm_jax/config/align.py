@@ -149,9 +149,9 @@ class LPOConfig:
     steps, guidance: of the sampler, and of the steps that train.
     kind, noise_level: of its steps; see `sampling.transition`.
     candidates: outcomes of a step that are compared.
-    scored_at: which level the reward is told of an outcome: that which the step reaches ("next") or, as the published
-        code has it, that which it comes from ("current"). "clean": an outcome's jump to clean latents is scored in its
-        place, for a reward that orders noisy latents badly; a pass of the policy more for every candidate.
+    scored_at: what of an outcome is scored: itself, at the level that the step reaches ("next") or, as in the published
+        code, at the one it comes from ("current"); or, for a reward that orders noisy latents badly, its jump to clean
+        latents ("clean"), which takes a pass of the policy for every candidate, all of a step's at once.
     threshold: (low, high): by how much the probabilities of best and worst must differ to be a pair, at the step of the
         least noise and at that of the most; between these it rises with the noise.
     pairs: of a trajectory's pairs at most so many are learned from.
@@ -350,8 +350,8 @@ class AlignConfig:
             )
         if self.lpo is not None and (self.mixed or self.reward.judge is not None or self.reward_noises > 1):
             raise ConfigError(
-                "lpo compares noisy latents by one reward model that knows their noise level: give reward.checkpoint, "
-                "and leave reward.judge, mixed and reward_noises out"
+                "lpo compares a step's outcomes by one reward model, whose likelihood says how sure it is: give "
+                "reward.checkpoint, and leave reward.judge, mixed and reward_noises out"
             )
         if self.dpo is not None and self.dpo.records is not None and self.mixed:
             raise ConfigError("pairs of records are not scored; leave mixed out")

@@ -33,10 +33,17 @@ def likely(parts):
     return policy, Rewards({"reward": (reward, weight)}), params, batch, keys
 
 
+def of_levels(rewards, sigma):
+    """The same reward as an ensemble."""
+    reward, weight = rewards.members["reward"]
+    return Rewards({"reward": (dataclasses.replace(reward, sigma=sigma), weight)})
+
+
 def by_hand(config, likely):
     """Per trajectory and step: (latents, winner, loser, kept), and the kinds of numbers that chose them."""
     policy, rewards, params, batch, keys = likely
     reward = rewards.members["reward"][0]
+    together = np.sqrt(np.mean(np.square(reward.sigma)))  # an ensemble's variance is the mean of its levels'
     own = {name: params[known] for name, known in reward.names.items()}
     model = reward_functional(reward.model.config, reward.model.execution).bind(own)
     score = jax.jit(lambda noisy, prompt, level: model.score_noisy(noisy, prompt, level))
@@ -65,7 +72,7 @@ def by_hand(config, likely):
         z_keys, next_keys = row_randomness(jax.vmap(jax.random.fold_in, (0, None))(step_keys, step), 2)
         z = jnp.stack([jax.random.normal(key, (config.candidates, *policy.shape)) for key in z_keys])
         outcomes = [t.mean + float(t.std) * z[:, k] for k in range(config.candidates)]
-        told = jnp.full(8, {"next": following, "current": sigma, "clean": 0.4}[config.scored_at])
+        told = jnp.full(8, {"next": following, "current": sigma, "clean": together}[config.scored_at])
         if config.scored_at == "clean":
             once = jax.vmap(jax.random.fold_in, (0, None))(reward_keys, step)  # one noise for all outcomes of a state
             scores = np.stack([clean(outcome - following * guided(outcome, following), once) for outcome in outcomes])
@@ -86,12 +93,14 @@ def by_hand(config, likely):
     "changes",
     [
         {},
-        {"scored_at": "clean"},
+        {"scored_at": "clean", "threshold": (0.01, 0.02)},
         pytest.param({"kind": "sde", "noise_level": 0.7, "scored_at": "current"}, marks=pytest.mark.heavy),
     ],
 )
 def test_pairs_are_the_best_and_the_worst_outcome_of_a_step(likely, changes):
     config = dataclasses.replace(LPO, **changes)
+    if config.scored_at == "clean":
+        likely = likely[0], of_levels(likely[1], (0.1, 0.8)), *likely[2:]
     found, _ = collected(lpo(likely[0], likely[1], config), *likely[2:])
     expected = by_hand(config, likely)
     kept = np.stack([step[3] for step in expected], axis=1)  # (B, 4)
@@ -263,7 +272,7 @@ def test_rewards_that_know_no_level_are_refused(config):
         {"mixed": (config.reward,)},
         {"reward_noises": 2},
     ):
-        with pytest.raises(ConfigError, match="lpo compares noisy latents by one reward model that knows"):
+        with pytest.raises(ConfigError, match="lpo compares a step's outcomes by one reward model, whose likelihood"):
             dataclasses.replace(changed, **wrong)
     with pytest.raises(ConfigError, match="lpo's loss holds the policy near its reference"):
         dataclasses.replace(changed, reference_weight=1.0)
