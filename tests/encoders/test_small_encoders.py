@@ -94,7 +94,10 @@ def test_taesd3_is_autoencoder_tiny(small, published):
     np.testing.assert_array_equal(codec.encode(images, names=["a", "b"]), codec.encode(images))
     decode, params = codec.decoder()
     drawn = np.round(255 * np.asarray(decode(params, expected))).astype(np.uint8)
-    np.testing.assert_array_equal(drawn, codec.decode(expected))
+    # Two programs: of a value between two whole ones rounding decides.
+    apart = np.abs(drawn.astype(int) - codec.decode(expected))
+    assert apart.max() <= 1
+    assert np.mean(apart > 0) < 1e-3
     if published:
         picture = read_rgb(PUBLISHED.parent / "agiqa3k" / "images" / "DALLE2_normal_000.jpg", (256, 256))
         error = codec.decode(codec.encode(picture[None]))[0].astype(float) - picture
