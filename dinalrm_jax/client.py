@@ -163,11 +163,14 @@ class AsyncRewardClient:
     ) -> np.ndarray:
         """See `RewardClient.score_latents`."""
         bodies = _bodies(self._config, latents, prompt, sigma, seed)
+        failed: Exception | None = None
         try:
             async with asyncio.TaskGroup() as group:  # one that fails for good ends the others
                 tasks = [group.create_task(self._send(*body)) for body in bodies]
         except* RewardServerError as errors:
-            raise errors.exceptions[0] from None
+            failed = errors.exceptions[0]
+        if failed is not None:  # raised in there, Python 3.11.2 wraps it once more
+            raise failed
         return _join(task.result() for task in tasks)
 
     async def _send(self, body: bytes, rows: int) -> list[float]:
