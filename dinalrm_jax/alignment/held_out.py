@@ -268,7 +268,8 @@ def _draw_before_after(path, prompts, before: PolicySamples, after: PolicySample
             if row:
                 prompt = shortened(prompts[place % len(prompts)], 60)
                 axis.set_xlabel(textwrap.fill(prompt, 24), fontsize=7, parse_math=False)
-    figure.suptitle("The same noise before and after; the reward at the levels of evaluation.sigma", fontsize=10)
+    title = "The same noise before and after; the reward at evaluation.sigma"
+    figure.suptitle(textwrap.fill(title, 16 * count), fontsize=10)  # about as wide as the images
     save(figure, path)
 
 

@@ -370,7 +370,8 @@ class AlignConfig:
         if training & set(self.evaluation.sigma):
             raise ConfigError(
                 f"evaluation.sigma {self.evaluation.sigma} must be other levels than those that train, "
-                f"{', '.join(map(str, sorted(training)))}"
+                f"{', '.join(map(str, sorted(training)))} (the rewards' own sigma); set either, for instance "
+                "--config.evaluation.sigma=0.1,0.6"
             )
         levels = self.evaluation.sigma
         if not levels or not all(0 <= level <= 1 for level in levels):
