@@ -102,7 +102,18 @@ def load_config(file: str, overrides: Sequence[str], kinds: Sequence[type]) -> C
 REFUSED = re.compile(r"parsing config file:.*^(?:[\w.]+\.)?(?:ValueError|ConfigError): ", re.DOTALL | re.MULTILINE)
 
 
+# And of a flag for what the file leaves None, or for a key below it.
+NOTHING_THERE = re.compile(
+    r"NoneType'> of field config\.([\w.]+) is not|Override ([\w.]+)\.\w+ can not be applied because"
+)
+
+
 def _told(error: Exception, file: str, kinds: Sequence[type]) -> str:
+    if there := NOTHING_THERE.search(str(error)):
+        return (
+            f"config.{there[1] or there[2]} is None in {file}, and a flag cannot say what kind of value it is to have; "
+            "set it in a config file of your own"
+        )
     if said := REFUSED.search(str(error)):
         return f"{file}: {str(error)[said.end() :].strip()}"
     if "get_config() takes 0 positional arguments" in str(error):

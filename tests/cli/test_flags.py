@@ -125,6 +125,14 @@ def test_a_variant_that_a_config_refuses_is_one_line(file, told):
     assert str(refused.value) == told
 
 
+@pytest.mark.parametrize("override", ["reward.judge=clip", "reward.judge.kind=clip"])
+def test_a_flag_for_a_section_that_is_not_there_is_one_line(override):
+    with pytest.raises(
+        UsageError, match="^config.reward.judge is None in configs/lpo.py, and a flag cannot say what kind"
+    ):
+        configs.load_config("configs/lpo.py", [f"--config.{override}"], ())
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "told"),
     [
