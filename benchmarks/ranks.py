@@ -65,8 +65,8 @@ def main(argv: list[str]) -> None:
         return np.concatenate([model.score_latents(latents[rows], prompt[rows], level) for rows in parts])
 
     expected = {level: scores(exact, level) for level in LEVELS}
-    # As `from_pretrained(dtype="int8")` loads it, on a CPU and elsewhere.
     models = {"bfloat16": dina.RewardModel.from_pretrained(*arguments, dtype="bfloat16")}
+    # What `from_pretrained(dtype="int8")` gives on a CPU, and elsewhere.
     for dtype in ("float32", "bfloat16"):
         model = dina.RewardModel.from_pretrained(*arguments, dtype=dtype)
         rounded = quantized(dict(model.params), lambda name: not is_trainable(name))

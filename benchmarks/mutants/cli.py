@@ -24,6 +24,7 @@ MUTANTS = [
     Mutant("a usage error ends with 1", COMMAND, "        sys.exit(2)\n\n\ndef run_command", "        sys.exit(1)\n\n\ndef run_command",
            f"{TESTS} -k list_of_commands"),
     Mutant("a section cannot be turned off", CONFIGS, "section[key] = None", "pass", f"{TESTS} -k packaged"),
+    Mutant("a key below what is None is not named", CONFIGS, "{there[1] or there[2]}", "{there[1]}", f"{TESTS} -k not_there"),
     Mutant("packaged configs are not found", CONFIGS, "        path = ours\n", "", f"{TESTS} -k packaged"),
     Mutant("a known error ends with 1", COMMAND, "        leave(2)", "        leave(1)", f"{TESTS} -k ends"),
     Mutant("Ctrl-C ends with 2", COMMAND, "        leave(130)", "        leave(2)", f"{TESTS} -k ends"),

@@ -371,6 +371,13 @@ MUTANTS: list[Mutant] = [
         attack("few_times_a_second"),
     ),
     # ----------------------------------------------------------------------------------- client
+    Mutant(
+        "a request that fails is a group of errors",
+        CLIENT,
+        "failed = errors.exceptions[0]",
+        "failed = errors",
+        served("bad_request_among"),
+    ),
     Mutant("a proxy for this machine", CLIENT, '"trust_env": not local', '"trust_env": True', served("proxies")),
     Mutant("no proxy at all", CLIENT, '"trust_env": not local', '"trust_env": False', served("proxies")),
     Mutant(

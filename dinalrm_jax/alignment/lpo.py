@@ -121,15 +121,15 @@ def lpo(policy: Policy, rewards: Rewards, config: LPOConfig) -> tuple[Collection
         guided = sampling.guided(policy.velocity(params), batch.prompt, batch.negative, config.guidance)
         count = config.candidates
         repeated = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), batch)
-        onward = sampling.guided(policy.velocity(params), repeated.prompt, repeated.negative, config.guidance)
         places = jnp.arange(len(keys))
 
         def scored(outcomes: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Scores of outcomes (B K, H, W, C) of one step, and the level that the reward is told."""
-            reached = jnp.repeat(sigmas[step + 1], len(outcomes))
             if config.scored_at != "clean":
                 level = sigmas[step + (config.scored_at == "next")]
                 return reward.at_level(params, outcomes, repeated, jnp.repeat(level, len(outcomes))), level
+            reached = jnp.repeat(sigmas[step + 1], len(outcomes))
+            onward = sampling.guided(policy.velocity(params), repeated.prompt, repeated.negative, config.guidance)
             jumped = sampling.clean(outcomes, onward(outcomes, reached), reached)
             # One noise for a state's outcomes: what differs is what they show.
             own = jax.vmap(jax.random.fold_in, (0, None))(reward_keys, step)

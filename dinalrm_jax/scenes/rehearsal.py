@@ -119,8 +119,8 @@ def _write_module(directory, stem, build, config, extra, seed, table=tables.IDEN
 
 
 def _spread(shape: tuple[int, ...]) -> float:
-    """Of the weights (out, in, ...) that keep the size of what they multiply; of biases a fifth."""
-    return 0.2 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5
+    """The standard deviation of weights (out, in, ...), that of PyTorch's layers; of biases a fifth."""
+    return 0.2 if len(shape) == 1 else (3 * math.prod(shape[1:])) ** -0.5
 
 
 def _write_clip_tokenizer(directory: pathlib.Path, pad: str) -> None:
