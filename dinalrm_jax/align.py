@@ -34,6 +34,7 @@ from dinalrm_jax.config import AlignConfig
 from dinalrm_jax.data.records import Records
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import enable_compilation_cache
+from dinalrm_jax.devices.host_memory import keep_freed_memory
 from dinalrm_jax.devices.mesh import check_batch_size, make_mesh, row_devices
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
@@ -211,6 +212,7 @@ def main(options: AlignOptions) -> int:
     quieten_writers()
     config = load_align(options.config, options.overrides)
     workdir = as_path(options.workdir or f"runs/{config.name}")
+    keep_freed_memory()
     processes.initialize(options.distributed)
     enable_compilation_cache(workdir)
     processes.say(f"{config.name}: jax {jax.__version__} on {processes.devices()}, writing to {workdir}")

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from dinalrm_jax.devices.chips import Target
 from dinalrm_jax.devices.compilation import disable_compilation_cache, enable_compilation_cache
+from dinalrm_jax.devices.host_memory import keep_freed_memory
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.disk import check_writable, write_json
 from dinalrm_jax.timing import loading
@@ -287,6 +288,8 @@ def main(options: BenchmarkOptions) -> None:
     """Times what the options name."""
     if options.output is not None:
         check_writable(options.output)
+    if options.setting.mode == "train":
+        keep_freed_memory()  # as the command `train` does
     if options.cache:
         enable_compilation_cache()
     if options.compile_for:

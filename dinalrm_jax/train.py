@@ -28,6 +28,7 @@ from dinalrm_jax.data.mixture import Mixture
 from dinalrm_jax.data.records import Records, RecordsError
 from dinalrm_jax.devices import processes
 from dinalrm_jax.devices.compilation import disable_compilation_cache, enable_compilation_cache
+from dinalrm_jax.devices.host_memory import keep_freed_memory
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.devices.sharding import gather
 from dinalrm_jax.disk import AnyPath, as_path, is_whole
@@ -220,6 +221,7 @@ def main(options: TrainOptions) -> int:
     if options.check_memory:
         disable_compilation_cache()
         return check_memory(config, options.devices, workdir)
+    keep_freed_memory()
     processes.initialize(options.distributed)
     enable_compilation_cache(workdir)
     processes.say(f"{config.name}: jax {jax.__version__} on {processes.devices()}, writing to {workdir}")

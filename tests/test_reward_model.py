@@ -233,6 +233,23 @@ def test_scan_and_remat_do_what_they_say():
     assert 1.25 < flops["loop", "block"] / flops["loop", "none"] < 1.5
 
 
+def test_a_gradient_is_summed_once_however_many_blocks_follow():
+    """Fused into its users, the sum over all later blocks gave operations twice as many operands at twice the depth."""
+    widest = {}
+    for blocks in (3, 6):
+        transformer = dataclasses.replace(TINY_SD3, num_layers=blocks + 1, dual_attention_layers=())
+        config = dataclasses.replace(
+            TINY, transformer=transformer, num_blocks=blocks, visual_taps=(blocks,), text_taps=(blocks,)
+        )
+        module, (latents, eps, prompt) = reward_functional(config, ExecutionConfig()), random_inputs(transformer)
+        lora = {name: shape for name, shape in module.shapes.items() if ".lora_" in name}
+        gradient = jax.grad(lambda lora, params, *rest, module=module: module.bind(params | lora)(*rest).sum())
+        arguments = (lora, module.shapes, latents, prompt, jnp.zeros(len(latents)), eps)
+        text = jax.jit(gradient).lower(*arguments).compile().as_text()
+        widest[blocks] = max(operands.count("%") for operands in re.findall(r" fusion\(([^)]*)\)", text))
+    assert widest[6] == widest[3], widest
+
+
 def test_elsewhere_blocks_are_rematerialised_by_jax(monkeypatch):
     """Whose barriers other compilers keep. The primitive prints as "checkpoint" or "remat2", by version."""
     monkeypatch.setattr("dinalrm_jax.model.backbone.remat.platform", lambda: "tpu")

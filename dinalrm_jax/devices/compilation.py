@@ -1,6 +1,5 @@
-"""What surrounds compilation: the cache of compiled programs, and the memory that compiling leaves behind."""
+"""What surrounds compilation: the cache of compiled programs, and whether one fits."""
 
-import ctypes
 import os
 from collections.abc import Callable
 
@@ -49,13 +48,6 @@ def enable_compilation_cache(workdir: AnyPath | None = None) -> None:
 def disable_compilation_cache() -> None:
     """For devices that are not here: JAX writes a program for them too, and then cannot load it."""
     jax.config.update("jax_enable_compilation_cache", False)
-
-
-def return_freed_memory() -> None:
-    """Gives back to the system what the compiler freed and glibc keeps: 0.8 GiB after a full-size train step."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
-    if trim is not None:
-        trim(0)
 
 
 def compile_if_it_fits(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dinalrm_jax.devices.compilation import return_freed_memory
+from dinalrm_jax.devices.host_memory import return_freed_memory
 from dinalrm_jax.server.engine import Engine, Row
 from dinalrm_jax.server.protocol import RequestError, RowShape
 from dinalrm_jax.server.shapes import NewShapes

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dinalrm_jax.devices.compilation import return_freed_memory
+from dinalrm_jax.devices.host_memory import return_freed_memory
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.model.config import RewardModelConfig

@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 
 from dinalrm_jax.devices import processes
-from dinalrm_jax.devices.compilation import return_freed_memory
+from dinalrm_jax.devices.host_memory import return_freed_memory
 from dinalrm_jax.training.objectives import Objective
 from dinalrm_jax.training.step import AssembledStep, model_flops
 from dinalrm_jax.training.stream import Form

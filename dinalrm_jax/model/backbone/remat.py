@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass, and what it computes again there."""
+"""What a block keeps for its backward pass, and what it computes again there or does not."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,8 @@ from jax import lax
 
 from dinalrm_jax.devices.mesh import platform
 from dinalrm_jax.model.backbone.attention.per_device import SAVED
+
+UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by bytes
 
 
 def _attention(primitive, *_, **params) -> bool:
@@ -25,11 +27,40 @@ POLICIES = {
 
 def rematerialised(block: Callable, remat: str) -> Callable:
     """`block` of (state, image, text, temb) to (image, text) with the memory of `ExecutionConfig.remat`."""
+    if platform() == "cpu":
+        block = _summed_once(block)
     if remat == "none":
         return block
     if remat == "block" and platform() == "cpu":
         return _recomputed(block)
     return jax.checkpoint(block, policy=POLICIES[remat])
+
+
+def _summed_once(block: Callable) -> Callable:
+    """`block` whose streams' gradients XLA's CPU compiler writes to memory.
+
+    A stream's gradient is a sum over all later blocks. That compiler fuses such a chain of additions into each of its
+    many users, which then read what every later block added, again and again: for the gradients of adapters in an
+    order that is slow, too. It does not duplicate what it holds to be costly, a square root of each number, say.
+    """
+
+    def apply(state, image, text, temb):
+        return block(state, _gradient_written(image), _gradient_written(text), temb)
+
+    return apply
+
+
+@jax.custom_vjp
+def _gradient_written(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _write(_, gradient: jax.Array) -> tuple[jax.Array]:
+    one = lax.bitcast_convert_type(jnp.ones((), gradient.dtype), UNSIGNED[gradient.dtype.itemsize])
+    return (gradient * jnp.sqrt(lax.bitcast_convert_type(one | _zeros(gradient), gradient.dtype)),)
+
+
+_gradient_written.defvjp(lambda x: (x, None), _write)
 
 
 def _recomputed(block: Callable) -> Callable:
@@ -56,8 +87,12 @@ def _recomputed(block: Callable) -> Callable:
 
 
 def _tied(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """`x`, after `gradient` is there: a number shifted right by all of its bits, a zero XLA does not see, is added."""
-    unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    """`x`, after `gradient` is there."""
+    bits = lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize])
+    return lax.bitcast_convert_type(bits ^ _zeros(gradient), x.dtype)
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    """Unsigned zeros of `x`'s shape and size which XLA does not see: a number shifted right by all of its bits."""
     half = 4 * x.dtype.itemsize
-    zero = (lax.bitcast_convert_type(gradient, unsigned) >> half) >> half
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, unsigned) ^ zero, x.dtype)
+    return (lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize]) >> half) >> half
