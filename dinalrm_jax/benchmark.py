@@ -288,8 +288,6 @@ def main(options: BenchmarkOptions) -> None:
     """Times what the options name."""
     if options.output is not None:
         check_writable(options.output)
-    if options.setting.mode == "train":
-        keep_freed_memory()  # as the command `train` does
     if options.cache:
         enable_compilation_cache()
     if options.compile_for:
@@ -299,6 +297,8 @@ def main(options: BenchmarkOptions) -> None:
     elif options.setting.mode == "load":
         result = run_load(options.setting, options.repeats, options.scratch)
     else:
+        if options.setting.mode in ("gradient", "train"):
+            keep_freed_memory()  # as the commands `align` and `train` do
         result = run(options.setting, options.repeats, options.reference, options.compile_reference, options.profile)
     if not options.compile_for:
         print(as_text(result))

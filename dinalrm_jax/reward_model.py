@@ -159,9 +159,9 @@ class RewardModel:
             `f(params, latents, prompt, key, noise=None) -> (B,) float32`, differentiable in
             `latents` and `params`. `latents` (B, H, W, C) are clean and scaled. A single `key` gives
             every row the same noise, so that a row's score does not depend on its batch; B keys
-            give each row its own. `noise`, like latents, is used as it is and `key` is ignored. It has no
-            forward-mode derivative (`jax.jvp`) in bfloat16, on CPUs or with an attention of its own: their gradients
-            are of our making.
+            give each row its own. `noise`, like latents, is used as it is and `key` is ignored. On CPUs, in
+            bfloat16 and with an attention other than "xla" gradients are of our making: `jax.jvp` of the function
+            does not work then, of its gradient it does.
         """
         levels = check_levels(sigma)
         module, spec = reward_functional(self.config, self.execution), self.config.transformer.latents

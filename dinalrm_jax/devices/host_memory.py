@@ -1,23 +1,50 @@
 """What glibc does with memory that this process has freed."""
 
+import contextlib
 import ctypes
+import mmap
+import pathlib
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+import jax
 
 # Of malloc.h, for mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+SLACK = 64 << 20  # bytes
 
 
 def keep_freed_memory() -> None:
-    """Has the process keep what it frees; call it before JAX starts its threads, that is, uses a device.
+    """Has a process that computes on CPUs keep what it frees.
 
-    XLA takes a program's temporaries from the system at every call, and gives them back after it: on a CPU 2.7 GiB of
-    a full-size train step, a page at a time. Kept, they are there at the next call. A process then holds up to twice
-    the temporaries of its largest program. (Another C library than glibc does as it did.)
+    Call it before JAX starts its threads, which it does at the first use of a device. XLA takes a program's temporaries
+    from the system at every call, and gives them back after it: 2.7 GiB of a full-size train step, a page at a time.
+    Kept, they are there at the next call, unless something small has taken a place among them meanwhile: then there
+    are two such pieces, or more. `FreedMemory` bounds them. (Another C library than glibc does as it did.)
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(M_ARENA_MAX, 1)  # only the main heap holds more than 64 MiB in one piece
-        set_option(M_MMAP_MAX, 0)
-        set_option(M_TRIM_THRESHOLD, -1)
+    if set_option is not None and _only_cpus():
+        set_option(M_ARENA_MAX, 1)  # threads have no heaps of their own, which end at 64 MiB
+        set_option(M_MMAP_MAX, 0)  # no mapping for a large piece, which ends when it is freed
+        set_option(M_TRIM_THRESHOLD, -1)  # the heap does not shrink
+
+
+class FreedMemory:
+    """Bounds what a process keeps, beyond what it held when it last gave all back.
+
+    There may be 1.5 times the temporaries of the program that it calls next, and 64 MiB.
+    """
+
+    def __init__(self):
+        self._live = 0  # resident bytes when nothing freed was kept
+
+    def before(self, program: jax.stages.Compiled) -> None:
+        """Gives all back where more is kept; the call takes its own anew then."""
+        if jax.default_backend() == "cpu":
+            bound = 1.5 * program.memory_analysis().temp_size_in_bytes + SLACK
+            if _resident_bytes() - self._live > bound:
+                return_freed_memory()
+                self._live = _resident_bytes()
 
 
 def return_freed_memory() -> None:
@@ -25,3 +52,16 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
     if trim is not None:
         trim(0)
+
+
+def _resident_bytes() -> int:
+    """0 where the system does not say (another one than Linux)."""
+    with contextlib.suppress(OSError):
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    return 0
+
+
+def _only_cpus() -> bool:
+    """Whether JAX will compute on CPUs, as far as can be known before it has looked for devices."""
+    named = jax.config.jax_platforms  # type: ignore[attr-defined]
+    return named == "cpu" if named else not entry_points(group="jax_plugins") and find_spec("libtpu") is None

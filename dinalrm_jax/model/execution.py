@@ -23,7 +23,7 @@ class ExecutionConfig:
         between taps and scans over it (compiles several times quicker, for GPU and TPU).
     remat: what a block keeps for its backward pass: everything ("none"), matrix products ("dots"), its inputs and
         what its attention gives ("attention"; both not on CPUs, whose compiler keeps everything then) or only its
-        inputs ("block"). On CPUs there is no forward-mode differentiation of blocks.
+        inputs ("block").
     """
 
     dtype: Dtype = "float32"

@@ -9,6 +9,7 @@ import jax
 
 from dinalrm_jax.config import ProfileConfig, StageConfig
 from dinalrm_jax.devices import processes
+from dinalrm_jax.devices.host_memory import FreedMemory
 from dinalrm_jax.disk import AnyPath
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.parameters import Params
@@ -130,7 +131,7 @@ def fit(
                 processes.say(f"{name}: ended at step {step}: {reason}")
             return not processes.all_agree(reason is None)
 
-        batches, metrics, done = iter(stream), None, enough(first)
+        batches, metrics, done, freed = iter(stream), None, enough(first), FreedMemory()
         log.start()
         with processes.progress(total=stage.steps, initial=first, desc=name, unit="step") as bar:
             for step in range(first + 1, stage.steps + 1):
@@ -142,6 +143,7 @@ def fit(
                 window.before(step)
                 program, flops = programs[form]
                 before = metrics
+                freed.before(program)
                 state, metrics = program(state, frozen, batch)
                 jax.block_until_ready(before)  # one step runs, one waits for it: the devices never wait for the host
                 log.add(step, metrics, stream.units, waited=waited, flops=flops / devices)

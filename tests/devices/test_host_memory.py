@@ -1,5 +1,10 @@
+import ctypes
+import os
 import subprocess
 import sys
+
+import numpy as np
+import pytest
 
 PROGRAM = """
 import resource
@@ -23,10 +28,44 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 def test_a_program_finds_its_temporaries_where_the_last_call_left_them():
     """Else every call takes each page of them from the system again: 16,384 pages of 4 KiB, ten times."""
-    taken = {}
+    taken, environment = {}, {**os.environ, "JAX_PLATFORMS": "cpu"}
     for how in ("keep", "return"):
-        done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", PROGRAM, how]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         taken[how] = int(done.stdout)
     assert taken["keep"] < taken["return"] / 5, taken
+
+
+BOUNDED = """
+import pathlib
+import jax
+import jax.numpy as jnp
+import numpy as np
+from dinalrm_jax.devices.host_memory import FreedMemory, keep_freed_memory
+
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) >> 8  # MiB
+
+keep_freed_memory()
+x, wide = jnp.ones((1024, 64)), jnp.ones((64, 1 << 14))
+work = jax.jit(lambda x, wide: jax.nn.softmax(x @ wide) @ jnp.ones((1 << 14, 4))).lower(x, wide).compile()
+assert work.memory_analysis().temp_size_in_bytes >> 20 == 64
+freed = FreedMemory()
+freed.before(work)
+start = resident()
+for size in (120, 600, 120):
+    np.ones((size << 17,))  # that many MiB, freed at once
+    freed.before(work)
+    print(resident() - start)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_what_is_kept_has_a_bound():
+    """1.5 times the next program's 64 MiB, and 64 more: 120 MiB stay, 600 go back."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", BOUNDED], env=environment, capture_output=True, text=True, check=True)
+    np.testing.assert_allclose([int(line) for line in done.stdout.split()], [120, 0, 120], atol=20)  # or so

@@ -122,6 +122,7 @@ def test_a_step_waits_at_the_device_while_another_runs(tmp_path, monkeypatch):
             happened.append(("dispatched", len(results)))
             return state, metrics
 
+        dispatch.memory_analysis = program.memory_analysis
         return dispatch
 
     def waiting(value):

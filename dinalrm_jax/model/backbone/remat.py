@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass, and what it computes again there or does not."""
+"""What a block keeps for its backward pass and what it computes again; XLA's CPU compiler would undo either."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from jax import lax
 from dinalrm_jax.devices.mesh import platform
 from dinalrm_jax.model.backbone.attention.per_device import SAVED
 
-UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by bytes
+UNSIGNED = {2: jnp.uint16, 4: jnp.uint32}  # by bytes
 
 
 def _attention(primitive, *_, **params) -> bool:
@@ -26,7 +26,10 @@ POLICIES = {
 
 
 def rematerialised(block: Callable, remat: str) -> Callable:
-    """`block` of (state, image, text, temb) to (image, text) with the memory of `ExecutionConfig.remat`."""
+    """`block` of (state, image, text, temb) to (image, text) with the memory of `ExecutionConfig.remat`.
+
+    On CPUs it has a gradient of our making, and so no forward mode (`jax.jvp`); that of the gradient there is.
+    """
     if platform() == "cpu":
         block = _summed_once(block)
     if remat == "none":
@@ -40,8 +43,8 @@ def _summed_once(block: Callable) -> Callable:
     """`block` whose streams' gradients XLA's CPU compiler writes to memory.
 
     A stream's gradient is a sum over all later blocks. That compiler fuses such a chain of additions into each of its
-    many users, which then read what every later block added, again and again: for the gradients of adapters in an
-    order that is slow, too. It does not duplicate what it holds to be costly, a square root of each number, say.
+    many users, which then read what every later block added, again and again (for the gradients of adapters against
+    the order in memory). It does not duplicate what it holds to be costly: a square root of each number, say.
     """
 
     def apply(state, image, text, temb):
@@ -56,6 +59,7 @@ def _gradient_written(x: jax.Array) -> jax.Array:
 
 
 def _write(_, gradient: jax.Array) -> tuple[jax.Array]:
+    """The gradient, times the square root of ones that XLA does not see, which changes no bit of it."""
     one = lax.bitcast_convert_type(jnp.ones((), gradient.dtype), UNSIGNED[gradient.dtype.itemsize])
     return (gradient * jnp.sqrt(lax.bitcast_convert_type(one | _zeros(gradient), gradient.dtype)),)
 
@@ -64,7 +68,7 @@ _gradient_written.defvjp(lambda x: (x, None), _write)
 
 
 def _recomputed(block: Callable) -> Callable:
-    """`jax.checkpoint` that survives XLA's CPU compiler, but no forward-mode differentiation.
+    """`jax.checkpoint` that survives XLA's CPU compiler.
 
     That compiler drops the optimisation barriers of `jax.checkpoint` (its pass `cse_barrier_expander`) before it merges
     equal computations for the last time, so that the second forward pass becomes the first one again, with all its
@@ -87,12 +91,12 @@ def _recomputed(block: Callable) -> Callable:
 
 
 def _tied(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """`x`, after `gradient` is there."""
+    """`x`, after `gradient` is there: its bits, exclusive or zeros made of that."""
     bits = lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize])
     return lax.bitcast_convert_type(bits ^ _zeros(gradient), x.dtype)
 
 
 def _zeros(x: jax.Array) -> jax.Array:
-    """Unsigned zeros of `x`'s shape and size which XLA does not see: a number shifted right by all of its bits."""
+    """Unsigned zeros of `x`'s shape and width that XLA does not see: a number shifted right by all of its bits."""
     half = 4 * x.dtype.itemsize
     return (lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize]) >> half) >> half
