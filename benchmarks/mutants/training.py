@@ -42,6 +42,8 @@ MUTANTS = [
            "jnp.ones((), gradient.dtype)", "jnp.full((), 1.01, gradient.dtype)", "tests/test_reward_model.py -k bits"),
     Mutant("temporaries go back to the system", "dinalrm_jax/devices/host_memory.py", "set_option(M_MMAP_MAX, 0)", "pass",
            "tests/devices/test_host_memory.py"),
+    Mutant("what is kept has no bound", "dinalrm_jax/devices/host_memory.py", "- self._live > bound", "- self._live > 99 * bound",
+           "tests/devices/test_host_memory.py"),
     Mutant("the heap shrinks", "dinalrm_jax/devices/host_memory.py", "set_option(M_TRIM_THRESHOLD, -1)", "pass",
            "tests/devices/test_host_memory.py"),
     Mutant("temporaries are taken where they cannot stay", "dinalrm_jax/devices/host_memory.py", "set_option(M_ARENA_MAX, 1)", "pass",
