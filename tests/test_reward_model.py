@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dinalrm_jax as dina
-from dinalrm_jax.model.backbone.remat import _gradient_written
+from dinalrm_jax.model.backbone.remat import _gradient_written, rematerialised
 from dinalrm_jax.model.config import RewardModelConfig
 from dinalrm_jax.model.execution import ExecutionConfig
 from dinalrm_jax.model.reward import chosen_dtype, jitted_score, reward_functional, store
@@ -266,6 +266,34 @@ def test_elsewhere_blocks_are_rematerialised_by_jax(monkeypatch):
     latents, eps, prompt = random_inputs(TINY_SD3)
     jaxpr = jax.make_jaxpr(lambda p, *x: module.bind(p)(*x))(module.shapes, latents, prompt, jnp.zeros(2), eps)
     assert len(re.findall(r"= (checkpoint|remat2?)\[", str(jaxpr))) == TINY.num_blocks
+
+
+def test_what_each_policy_computes_again(monkeypatch):
+    """Products of a layer and its gradient by the weight; "block" does the first again."""
+    monkeypatch.setattr("dinalrm_jax.model.backbone.remat.platform", lambda: "tpu")
+
+    def products(remat):
+        block = rematerialised(lambda state, image, text, temb: (jnp.sin(image @ state), text), remat)
+        gradient = jax.grad(lambda w: block(w, jnp.ones((2, 3)), jnp.ones(2), None)[0].sum())
+        return str(jax.make_jaxpr(gradient)(jnp.ones((3, 3)))).count("dot_general")
+
+    assert {remat: products(remat) for remat in ("none", "dots", "block")} == {"none": 2, "dots": 2, "block": 3}
+
+
+def test_the_text_stream_is_computed_again_too():
+    def memory(remat):
+        block = rematerialised(lambda w, image, text, temb: (image, jnp.tanh(text @ w) @ w.T), remat)
+
+        def loss(w, text):
+            image = jnp.ones((2, 2))
+            for _ in range(6):
+                image, text = block(w, image, text, None)
+            return text.sum() + image.sum()
+
+        lowered = jax.jit(jax.grad(loss)).lower(jnp.ones((16, 1024)), jnp.ones((512, 16)))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert memory("block") < 0.6 * memory("none")
 
 
 def test_remat_does_not_change_what_trains(tiny_model):

@@ -183,6 +183,10 @@ def test_the_update_raises_winners_and_lowers_losers(likely):
     right = np.array([np.asarray(winner > loser) for winner, loser in ratios])
     np.testing.assert_allclose(metrics["accuracy"], (weight * right).sum(axis=0), atol=1e-6)
 
+    low = dataclasses.replace(LPO, epsilon=1e-4)
+    clipped = jax.jit(lpo(policy, rewards, low)[1])(params, found, keys)[1]["clipped"]
+    beyond = np.abs(np.expm1(np.array(ratios, np.float64))) > 1e-4  # (pairs, winner and loser, rows)
+    np.testing.assert_allclose(clipped, (weight * beyond.mean(axis=1)).sum(axis=0), atol=1e-6)
     adapters = trained(params)
 
     def total(adapters):
@@ -203,6 +207,7 @@ def test_at_the_start_policy_and_reference_agree(likely):
     losses, metrics = jax.jit(objective)(first, found, keys)
     np.testing.assert_allclose(losses.mean(), np.log(2), rtol=1e-5)
     assert (metrics["clipped"] == 0).all()
+    np.testing.assert_allclose(metrics["velocity_ratio"], 1, atol=1e-5)
 
 
 class BrokenBelow(LatentReward):
@@ -276,3 +281,13 @@ def test_rewards_that_know_no_level_are_refused(config):
             dataclasses.replace(changed, **wrong)
     with pytest.raises(ConfigError, match="lpo's loss holds the policy near its reference"):
         dataclasses.replace(changed, reference_weight=1.0)
+
+
+@pytest.mark.parametrize(("scored_at", "steps"), [("next", [1, 2, 3, 4]), ("current", [0, 1, 2, 3])])
+def test_kept_pairs_are_logged_by_the_level_that_is_scored(likely, scored_at, steps):
+    found, _ = collected(lpo(likely[0], likely[1], dataclasses.replace(LPO, scored_at=scored_at)), *likely[2:])
+    levels = 10 * np.asarray(likely[0].schedule(LPO.steps))[steps]
+    share = [np.mean((low <= levels) & ((levels < low + 1) | (low == 9))) for low in range(10)]
+    np.testing.assert_allclose(found.metrics["share_by_sigma"], np.tile(share, (8, 1)), atol=1e-6)
+    np.testing.assert_allclose(found.metrics["kept_by_sigma"].sum(axis=1), found.metrics["kept"], atol=1e-6)
+    assert found.metrics["kept"].sum() > 0

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dinalrm_jax.data.preferences import Ranking
+from dinalrm_jax.data.preferences import Ranking, stable_hash
+from dinalrm_jax.evaluation import calibration
 from dinalrm_jax.evaluation.accuracy import reliability, strict_pairs
 from dinalrm_jax.evaluation.benchmark import Evaluation
 from dinalrm_jax.evaluation.calibration import LevelPairs, as_markdown, calibrate, fit_likelihood
@@ -106,3 +107,54 @@ def test_a_fit_that_is_no_better_than_a_coin_is_refused():
         scores = [row * sign for row, sign in zip(found.scores, signs)]
         with pytest.raises(ConfigError, match="no better than"):
             calibrate(dataclasses.replace(found, scores=scores))
+
+
+def halves(count):
+    """As many prompts that are fitted to, and that judge."""
+    prompts = [f"prompt {i}" for i in range(10 * count)]
+    return [[p for p in prompts if stable_hash("calibration", p)[0] % 2 == half][:count] for half in (0, 1)]
+
+
+def of_margins(prompts, margins):
+    rankings = [Ranking(prompt, ("a", "b"), (1, 2)) for prompt in prompts]
+    scores = [np.array([[margin, margin], [0, 0]], np.float32)[..., None] for margin in margins]
+    return Evaluation("test", (0.2, 0.6), (NoiseDraw(0),), rankings, scores, {})
+
+
+def test_errors_are_those_of_the_prompts_that_judge():
+    """All of those have margin 1 and are right: the error is what probability leaves."""
+    fitted, judged = halves(600)
+    answers = answered(0.4, 600, np.random.default_rng(0))
+    found = calibrate(of_margins([*fitted, *judged], [*answers, *np.ones(600)]))
+    for sigma, (_, after) in found.errors.items():
+        variance = found.likelihood.k * float(sigma) ** 2 + found.likelihood.sigma_0**2
+        assert after == pytest.approx(100 * stats.norm.sf(1 / np.sqrt(2 * variance)), abs=0.01)
+
+
+@pytest.mark.parametrize(("right", "kept"), [(138, False), (144, True)])
+def test_a_gain_is_two_errors_of_as_many_pairs(monkeypatch, right, kept):
+    """Gains are log 2 Phi(+-1 / sqrt 2) = 0.419 and -0.735: of 200 pairs 138 right are 1.6 errors, 144 are 2.6."""
+    fitted, judged = halves(200)
+    monkeypatch.setattr(calibration, "fit_likelihood", lambda levels: LossConfig(k=1e-9, sigma_0=1.0))
+    given = of_margins([*fitted, *judged], [1] * 200 + [1] * right + [-1] * (200 - right))
+    if kept:
+        assert calibrate(given).judged_by == 200
+    else:
+        with pytest.raises(ConfigError, match="no better than a coin"):
+            calibrate(given)
+
+
+def test_pairs_are_counted_and_not_rankings():
+    (fitted, judged), rng = halves(100), np.random.default_rng(0)
+    rankings = [Ranking(prompt, ("a", "b", "c"), (1, 2, 3)) for prompt in (*fitted, *judged)]
+    better = np.array([2.0, 1.0, 0.0])[:, None, None]
+    scores = [(better + rng.standard_normal((3, 2, 1))).astype(np.float32) for _ in rankings]
+    found = calibrate(Evaluation("test", (0.2, 0.6), (NoiseDraw(0),), rankings, scores, {}))
+    assert (found.fitted_to, found.judged_by) == (300, 300)
+
+
+def test_images_without_a_score_are_no_pairs_to_fit_to():
+    some = evaluation(np.random.default_rng(0), 300)
+    scores = [row * np.nan if number % 2 else row for number, row in enumerate(some.scores)]
+    with pytest.raises(ConfigError, match="at least 100 pairs each"):
+        calibrate(dataclasses.replace(some, scores=scores))

@@ -14,6 +14,7 @@ from dinalrm_jax.evaluation.accuracy import count_pairs, pair_counts
 from dinalrm_jax.evaluation.comparison import compare
 from dinalrm_jax.evaluation.controls import FILE_SIZE, MAKER, PROBE, KnownImage, standing
 from dinalrm_jax.evaluation.scoring import pooled
+from dinalrm_jax.model.encoding import EncodersConfig
 
 RNG = np.random.default_rng(0)
 
@@ -222,3 +223,75 @@ def test_too_few_prompts_are_not_made_good_by_seeds():
     assert str(compare(first, second, prompts)).endswith("cannot tell, nor would more seeds")
     with pytest.raises(ValueError, match="same seeds"):
         compare(first, second[:2], prompts)
+
+
+def test_pairs_vote_and_not_their_bytes():
+    """Two of three are won by the smaller file, the third by a much larger one."""
+    images = [image(str(i), size, 0.1 * i) for i, size in enumerate((10, 20, 30, 1000))]
+    found = controls.record_controls(records(images, [(0, 1, 1.0), (1, 2, 1.0), (3, 0, 1.0)], "x"), [HELD_OUT[0]])
+    assert found[FILE_SIZE].tolist() == [[-1000, -30]]
+
+
+def test_one_image_of_which_nothing_is_known_is_enough():
+    sizes = [*IMAGES[:2], dataclasses.replace(IMAGES[2], file_bytes=0), IMAGES[3]]
+    assert set(controls.record_controls(records(sizes, TRAINING), HELD_OUT)) == {MAKER, PROBE}
+    known = [KnownImage(5, maker, np.array([float(i)])) for i, maker in enumerate(("a", "b", None))]
+    assert set(controls._controls([(known[1], known[0])], known)) == {FILE_SIZE, PROBE}
+
+
+def test_no_more_than_the_most_pairs_are_fitted_to(monkeypatch):
+    monkeypatch.setattr(controls, "MOST_PAIRS", 2)  # of the training pairs the first and the last: one won, one lost
+    np.testing.assert_allclose(controls.record_controls(records(IMAGES, TRAINING), HELD_OUT)[MAKER], 0.5)
+    sizes = []
+    monkeypatch.setattr(controls, "linear_probe", lambda chosen, _: sizes.append(len(chosen)) or np.zeros(1))
+    rankings = [Ranking(f"prompt {i}", ("a", "b"), (1, 2)) for i in range(40)]
+    known = {(ranking.prompt, name): KnownImage(1, None, np.zeros(1)) for ranking in rankings for name in "ab"}
+    controls.ranking_controls(rankings, known)
+    assert sizes == [2] * controls.FOLDS
+
+
+def test_prompts_are_exchanged_with_those_half_the_list_away():
+    assert controls.exchanged(["a", "b", "c", "d"]) == {"a": "c", "b": "d", "c": "a", "d": "b"}
+
+
+def test_a_model_is_the_mean_of_its_draws():
+    ranks, won, lost = [(1, 2)] * 4, [1.0, 0.0], [0.0, 1.0]
+    right, half = (count_pairs(ranks, [np.array(row) for row in rows]) for rows in ([won] * 4, [won] * 2 + [lost] * 2))
+    assert standing([right, half], half, ["p"] * 4).ahead == 25
+
+
+def test_a_probe_of_pairs_that_are_all_told_has_a_limit():
+    """Where log(1 + exp(-2 w)), the loss of each pair, and w^2 / 1000 are least together."""
+    (weight,) = controls.linear_probe(np.ones((5, 1)), -np.ones((5, 1)))
+    assert 1 / (1 + np.exp(2 * weight)) == pytest.approx(1e-3 * weight, rel=1e-2)
+
+
+def test_no_empty_prompt_where_the_encoder_is_not_there(monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(controls, "load_prompt_encoder", missing)
+    assert controls.no_prompt(EncodersConfig("tiny", 8), None) is None
+
+
+def test_prompts_of_unequal_numbers_of_pairs():
+    """A ratio of 1/4; its parts are (1 - 1/4) / 2 and (0 - 3/4) / 2, whose mean has the deviation 0.375."""
+    found = compare([np.array([1, 0, 0, 0], bool)] * 2, [np.zeros(4, bool)] * 2, np.array([0, 1, 1, 1]))
+    half = stats.t.ppf(0.975, 1) * 0.375
+    assert found.interval == pytest.approx((0.25 - half, 0.25 + half))
+
+
+def test_two_seeds_and_two_prompts_by_hand():
+    """Parts ((1, 0.5), (0, 0)): variances of the mean 9/64 by seed, 1/64 by prompt, 1/64 left."""
+    first = [np.array([1, 1, 1, 0], bool), np.zeros(4, bool)]
+    found = compare(first, [np.zeros(4, bool)] * 2, np.array([0, 0, 1, 1]))
+    half = stats.t.ppf(0.975, 1) * np.sqrt(8 / 64 + 1 / 64)
+    assert found.interval == pytest.approx((0.375 - half, 0.375 + half))
+    assert found.seeds_needed == 16  # 2 (8/64 + 1/64) / (0.375 / 2.8)^2 = 15.7
+
+
+def test_more_seeds_are_more_than_there_are():
+    """Five standard errors, which Student's 12.7 for two seeds hide."""
+    first = [np.arange(40) % 10 < right for right in (4, 6)]
+    found = compare(first, [np.zeros(40, bool)] * 2, np.repeat(np.arange(4), 10))
+    assert (found.verdict, found.seeds_needed) == ("cannot tell", 3)

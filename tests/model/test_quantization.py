@@ -4,6 +4,7 @@ import dataclasses
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,3 +76,11 @@ def test_a_server_says_that_weights_are_int8(tiny_model):
         _, info = server.request("/v1/info")
         assert (info["dtype"], info["weights"]) == ("int8", model.digest)
         assert info["weights"] != tiny_model.digest
+
+
+def test_bfloat16_matrices_have_float32_scales_and_are_taken_out():
+    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((6, 64)), jnp.bfloat16)
+    params, exact = {"a.weight": matrix, "a.bias": jnp.ones(6)}, np.asarray(matrix, np.float32)
+    found = whole(quantized(params, lambda name: True)["a.weight"])
+    assert (params, found.dtype) == ({}, jnp.float32)
+    assert (np.abs(np.asarray(found) - exact) <= 0.5001 * np.abs(exact).max(axis=1, keepdims=True) / 127).all()

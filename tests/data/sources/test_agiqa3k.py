@@ -175,3 +175,20 @@ def test_controls_are_as_strong_as_they_are_known_to_be(quality, by_maker, of_ot
         (controls[MAKER], by_maker, 1), (strong, of_others, 1), (controls[FILE_SIZE], by_size, 0.1),
     ):  # fmt: skip
         assert 100 * accuracies(count_pairs(ranks, scores))["strict"] == pytest.approx(expected, abs=off)
+
+
+def test_the_higher_opinion_ranks_first(tmp_path):
+    source = agiqa3k.benchmark(write(tmp_path / "a", ROWS), OpinionConfig(quality=1.0))
+    (cats,) = [ranking for ranking in source.rankings if ranking.prompt == "a cat"]
+    assert sorted(zip(cats.ranks, cats.images)) == [(-3.0, "a.jpg"), (-2.5, "c.jpg"), (-2.0, "b.jpg")]
+
+
+def test_a_gap_of_just_the_least_is_a_pair(tmp_path):
+    near = agiqa3k.read(write(tmp_path / "a", ROWS), 1, OpinionConfig(quality=1.0, least_gap=0.5))
+    assert pairs_of(near) == {("a", "b"): 1, ("a", "c"): 1, ("c", "b"): 1, ("e", "d"): 1}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
+    path = write(tmp_path / "a", ROWS) / "data.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(pairs_of(agiqa3k.read(path.parent, 1, OpinionConfig(quality=1.0)))) == 4
