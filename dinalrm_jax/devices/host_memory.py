@@ -1,9 +1,6 @@
 """What glibc does with memory that this process has freed."""
 
-import contextlib
 import ctypes
-import mmap
-import pathlib
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
@@ -11,7 +8,6 @@ import jax
 
 # Of malloc.h, for mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-SLACK = 64 << 20  # bytes
 
 
 def keep_freed_memory() -> None:
@@ -20,7 +16,7 @@ def keep_freed_memory() -> None:
     Call it before JAX starts its threads, which it does at the first use of a device. XLA takes a program's temporaries
     from the system at every call, and gives them back after it: 2.7 GiB of a full-size train step, a page at a time.
     Kept, they are there at the next call, unless something small has taken a place among them meanwhile: then there
-    are two such pieces, or more. `FreedMemory` bounds them. (Another C library than glibc does as it did.)
+    are two such pieces, or three, until `return_freed_memory`. (Another C library than glibc does as it did.)
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None and _only_cpus():
@@ -29,22 +25,13 @@ def keep_freed_memory() -> None:
         set_option(M_TRIM_THRESHOLD, -1)  # the heap does not shrink
 
 
-class FreedMemory:
-    """Bounds what a process keeps, beyond what it held when it last gave all back.
-
-    There may be 1.5 times the temporaries of the program that it calls next, and 64 MiB.
-    """
-
-    def __init__(self):
-        self._live = 0  # resident bytes when nothing freed was kept
-
-    def before(self, program: jax.stages.Compiled) -> None:
-        """Gives all back where more is kept; the call takes its own anew then."""
-        if jax.default_backend() == "cpu":
-            bound = 1.5 * program.memory_analysis().temp_size_in_bytes + SLACK
-            if _resident_bytes() - self._live > bound:
-                return_freed_memory()
-                self._live = _resident_bytes()
+def stop_keeping() -> None:
+    """Undoes `keep_freed_memory`, with glibc's own settings: programs that take turns would each keep their own."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None and _only_cpus():
+        set_option(M_MMAP_MAX, 65536)
+        set_option(M_TRIM_THRESHOLD, 128 << 10)
+        return_freed_memory()
 
 
 def return_freed_memory() -> None:
@@ -52,13 +39,6 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
     if trim is not None:
         trim(0)
-
-
-def _resident_bytes() -> int:
-    """0 where the system does not say (another one than Linux)."""
-    with contextlib.suppress(OSError):
-        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-    return 0
 
 
 def _only_cpus() -> bool:

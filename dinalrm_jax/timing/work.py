@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dinalrm_jax.devices.host_memory import FreedMemory, return_freed_memory
+from dinalrm_jax.devices.host_memory import return_freed_memory
 from dinalrm_jax.devices.mesh import MeshConfig, make_mesh
 from dinalrm_jax.devices.placement import place
 from dinalrm_jax.model.config import RewardModelConfig
@@ -74,12 +74,11 @@ def _compiled(program: Program) -> Work:
     ended = time.perf_counter()
     return_freed_memory()
     first, *rest = program.arguments
-    holder, freed = [first], FreedMemory()
+    holder = [first]
     carries, mesh = program.carries, program.mesh
     del program, first
 
     def call():
-        freed.before(compiled)
         with jax.set_mesh(mesh):
             result = jax.block_until_ready(compiled(holder[0], *rest))
         if carries:  # the old one is donated

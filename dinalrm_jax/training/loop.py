@@ -9,7 +9,7 @@ import jax
 
 from dinalrm_jax.config import ProfileConfig, StageConfig
 from dinalrm_jax.devices import processes
-from dinalrm_jax.devices.host_memory import FreedMemory
+from dinalrm_jax.devices.host_memory import return_freed_memory, stop_keeping
 from dinalrm_jax.disk import AnyPath
 from dinalrm_jax.mapping import ConfigError
 from dinalrm_jax.model.parameters import Params
@@ -112,6 +112,7 @@ def fit(
             values = held_out(state.result, step)
             best.offer(state, values[held_out.headline])
             log.write_values(step, values)
+            return_freed_memory()  # what other programs than the step's kept
             log.pause(time.perf_counter() - started)
             return True
 
@@ -131,7 +132,9 @@ def fit(
                 processes.say(f"{name}: ended at step {step}: {reason}")
             return not processes.all_agree(reason is None)
 
-        batches, metrics, done, freed = iter(stream), None, enough(first), FreedMemory()
+        if len(programs) > 1:
+            stop_keeping()
+        batches, metrics, done = iter(stream), None, enough(first)
         log.start()
         with processes.progress(total=stage.steps, initial=first, desc=name, unit="step") as bar:
             for step in range(first + 1, stage.steps + 1):
@@ -143,7 +146,6 @@ def fit(
                 window.before(step)
                 program, flops = programs[form]
                 before = metrics
-                freed.before(program)
                 state, metrics = program(state, frozen, batch)
                 jax.block_until_ready(before)  # one step runs, one waits for it: the devices never wait for the host
                 log.add(step, metrics, stream.units, waited=waited, flops=flops / devices)

@@ -122,7 +122,6 @@ def test_a_step_waits_at_the_device_while_another_runs(tmp_path, monkeypatch):
             happened.append(("dispatched", len(results)))
             return state, metrics
 
-        dispatch.memory_analysis = program.memory_analysis
         return dispatch
 
     def waiting(value):
@@ -139,21 +138,6 @@ def test_a_step_waits_at_the_device_while_another_runs(tmp_path, monkeypatch):
     for number in range(2, STEPS + 1):
         steps += [("dispatched", number), ("awaited", number - 1)]
     assert happened[: len(steps)] == steps
-
-
-def test_freed_memory_is_bounded_before_every_step(tmp_path, monkeypatch):
-    made = []
-
-    class Freed:
-        def __init__(self):
-            made.append([])
-
-        def before(self, program):
-            made[-1].append(program.memory_analysis().temp_size_in_bytes)
-
-    monkeypatch.setattr(loop, "FreedMemory", Freed)
-    run(tmp_path / "run")
-    assert [len(programs) for programs in made] == [STEPS]
 
 
 def test_the_state_with_the_highest_headline_is_kept(tmp_path):
