@@ -161,7 +161,7 @@ class RewardModel:
             every row the same noise, so that a row's score does not depend on its batch; B keys
             give each row its own. `noise`, like latents, is used as it is and `key` is ignored. On CPUs, in
             bfloat16 and with an attention other than "xla" gradients are of our making: `jax.jvp` of the function
-            does not work then, of its gradient it does.
+            does not work then; of its gradient it does in float32 without rematerialisation.
         """
         levels = check_levels(sigma)
         module, spec = reward_functional(self.config, self.execution), self.config.transformer.latents

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import jax
 
 # Of malloc.h, for mallopt.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 
 
 def keep_freed_memory() -> None:
@@ -18,20 +18,21 @@ def keep_freed_memory() -> None:
     Kept, they are there at the next call, unless something small has taken a place among them meanwhile: then there
     are two such pieces, or three, until `return_freed_memory`. (Another C library than glibc does as it did.)
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None and _only_cpus():
-        set_option(M_ARENA_MAX, 1)  # threads have no heaps of their own, which end at 64 MiB
-        set_option(M_MMAP_MAX, 0)  # no mapping for a large piece, which ends when it is freed
-        set_option(M_TRIM_THRESHOLD, -1)  # the heap does not shrink
+    _set(M_ARENA_MAX, 1)  # threads have no heaps of their own, which end at 64 MiB
+    _set(M_MMAP_MAX, 0)  # no mapping for a large piece, which ends when it is freed
+    _set(M_TRIM_THRESHOLD, -1)  # the heap does not shrink
 
 
 def stop_keeping() -> None:
-    """Undoes `keep_freed_memory`, with glibc's own settings: programs that take turns would each keep their own."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None and _only_cpus():
-        set_option(M_MMAP_MAX, 65536)
-        set_option(M_TRIM_THRESHOLD, 128 << 10)
-        return_freed_memory()
+    """Undoes `keep_freed_memory` for what is large: programs that take turns would each keep their own.
+
+    glibc's own rule is to map what is larger than the largest mapping freed so far, 32 MiB at most, and to keep
+    twice that. It goes no further once an option is set, so where it ends is set here.
+    """
+    _set(M_MMAP_MAX, 65536)
+    _set(M_MMAP_THRESHOLD, 32 << 20)
+    _set(M_TRIM_THRESHOLD, 64 << 20)
+    return_freed_memory()
 
 
 def return_freed_memory() -> None:
@@ -39,6 +40,12 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
     if trim is not None:
         trim(0)
+
+
+def _set(option: int, value: int) -> None:
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None and _only_cpus():
+        set_option(option, value)
 
 
 def _only_cpus() -> bool:

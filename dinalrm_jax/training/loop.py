@@ -132,7 +132,7 @@ def fit(
                 processes.say(f"{name}: ended at step {step}: {reason}")
             return not processes.all_agree(reason is None)
 
-        if len(programs) > 1:
+        if len(programs) > 1:  # each would keep temporaries of its own
             stop_keeping()
         batches, metrics, done = iter(stream), None, enough(first)
         log.start()

@@ -6,7 +6,9 @@ import types
 
 import pytest
 
-from dinalrm_jax.devices import host_memory
+from dinalrm_jax import align, train
+from dinalrm_jax.cli.options import AlignOptions, TrainOptions
+from dinalrm_jax.devices import host_memory, processes
 
 PROGRAM = """
 import resource
@@ -82,3 +84,24 @@ def test_freed_memory_is_kept_where_only_cpus_compute(monkeypatch, named, plugin
     monkeypatch.setattr(host_memory, "entry_points", lambda group: plugins)
     monkeypatch.setattr(host_memory, "find_spec", lambda name: libtpu)
     assert host_memory._only_cpus() is expected
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (train, TrainOptions(config="configs/quickstart.py")),
+        (align, AlignOptions(config="configs/quickstart_align.py")),
+    ],
+)
+def test_a_run_keeps_memory_before_it_looks_for_devices(monkeypatch, command, options):
+    """Later is too late: JAX's threads have heaps of their own by then, and no error says so."""
+    called = []
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(processes, "initialize", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(options)
+    assert called == ["kept"]

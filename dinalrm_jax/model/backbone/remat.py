@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass and what it computes again; XLA's CPU compiler would undo either."""
+"""What a block keeps for its backward pass and computes again: as told, and not as XLA's CPU compiler would."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ POLICIES = {
 def rematerialised(block: Callable, remat: str) -> Callable:
     """`block` of (state, image, text, temb) to (image, text) with the memory of `ExecutionConfig.remat`.
 
-    On CPUs it has a gradient of our making, and so no forward mode (`jax.jvp`); that of the gradient there is.
+    On CPUs it has a gradient of our making, and so no forward mode (`jax.jvp`).
     """
     if platform() == "cpu":
         block = _summed_once(block)
@@ -91,7 +91,7 @@ def _recomputed(block: Callable) -> Callable:
 
 
 def _tied(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """`x`, after `gradient` is there: its bits, exclusive or zeros made of that."""
+    """`x`, after `gradient` is there: its bits xor zeros that are made of it."""
     bits = lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize])
     return lax.bitcast_convert_type(bits ^ _zeros(gradient), x.dtype)
 
